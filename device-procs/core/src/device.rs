@@ -1,0 +1,85 @@
+//! What a device is to the core.
+
+use crate::{ConfigSpace, Error, GuestMemory, Poller, Ring};
+
+/// What a device is, apart from how it moves data.
+pub struct Description {
+    /// The program's name, for logs and errors.
+    pub name: &'static str,
+    /// Virtio device number (virtio 1.2 section 5).
+    pub virtio_id: u16,
+    /// The device's own feature bits; the core adds the transport's.
+    pub features: u64,
+    /// For each queue, the index of the worker thread that serves it.
+    pub queues: Vec<usize>,
+    /// Largest ring size, a power of two.
+    pub queue_size: u16,
+    /// The configuration space.
+    pub config: ConfigSpace,
+}
+
+/// A device as one worker thread drives it. A device with several workers
+/// (multi-queue) is several of these that share what they must.
+///
+/// All methods run under the worker's lock and never block for long: a stop
+/// waits for the method in progress and for nothing else.
+pub trait Device: Send {
+    /// Registers the device's own descriptors (a tap, a terminal) once, before
+    /// the first front end.
+    ///
+    /// # Errors
+    /// Ends the process.
+    fn attach(&mut self, _poller: &Poller) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    /// The driver's feature bits, before its rings start and again after a
+    /// reset.
+    fn negotiated(&mut self, _features: u64) {}
+
+    /// There may be new buffers in `queue`. Works until [`Ring::pop`] has none
+    /// left, or until something else holds it up that a source will report.
+    fn kicked(&mut self, queue: usize, cx: &mut Context<'_>);
+
+    /// A registered source is ready. Edge-triggered: works until it would block.
+    fn ready(&mut self, _token: u64, _cx: &mut Context<'_>) {}
+
+    /// Completes every request of `queue` that is in work: after this the device
+    /// touches neither the ring nor the buffers of `queue` until it is kicked
+    /// again. A device that completes what it takes within [`Device::kicked`]
+    /// has nothing to do.
+    fn drain(&mut self, _queue: usize, _cx: &mut Context<'_>) {}
+
+    /// The driver writes to the configuration space.
+    ///
+    /// # Errors
+    /// When the device has no such writable field.
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), Error> {
+        Err(Error::ConfigRange {
+            offset,
+            size: data.len(),
+        })
+    }
+
+    /// The front end has left; its rings are gone.
+    fn closed(&mut self) {}
+}
+
+/// What a device works on.
+pub struct Context<'a> {
+    pub(crate) rings: &'a mut [Option<Ring>],
+    /// Guest memory as it is for the length of this call.
+    pub memory: &'a GuestMemory,
+    /// Where the device's own descriptors are registered.
+    pub poller: &'a Poller,
+}
+
+impl Context<'_> {
+    /// The ring of `queue`, if it is this worker's and runs.
+    pub fn ring(&mut self, queue: usize) -> Option<&mut Ring> {
+        self.rings
+            .get_mut(queue)?
+            .as_mut()
+            .filter(|ring| ring.is_running())
+    }
+}

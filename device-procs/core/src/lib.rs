@@ -1,0 +1,32 @@
+//! What every vhost-user device process of outrigger shares: the protocol, the
+//! rings, the serve loop and the command line. A device brings a [`Device`] per
+//! worker thread and a [`Description`]; everything else is here.
+//!
+//! Who owns what: the control thread ([`serve`]) talks to the front end and owns
+//! nothing that moves data. Each worker thread owns its rings and its [`Device`]
+//! under one lock, taken once per batch; taking that lock is how the control
+//! thread makes a stop a barrier.
+
+pub mod chain;
+pub mod cli;
+pub mod config;
+pub mod device;
+pub mod error;
+pub mod listen;
+pub mod logging;
+pub mod memory;
+pub mod poller;
+pub mod ring;
+pub mod serve;
+pub mod session;
+pub mod signals;
+pub mod worker;
+
+pub use chain::Chain;
+pub use config::ConfigSpace;
+pub use device::{Context, Description, Device};
+pub use error::Error;
+pub use memory::GuestMemory;
+pub use poller::Poller;
+pub use ring::Ring;
+pub use serve::{Program, run};

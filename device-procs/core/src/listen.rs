@@ -1,0 +1,122 @@
+//! Where front ends come from: bound once, accepted in a loop; the listener
+//! outlives every front end.
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+use rustix::net::sockopt;
+
+use crate::cli::Common;
+
+/// A source of connections.
+pub enum Listener {
+    /// Any number of front ends, one after the other.
+    Listening(UnixListener),
+    /// One front end, connected already; when it leaves, the program is done.
+    Connected(Option<UnixStream>),
+}
+
+impl Listener {
+    /// Takes the socket from `--socket-path`, `--fd` or systemd's socket
+    /// activation (sd_listen_fds(3)), in this order.
+    ///
+    /// # Errors
+    /// One line that names the socket and what is wrong with it.
+    pub fn new(common: &Common) -> anyhow::Result<Self> {
+        if let Some(path) = &common.socket_path {
+            let listener =
+                bind(path).map_err(|e| anyhow::anyhow!("--socket-path {}: {e}", path.display()))?;
+            return Ok(Listener::Listening(listener));
+        }
+        if let Some(fd) = common.fd {
+            return Self::inherited(fd).map_err(|e| anyhow::anyhow!("--fd {fd}: {e}"));
+        }
+        if let Some(listener) = listenfd::ListenFd::from_env().take_unix_listener(0)? {
+            return Ok(Listener::Listening(listener));
+        }
+        anyhow::bail!("no socket: give --socket-path or --fd, or use socket activation")
+    }
+
+    fn inherited(fd: RawFd) -> io::Result<Self> {
+        let fd = inherited_fd(fd)?;
+        if sockopt::socket_domain(&fd)? != rustix::net::AddressFamily::UNIX {
+            return Err(io::Error::other("not a unix socket"));
+        }
+        Ok(if sockopt::socket_acceptconn(&fd)? {
+            Listener::Listening(fd.into())
+        } else {
+            Listener::Connected(Some(fd.into()))
+        })
+    }
+
+    /// Whether front ends are accepted, which the sandbox must then allow.
+    pub fn is_listening(&self) -> bool {
+        matches!(self, Listener::Listening(_))
+    }
+
+    /// The next front end; `None` when there will be none.
+    ///
+    /// # Errors
+    /// accept(2)'s own.
+    pub fn accept(&mut self) -> io::Result<Option<UnixStream>> {
+        match self {
+            Listener::Listening(listener) => listener.accept().map(|(stream, _)| Some(stream)),
+            Listener::Connected(stream) => Ok(stream.take()),
+        }
+    }
+}
+
+/// Takes over a descriptor that the parent left open for us.
+///
+/// # Errors
+/// `EBADF` when there is none; descriptors 0 to 2 are taken as well.
+pub fn inherited_fd(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl(F_GETFD) only looks at the number.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, and the command line says that it is ours.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(fd)
+}
+
+/// Binds `path`. A socket that a dead process left behind is replaced; one that
+/// somebody serves is not.
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    match UnixListener::bind(path) {
+        Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
+            let stale = path.symlink_metadata()?.file_type().is_socket()
+                && matches!(UnixStream::connect(path),
+                    Err(e) if e.kind() == io::ErrorKind::ConnectionRefused);
+            if !stale {
+                return Err(e);
+            }
+            std::fs::remove_file(path)?;
+            UnixListener::bind(path)
+        }
+        result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stale_socket_is_replaced_and_a_served_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let first = bind(&path).unwrap();
+        assert!(bind(&path).is_err());
+        drop(first);
+        bind(&path).unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "x").unwrap();
+        assert!(bind(&file).is_err());
+        assert_eq!(std::fs::read(&file).unwrap(), b"x");
+    }
+}

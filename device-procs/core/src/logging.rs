@@ -1,0 +1,21 @@
+//! Logs go to stderr, a line an event.
+
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::LogFormat;
+
+/// Starts logging; `filter` as in [`EnvFilter`].
+///
+/// # Errors
+/// When the filter does not parse.
+pub fn start(format: LogFormat, filter: &str) -> Result<(), String> {
+    let filter = EnvFilter::try_new(filter).map_err(|e| format!("--log-level {filter}: {e}"))?;
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => builder.with_target(false).without_time().init(),
+        LogFormat::Json => builder.json().init(),
+    }
+    Ok(())
+}

@@ -1,0 +1,312 @@
+//! A split virtqueue from the device's side (virtio 1.2 section 2.7), with the
+//! descriptors through which driver and device wake each other.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::Ordering;
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+
+use crate::memory::MemoryTable;
+use crate::{Chain, Error, GuestMemory};
+
+/// Chains that one batch takes from one ring at most, so that other rings and
+/// the control thread get their turn.
+const BATCH: u32 = 256;
+
+/// Ring addresses as SET_VRING_ADDR gives them: front-end user addresses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RingAddresses {
+    /// Descriptor table.
+    pub descriptors: u64,
+    /// Available ring.
+    pub available: u64,
+    /// Used ring.
+    pub used: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Not started, or stopped by GET_VRING_BASE.
+    Stopped,
+    /// Started by SET_VRING_KICK.
+    Started,
+    /// The guest corrupted it; only a new start helps.
+    Broken,
+}
+
+/// One virtqueue.
+pub struct Ring {
+    index: usize,
+    queue: Queue,
+    addresses: Option<RingAddresses>,
+    state: State,
+    enabled: bool,
+    kick: Option<OwnedFd>,
+    call: Option<OwnedFd>,
+    err: Option<OwnedFd>,
+    /// Must be served although no event says so.
+    pub(crate) pending: bool,
+    budget: u32,
+    starved: bool,
+    pushed: bool,
+}
+
+impl Ring {
+    /// A stopped ring.
+    ///
+    /// # Errors
+    /// When `max_size` is no power of two up to 32768.
+    pub fn new(index: usize, max_size: u16) -> Result<Self, Error> {
+        let queue = Queue::new(max_size).map_err(|_| Error::RingSize {
+            queue: index,
+            size: max_size.into(),
+            max: 32768,
+        })?;
+        Ok(Ring {
+            index,
+            queue,
+            addresses: None,
+            state: State::Stopped,
+            enabled: false,
+            kick: None,
+            call: None,
+            err: None,
+            pending: false,
+            budget: 0,
+            starved: false,
+            pushed: false,
+        })
+    }
+
+    /// Whether the device may work on it: started, enabled and not corrupt.
+    pub fn is_running(&self) -> bool {
+        self.state == State::Started && self.enabled
+    }
+
+    /// Queue index.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    // What the control thread does with a ring ------------------------------
+
+    pub(crate) fn set_size(&mut self, size: u32) -> Result<(), Error> {
+        u16::try_from(size)
+            .ok()
+            .and_then(|value| self.queue.try_set_size(value).ok())
+            .ok_or(Error::RingSize {
+                queue: self.index,
+                size,
+                max: self.queue.max_size(),
+            })
+    }
+
+    pub(crate) fn set_addresses(
+        &mut self,
+        addresses: RingAddresses,
+        table: &MemoryTable,
+    ) -> Result<(), Error> {
+        self.addresses = Some(addresses);
+        if self.state == State::Started {
+            return self.place(table);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn set_base(&mut self, base: u16) {
+        self.queue.set_next_avail(base);
+    }
+
+    pub(crate) fn set_call(&mut self, call: Option<OwnedFd>) {
+        self.call = call;
+    }
+
+    pub(crate) fn set_err(&mut self, err: Option<OwnedFd>) {
+        self.err = err;
+    }
+
+    pub(crate) fn set_enabled(&mut self, enabled: bool) {
+        self.enabled = enabled;
+        self.pending |= enabled;
+    }
+
+    pub(crate) fn set_event_idx(&mut self, on: bool) {
+        self.queue.set_event_idx(on);
+    }
+
+    pub(crate) fn kick(&self) -> Option<impl AsFd + '_> {
+        self.kick.as_ref()
+    }
+
+    /// Puts the rings where the front end says and picks up the used index that
+    /// whoever served this ring before has reached.
+    fn place(&mut self, table: &MemoryTable) -> Result<(), Error> {
+        let queue = self.index;
+        let at = |address| {
+            table
+                .to_guest(address)
+                .ok_or(Error::RingAddress { queue, address })
+        };
+        let addresses = self.addresses.unwrap_or_default();
+        let (descriptors, available, used) = (
+            at(addresses.descriptors)?,
+            at(addresses.available)?,
+            at(addresses.used)?,
+        );
+        let memory: &GuestMemory = table.memory();
+        let misplaced = |_| Error::RingPlacement { queue };
+        self.queue
+            .try_set_desc_table_address(descriptors)
+            .and_then(|()| self.queue.try_set_avail_ring_address(available))
+            .and_then(|()| self.queue.try_set_used_ring_address(used))
+            .map_err(misplaced)?;
+        self.queue.set_ready(true);
+        if !self.queue.is_valid(memory) {
+            return Err(Error::RingPlacement { queue });
+        }
+        let used = self
+            .queue
+            .used_idx(memory, Ordering::Acquire)
+            .map_err(misplaced)?;
+        self.queue.set_next_used(used.0);
+        Ok(())
+    }
+
+    /// SET_VRING_KICK: the ring starts (vhost-user, "Ring states").
+    pub(crate) fn start(&mut self, kick: OwnedFd, table: &MemoryTable) -> Result<(), Error> {
+        self.place(table)?;
+        self.kick = Some(kick);
+        self.state = State::Started;
+        self.pending = true;
+        Ok(())
+    }
+
+    /// The memory table changed under a started ring.
+    pub(crate) fn replace_memory(&mut self, table: &MemoryTable) {
+        if self.state == State::Started
+            && let Err(error) = self.place(table)
+        {
+            self.break_down(&error);
+        }
+    }
+
+    /// GET_VRING_BASE: the ring stops; returns the next available index.
+    pub(crate) fn stop(&mut self) -> u16 {
+        self.state = State::Stopped;
+        self.queue.set_ready(false);
+        self.kick = None;
+        self.call = None;
+        self.pending = false;
+        self.queue.next_avail()
+    }
+
+    // What a batch does with a ring ------------------------------------------
+
+    /// Before a batch: while the device looks anyway, doorbells are a waste.
+    pub(crate) fn begin(&mut self, memory: &GuestMemory) {
+        self.pending = false;
+        self.refill();
+        if let Err(error) = self.queue.disable_notification(memory) {
+            self.corrupt(&error);
+        }
+    }
+
+    /// The device may take a batch's worth of chains again.
+    pub(crate) fn refill(&mut self) {
+        self.budget = BATCH;
+    }
+
+    /// After a batch: doorbells on again if the ring ran dry, and one look more,
+    /// for what came in between; then the interrupt, if the driver wants one.
+    pub(crate) fn finish(&mut self, memory: &GuestMemory) {
+        if !self.is_running() {
+            return;
+        }
+        if std::mem::take(&mut self.starved) {
+            match self.queue.enable_notification(memory) {
+                Ok(more) => self.pending |= more,
+                Err(error) => self.corrupt(&error),
+            }
+        }
+        if std::mem::take(&mut self.pushed) {
+            match self.queue.needs_notification(memory) {
+                Ok(true) => self.signal(),
+                Ok(false) => {}
+                Err(error) => self.corrupt(&error),
+            }
+        }
+    }
+
+    fn signal(&self) {
+        if let Some(call) = &self.call
+            && let Err(error) = rustix::io::write(call, &1u64.to_ne_bytes())
+        {
+            // EAGAIN: the counter is full, so the interrupt is pending anyway.
+            tracing::debug!("queue {}: call: {error}", self.index);
+        }
+    }
+
+    /// The next request, or `None` when there is none now. A chain that no
+    /// driver may build goes back with nothing written, and the next is tried.
+    pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Option<Chain<'m>> {
+        while self.is_running() {
+            if self.budget == 0 {
+                self.pending = true;
+                return None;
+            }
+            self.budget -= 1;
+            let next = match self.queue.iter(memory) {
+                Ok(mut chains) => chains.next(),
+                Err(error) => {
+                    self.corrupt(&error);
+                    return None;
+                }
+            };
+            let Some(next) = next else {
+                self.starved = true;
+                return None;
+            };
+            let head = next.head_index();
+            match Chain::parse(self.index, next, memory) {
+                Ok(chain) => return Some(chain),
+                Err(error) => {
+                    tracing::warn!("{error}");
+                    self.push(memory, head, 0);
+                }
+            }
+        }
+        None
+    }
+
+    /// Puts the chain popped last back, as if it had never been taken.
+    pub fn unpop(&mut self) {
+        let next = self.queue.next_avail().wrapping_sub(1);
+        self.queue.set_next_avail(next);
+    }
+
+    /// Completes the request with head `head`, into whose writable buffers
+    /// `written` bytes went.
+    pub fn push(&mut self, memory: &GuestMemory, head: u16, written: u32) {
+        match self.queue.add_used(memory, head, written) {
+            Ok(()) => self.pushed = true,
+            Err(error) => self.corrupt(&error),
+        }
+    }
+
+    fn corrupt(&mut self, error: &virtio_queue::Error) {
+        let error = Error::Corrupt {
+            queue: self.index,
+            why: error.to_string(),
+        };
+        self.break_down(&error);
+    }
+
+    fn break_down(&mut self, error: &Error) {
+        tracing::error!("{error}; the queue stops until it is set up again");
+        self.state = State::Broken;
+        if let Some(err) = &self.err {
+            // Nobody may listen, and there is nothing to do about it.
+            let _ = rustix::io::write(err, &1u64.to_ne_bytes());
+        }
+    }
+}

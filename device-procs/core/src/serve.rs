@@ -1,0 +1,280 @@
+//! The life of a device program: options, files, sandbox, workers, front ends.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::Context as _;
+use outrigger_sandbox::{BASE, LISTENER, Mode, Policy, Rule, SOCKET, VHOST_USER};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
+
+use crate::cli::Common;
+use crate::listen::{self, Listener};
+use crate::session::Session;
+use crate::worker::Worker;
+use crate::{Description, Device, logging, signals};
+
+/// SET_BACKEND_REQ_FD (vhost-user, "Front-end message types").
+const SET_BACKEND_REQ_FD: u32 = 21;
+/// need_reply in the header's flags.
+const NEED_REPLY: u32 = 1 << 3;
+/// Open files at a time: the device's own, two for each queue, and one for each
+/// memory region.
+const MAX_FILES: u64 = 2048;
+
+/// What a device program is made of, once its files are open.
+pub struct Program {
+    /// What the device is.
+    pub description: Description,
+    /// One device per worker thread, in the order that
+    /// [`Description::queues`] refers to.
+    pub workers: Vec<Box<dyn Device>>,
+    /// System calls that the device needs beyond those of the serve loop.
+    pub syscalls: &'static [Rule],
+    /// Stay in the network namespace that the program is in.
+    pub keep_network: bool,
+    /// Puts right what the program changed outside itself (a terminal's mode)
+    /// when it ends.
+    pub restore: Option<Box<dyn FnOnce() + Send>>,
+}
+
+/// Runs a device program to its end.
+///
+/// `capabilities` is what `--print-capabilities` prints; `build` opens the
+/// device's files. Returns 0 when the front end of a connected socket left or
+/// SIGTERM came, and 1 on an error, which is printed as one line.
+pub fn run(
+    name: &'static str,
+    common: &Common,
+    capabilities: &serde_json::Value,
+    build: impl FnOnce() -> anyhow::Result<Program>,
+) -> ExitCode {
+    if common.print_capabilities {
+        println!("{capabilities}");
+        return ExitCode::SUCCESS;
+    }
+    match serve(common, build) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{name}: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> anyhow::Result<()> {
+    logging::start(common.log_format, &common.log_level).map_err(anyhow::Error::msg)?;
+    let mut listener = Listener::new(common)?;
+    let ready = Ready::new(common)?;
+    let Program {
+        description,
+        workers: devices,
+        syscalls,
+        keep_network,
+        restore,
+    } = build()?;
+
+    let mut layers = vec![BASE, SOCKET, VHOST_USER, syscalls];
+    if listener.is_listening() {
+        layers.push(LISTENER);
+    }
+    let policy = Policy {
+        process: description.name,
+        syscalls: layers.leak(), // lives as long as the process
+        keep_network,
+        max_files: MAX_FILES,
+    };
+    confine(&policy, common.sandbox)?;
+    let description = Arc::new(description);
+    let workers = start_workers(&description, devices)?;
+    signals::exit_on_signal(Arc::clone(&workers), restore)?;
+    outrigger_sandbox::seal(&policy, common.sandbox)?;
+    ready.announce();
+
+    while let Some(stream) = listener.accept().context("accepting a front end")? {
+        let session = Session::new(Arc::clone(&description), Arc::clone(&workers));
+        let session = Arc::new(Mutex::new(session));
+        match serve_one(stream, &session, &description) {
+            Ok(()) => tracing::debug!("the front end left"),
+            Err(error) => tracing::warn!("front end dropped: {error}"),
+        }
+        session
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .close();
+    }
+    signals::finish();
+    Ok(())
+}
+
+/// Everything of the sandbox that must come before the first thread.
+fn confine(policy: &Policy, mode: Mode) -> anyhow::Result<()> {
+    let isolation = outrigger_sandbox::isolate(policy, mode)?;
+    if mode == Mode::Off || isolation.refused.is_some() {
+        tracing::warn!("{isolation}");
+    } else {
+        tracing::debug!("{isolation}");
+    }
+    Ok(())
+}
+
+fn start_workers(
+    description: &Description,
+    devices: Vec<Box<dyn Device>>,
+) -> anyhow::Result<Arc<[Worker]>> {
+    let total = description.queues.len();
+    let mut workers = Vec::with_capacity(devices.len());
+    for (number, device) in devices.into_iter().enumerate() {
+        let own: Vec<usize> = (0..total)
+            .filter(|&queue| description.queues[queue] == number)
+            .collect();
+        workers.push(Worker::new(device, &own, total, description.queue_size)?);
+    }
+    let workers: Arc<[Worker]> = workers.into();
+    for number in 0..workers.len() {
+        let workers = Arc::clone(&workers);
+        std::thread::Builder::new()
+            .name(format!("worker-{number}"))
+            .spawn(move || {
+                if let Err(error) = workers[number].run() {
+                    tracing::error!("worker {number}: epoll_wait: {error}");
+                    std::process::exit(1);
+                }
+            })
+            .context("starting a worker thread")?;
+    }
+    Ok(workers)
+}
+
+/// Serves one front end until it leaves. A request that fails is answered with
+/// its failure where the front end asked for answers; elsewhere it ends the
+/// connection, for the front end would not learn of it.
+fn serve_one(
+    stream: UnixStream,
+    session: &Arc<Mutex<Session>>,
+    description: &Description,
+) -> Result<(), VhostError> {
+    let peeker = stream.try_clone().map_err(VhostError::SocketError)?;
+    let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(session));
+    loop {
+        let Some(next) = peek(&peeker).map_err(VhostError::SocketError)? else {
+            return Ok(());
+        };
+        if next.request == SET_BACKEND_REQ_FD {
+            description
+                .config
+                .set_channel(next.fd.map(UnixStream::from));
+        }
+        match handler.handle_request() {
+            Ok(()) => {}
+            Err(VhostError::Disconnected) => return Ok(()),
+            Err(error @ VhostError::ReqHandlerError(_)) if next.flags & NEED_REPLY != 0 => {
+                tracing::warn!("{error}");
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+struct NextRequest {
+    request: u32,
+    flags: u32,
+    fd: Option<OwnedFd>,
+}
+
+/// Looks at the header of the next request without taking it; `None` when the
+/// front end has left.
+///
+/// Crate vhost 0.18 cannot send the configuration change message and keeps the
+/// channel for it private; peeking duplicates the descriptor (unix(7)), which is
+/// how [`crate::ConfigSpace`] gets its own.
+fn peek(stream: &UnixStream) -> io::Result<Option<NextRequest>> {
+    let mut header = [0u8; 12];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(32))];
+    loop {
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let received = rustix::net::recvmsg(
+            stream,
+            &mut [io::IoSliceMut::new(&mut header)],
+            &mut ancillary,
+            RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC,
+        );
+        match received {
+            Ok(message) if message.bytes == 0 => return Ok(None),
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(rustix::io::Errno::CONNRESET) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        }
+        let fd = ancillary.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+            _ => None,
+        });
+        let word = |at: usize| {
+            u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+        };
+        // A header that has not arrived whole reads as zeros, which is no
+        // request of interest; crate vhost then waits for the rest.
+        return Ok(Some(NextRequest {
+            request: word(0),
+            flags: word(4),
+            fd,
+        }));
+    }
+}
+
+/// Who wants to know that the program serves.
+struct Ready {
+    fd: Option<OwnedFd>,
+    systemd: Option<UnixDatagram>,
+}
+
+impl Ready {
+    /// Opens what must be open before the sandbox closes.
+    fn new(common: &Common) -> anyhow::Result<Self> {
+        let fd = common
+            .ready_fd
+            .map(|fd| listen::inherited_fd(fd).map_err(|e| anyhow::anyhow!("--ready-fd {fd}: {e}")))
+            .transpose()?;
+        Ok(Ready {
+            fd,
+            systemd: notify_socket()?,
+        })
+    }
+
+    fn announce(self) {
+        // Nobody left to tell is no reason to stop serving.
+        if let Some(fd) = self.fd {
+            let _ = rustix::io::write(&fd, b"ready\n");
+        }
+        if let Some(socket) = self.systemd {
+            let _ = rustix::io::write(&socket, b"READY=1\n");
+        }
+    }
+}
+
+/// The socket of sd_notify(3), connected now because the sandbox will not let
+/// us later.
+fn notify_socket() -> anyhow::Result<Option<UnixDatagram>> {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::net::SocketAddr;
+
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+        return Ok(None);
+    };
+    let address = match path.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(&path),
+    };
+    let connect = || {
+        let socket = UnixDatagram::unbound()?;
+        socket.connect_addr(&address?)?;
+        io::Result::Ok(socket)
+    };
+    Ok(Some(connect().context("NOTIFY_SOCKET")?))
+}

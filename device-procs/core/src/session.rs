@@ -1,0 +1,335 @@
+//! One front end's requests, on crate vhost's back-end request handler.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
+    VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error as VhostError, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use crate::memory::{MAX_REGIONS, MemoryTable, RegionInfo};
+use crate::ring::RingAddresses;
+use crate::worker::Worker;
+use crate::{Description, Error};
+
+const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+
+impl From<Error> for VhostError {
+    fn from(error: Error) -> Self {
+        VhostError::ReqHandlerError(std::io::Error::other(error))
+    }
+}
+
+/// The state of one connection. Rings and memory belong to the workers; this
+/// holds only what the protocol itself needs to remember.
+pub struct Session {
+    description: Arc<Description>,
+    workers: Arc<[Worker]>,
+    table: MemoryTable,
+    features: u64,
+    protocol_features: VhostUserProtocolFeatures,
+}
+
+impl Session {
+    /// A fresh session; nothing is negotiated.
+    pub fn new(description: Arc<Description>, workers: Arc<[Worker]>) -> Self {
+        Session {
+            description,
+            workers,
+            table: MemoryTable::default(),
+            features: 0,
+            protocol_features: VhostUserProtocolFeatures::empty(),
+        }
+    }
+
+    /// The front end left.
+    pub fn close(&mut self) {
+        for worker in self.workers.iter() {
+            worker.control(|state, poller| state.close(poller));
+        }
+        self.description.config.set_channel(None);
+    }
+
+    fn offered(&self) -> u64 {
+        self.description.features
+            | (1 << VIRTIO_F_VERSION_1)
+            | (1 << VIRTIO_RING_F_INDIRECT_DESC)
+            | (1 << VIRTIO_RING_F_EVENT_IDX)
+            | PROTOCOL_FEATURES
+    }
+
+    /// The worker that serves queue `index`. Without MQ only the queues that
+    /// every device of the type has may be named, but a front end that asks for
+    /// more than we have is refused in either case.
+    fn worker(&self, index: usize) -> Result<&Worker> {
+        let queues = self.description.queues.len();
+        self.description
+            .queues
+            .get(index)
+            .and_then(|&worker| self.workers.get(worker))
+            .ok_or(Error::NoSuchQueue { index, queues }.into())
+    }
+
+    fn replace_table(&mut self, table: MemoryTable) {
+        for worker in self.workers.iter() {
+            worker.control(|state, poller| state.set_memory(&table, poller));
+        }
+        self.table = table;
+    }
+}
+
+/// A descriptor from the front end, non-blocking so that a full eventfd cannot
+/// hold up a worker.
+fn nonblocking(file: File, what: &str) -> Result<OwnedFd> {
+    let fd = OwnedFd::from(file);
+    rustix::fs::fcntl_getfl(&fd)
+        .and_then(|flags| rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK))
+        .map_err(|e| Error::io(what)(e.into()))?;
+    Ok(fd)
+}
+
+fn unsupported<T>(what: &'static str) -> Result<T> {
+    Err(Error::Unsupported(what).into())
+}
+
+impl VhostUserBackendReqHandlerMut for Session {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.close();
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        unsupported("RESET_DEVICE")
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.offered())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !self.offered();
+        if unknown != 0 {
+            return Err(Error::Features(unknown).into());
+        }
+        self.features = features;
+        for worker in self.workers.iter() {
+            worker.control(|state, _| state.set_features(features));
+        }
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<Vec<u64>>> {
+        let infos = regions.iter().map(|r| RegionInfo {
+            guest: r.guest_phys_addr,
+            size: r.memory_size,
+            user: r.user_addr,
+            offset: r.mmap_offset,
+        });
+        let table = MemoryTable::new(infos.zip(files))?;
+        self.replace_table(table);
+        Ok(None)
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy: Option<bool>,
+    ) -> Result<Option<u64>> {
+        let info = RegionInfo {
+            guest: region.guest_phys_addr,
+            size: region.memory_size,
+            user: region.user_addr,
+            offset: region.mmap_offset,
+        };
+        let mut table = self.table.clone();
+        table.add(info, file)?;
+        self.replace_table(table);
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let mut table = self.table.clone();
+        table.remove(region.guest_phys_addr, region.user_addr, region.memory_size)?;
+        self.replace_table(table);
+        Ok(())
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let index = index as usize;
+        Ok(self
+            .worker(index)?
+            .control(|state, _| state.ring(index)?.set_size(num))?)
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptors: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let index = index as usize;
+        let addresses = RingAddresses {
+            descriptors,
+            available,
+            used,
+        };
+        Ok(self
+            .worker(index)?
+            .control(|state, _| state.ring(index)?.set_addresses(addresses, &self.table))?)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let index = index as usize;
+        // Split rings have a 16-bit index; the upper half means something only
+        // for packed ones.
+        Ok(self.worker(index)?.control(|state, _| {
+            state.ring(index)?.set_base(base as u16);
+            Ok::<(), Error>(())
+        })?)
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let queue = index as usize;
+        let base = self
+            .worker(queue)?
+            .control(|state, poller| state.stop(queue, poller))?;
+        Ok(VhostUserVringState::new(index, base.into()))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let Some(fd) = fd else {
+            return unsupported("a ring without a doorbell (polling)");
+        };
+        let queue = usize::from(index);
+        let kick = nonblocking(fd, "kick descriptor")?;
+        let enable = self.features & PROTOCOL_FEATURES == 0;
+        Ok(self
+            .worker(queue)?
+            .control(|state, poller| state.start(queue, kick, enable, &self.table, poller))?)
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let queue = usize::from(index);
+        let call = fd
+            .map(|fd| nonblocking(fd, "call descriptor"))
+            .transpose()?;
+        Ok(self.worker(queue)?.control(|state, _| {
+            state.ring(queue)?.set_call(call);
+            Ok::<(), Error>(())
+        })?)
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let queue = usize::from(index);
+        let err = fd.map(|fd| nonblocking(fd, "err descriptor")).transpose()?;
+        Ok(self.worker(queue)?.control(|state, _| {
+            state.ring(queue)?.set_err(err);
+            Ok::<(), Error>(())
+        })?)
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::REPLY_ACK)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        self.protocol_features = VhostUserProtocolFeatures::from_bits_truncate(features);
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.description.queues.len() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let index = index as usize;
+        Ok(self.worker(index)?.control(|state, _| {
+            state.ring(index)?.set_enabled(enable);
+            Ok::<(), Error>(())
+        })?)
+    }
+
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> Result<Vec<u8>> {
+        Ok(self.description.config.read(offset, size as usize)?)
+    }
+
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        let Some(worker) = self.workers.first() else {
+            return unsupported("SET_CONFIG");
+        };
+        Ok(worker.control(|state, _| state.write_config(offset, buf))?)
+    }
+
+    fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {
+        unsupported("GPU_SET_SOCKET")
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        unsupported("GET_SHARED_OBJECT")
+    }
+
+    fn get_inflight_fd(
+        &mut self,
+        _inflight: &VhostUserInflight,
+    ) -> Result<(VhostUserInflight, File)> {
+        unsupported("GET_INFLIGHT_FD")
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        unsupported("SET_INFLIGHT_FD")
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> Result<Option<File>> {
+        unsupported("SET_DEVICE_STATE_FD")
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        unsupported("CHECK_DEVICE_STATE")
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        unsupported("GET_SHMEM_CONFIG")
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        unsupported("SET_LOG_BASE")
+    }
+}

@@ -1,0 +1,167 @@
+//! A queue's worth of disk.
+
+use std::io;
+use std::sync::Arc;
+
+use device_core::chain::Buffers;
+use device_core::{Context, Device};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+};
+
+use crate::engine::Engine;
+use crate::image::{Extent, Image};
+use crate::request::{ID_SIZE, Operation, Refusal, Request};
+
+/// What all queues share.
+pub struct Drive {
+    /// Where things are.
+    pub image: Box<dyn Image>,
+    /// What moves them.
+    pub engine: Box<dyn Engine>,
+    /// Answer to GET_ID.
+    pub serial: String,
+}
+
+/// One worker's disk. Requests are complete when they are taken, so a stop has
+/// nothing to wait for.
+pub struct Disk {
+    drive: Arc<Drive>,
+    /// The driver does not flush, so writes must reach the medium by themselves
+    /// (virtio 1.2 section 5.2.6.2).
+    write_through: bool,
+}
+
+impl Disk {
+    /// A disk before any driver.
+    pub fn new(drive: Arc<Drive>) -> Self {
+        Disk {
+            drive,
+            write_through: true,
+        }
+    }
+
+    fn carry_out(&self, operation: Operation<'_>) -> io::Result<()> {
+        let Drive { image, engine, .. } = &*self.drive;
+        match operation {
+            Operation::Read(offset, buffers) => self.drive.read(offset, buffers),
+            Operation::Write(offset, buffers) => {
+                self.drive.write(offset, buffers)?;
+                self.settle()
+            }
+            Operation::Flush => engine.flush(image.file()),
+            Operation::GetId(buffers) => {
+                let mut id = [0; ID_SIZE];
+                id[..self.drive.serial.len()].copy_from_slice(self.drive.serial.as_bytes());
+                buffers.copy_from(&id);
+                Ok(())
+            }
+            Operation::Discard(ranges) => ranges
+                .iter()
+                .filter(|range| range.len > 0)
+                .try_for_each(|range| image.discard(range.offset, range.len)),
+            Operation::WriteZeroes(ranges) => {
+                for range in ranges.iter().filter(|range| range.len > 0) {
+                    image.write_zeroes(range.offset, range.len, range.unmap)?;
+                }
+                self.settle()
+            }
+        }
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        if self.write_through {
+            self.drive.engine.flush(self.drive.image.file())?;
+        }
+        Ok(())
+    }
+}
+
+impl Drive {
+    fn read(&self, mut offset: u64, mut buffers: Buffers<'_>) -> io::Result<()> {
+        while !buffers.is_empty() {
+            match self.image.map(offset, buffers.len() as u64)? {
+                Extent::Data { offset: at, len } => {
+                    let piece = take(&mut buffers, len)?;
+                    // SAFETY: the pieces are guest memory, mapped for as long as
+                    // `buffers` borrows it.
+                    unsafe {
+                        self.engine
+                            .read(self.image.file(), at, &mut piece.iovecs())?;
+                    }
+                    offset += len;
+                }
+                Extent::Zero { len } => {
+                    for slice in take(&mut buffers, len)?.slices() {
+                        slice.copy_from(&vec![0u8; slice.len()]);
+                    }
+                    offset += len;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, mut offset: u64, mut buffers: Buffers<'_>) -> io::Result<()> {
+        while !buffers.is_empty() {
+            let Extent::Data { offset: at, len } =
+                self.image.allocate(offset, buffers.len() as u64)?
+            else {
+                return Err(io::Error::other("the image made no room for a write"));
+            };
+            let piece = take(&mut buffers, len)?;
+            // SAFETY: as in `read`.
+            unsafe {
+                self.engine
+                    .write(self.image.file(), at, &mut piece.iovecs())?;
+            }
+            offset += len;
+        }
+        Ok(())
+    }
+}
+
+/// The next `len` bytes; an image that maps none or too many is broken.
+fn take<'m>(buffers: &mut Buffers<'m>, len: u64) -> io::Result<Buffers<'m>> {
+    usize::try_from(len)
+        .ok()
+        .filter(|&len| len > 0)
+        .and_then(|len| buffers.take(len))
+        .ok_or_else(|| io::Error::other("the image mapped a wrong length"))
+}
+
+impl Device for Disk {
+    fn negotiated(&mut self, features: u64) {
+        self.write_through = features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
+    }
+
+    fn kicked(&mut self, queue: usize, cx: &mut Context<'_>) {
+        let memory = cx.memory;
+        let geometry = self.drive.image.geometry();
+        let Some(ring) = cx.ring(queue) else { return };
+        while let Some(chain) = ring.pop(memory) {
+            let head = chain.head;
+            let Some(request) = Request::parse(chain, &geometry) else {
+                tracing::warn!("queue {queue}: request {head} has no status byte");
+                ring.push(memory, head, 0);
+                continue;
+            };
+            let status = match request.operation.map(|operation| self.carry_out(operation)) {
+                Ok(Ok(())) => VIRTIO_BLK_S_OK,
+                Ok(Err(error)) if error.kind() == io::ErrorKind::Unsupported => VIRTIO_BLK_S_UNSUPP,
+                Ok(Err(error)) => {
+                    tracing::error!("queue {queue}: request {head}: {error}");
+                    VIRTIO_BLK_S_IOERR
+                }
+                Err(Refusal::Unsupported) => VIRTIO_BLK_S_UNSUPP,
+                Err(Refusal::Invalid(why)) => {
+                    tracing::warn!("queue {queue}: request {head} refused: {why}");
+                    VIRTIO_BLK_S_IOERR
+                }
+            };
+            request.status.copy_from(&[status as u8]);
+            // The status byte comes last, so all before it counts as written.
+            ring.push(memory, head, request.data_len as u32 + 1);
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! Image formats: where in a file a disk's bytes lie.
+
+pub mod raw;
+
+use std::io;
+use std::os::fd::BorrowedFd;
+
+/// Bytes of a sector as virtio-blk counts (virtio 1.2 section 5.2.4).
+pub const SECTOR: u64 = 512;
+
+/// Size and limits of a disk, all in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Size of the disk.
+    pub capacity: u64,
+    /// No writes.
+    pub read_only: bool,
+    /// Logical block size: what a write replaces as a whole.
+    pub logical_block: u32,
+    /// Physical block size: what the medium writes without reading first.
+    pub physical_block: u32,
+    /// Preferred size of a request; 0 when there is none.
+    pub optimal_io: u32,
+    /// Whether unused ranges can be given back, and in what granularity.
+    pub discard: Option<u32>,
+}
+
+impl Geometry {
+    /// Whole sectors; an incomplete last one is not part of the disk.
+    pub fn sectors(&self) -> u64 {
+        self.capacity / SECTOR
+    }
+}
+
+/// Where a piece of the disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// In the file at this offset, for this many bytes.
+    Data {
+        /// Offset in the file.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// Nowhere: this many bytes read as zeros.
+    #[allow(dead_code, reason = "a raw image has none; formats with holes do")]
+    Zero {
+        /// Length in bytes.
+        len: u64,
+    },
+}
+
+/// An image format: it maps, and the engine moves. Ranges given to it lie within
+/// the disk's capacity.
+pub trait Image: Send + Sync {
+    /// Size and limits.
+    fn geometry(&self) -> Geometry;
+
+    /// The file that extents refer to.
+    fn file(&self) -> BorrowedFd<'_>;
+
+    /// Where the bytes from `offset` on are, `len` of them or fewer.
+    ///
+    /// # Errors
+    /// When the image's own tables cannot be read.
+    fn map(&self, offset: u64, len: u64) -> io::Result<Extent>;
+
+    /// Where to write the bytes from `offset` on, `len` of them or fewer; room
+    /// is made where there was none.
+    ///
+    /// # Errors
+    /// When there is no room.
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<Extent>;
+
+    /// Gives the range back; what it then reads as is undefined.
+    ///
+    /// # Errors
+    /// `Unsupported`, or the medium's.
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Makes the range read as zeros, giving it back if `unmap` allows.
+    ///
+    /// # Errors
+    /// The medium's.
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
+}

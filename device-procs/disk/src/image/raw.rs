@@ -1,0 +1,176 @@
+//! Raw images: the file, or the block device, is the disk.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+use super::{Extent, Geometry, Image};
+
+// Requests of linux/fs.h; crate libc does not have them.
+const BLKROGET: libc::c_ulong = 0x125e;
+const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+const BLKSSZGET: libc::c_ulong = 0x1268;
+const BLKPBSZGET: libc::c_ulong = 0x127b;
+const BLKIOOPT: libc::c_ulong = 0x1279;
+
+/// Where the file system cannot zero a range, it is written in pieces of this
+/// many bytes.
+const ZEROES: usize = 64 * 1024;
+
+/// A raw image.
+pub struct RawImage {
+    file: File,
+    geometry: Geometry,
+}
+
+impl RawImage {
+    /// Opens a regular file or a block device.
+    ///
+    /// # Errors
+    /// open(2)'s own; anything that is neither file nor block device, and a
+    /// medium that cannot be written, are refused.
+    pub fn open(path: &Path, read_only: bool) -> io::Result<Self> {
+        // O_NONBLOCK: a FIFO without a writer must not hang us.
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!read_only)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
+        let metadata = file.metadata()?;
+        let geometry = if metadata.file_type().is_block_device() {
+            block_device(&file, read_only)?
+        } else if metadata.is_file() {
+            let block = u32::try_from(metadata.blksize()).unwrap_or(4096);
+            Geometry {
+                capacity: metadata.len(),
+                read_only,
+                logical_block: 512,
+                physical_block: block.clamp(512, 1 << 16),
+                optimal_io: 0,
+                discard: (!read_only && can_punch(&file, metadata.len())).then_some(block),
+            }
+        } else {
+            return Err(io::Error::other(
+                "neither a regular file nor a block device",
+            ));
+        };
+        Ok(RawImage { file, geometry })
+    }
+
+    fn fallocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> Result<(), Errno> {
+        loop {
+            match rustix::fs::fallocate(&self.file, mode, offset, len) {
+                Err(Errno::INTR) => {}
+                result => return result,
+            }
+        }
+    }
+}
+
+fn ioctl_number<T: Default + Copy>(file: &File, request: libc::c_ulong) -> io::Result<T> {
+    let mut value = T::default();
+    // SAFETY: each caller's request writes one value of type T (linux/fs.h).
+    if unsafe { libc::ioctl(file.as_raw_fd(), request, &mut value) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(value)
+}
+
+fn block_device(file: &File, read_only: bool) -> io::Result<Geometry> {
+    if !read_only && ioctl_number::<libc::c_int>(file, BLKROGET)? != 0 {
+        return Err(io::Error::other("the block device is read-only"));
+    }
+    let logical_block = ioctl_number::<libc::c_int>(file, BLKSSZGET)? as u32;
+    Ok(Geometry {
+        capacity: ioctl_number::<u64>(file, BLKGETSIZE64)?,
+        read_only,
+        logical_block,
+        physical_block: ioctl_number::<libc::c_uint>(file, BLKPBSZGET)?,
+        optimal_io: ioctl_number::<libc::c_uint>(file, BLKIOOPT)?,
+        discard: (!read_only).then_some(logical_block),
+    })
+}
+
+/// Whether the file system can punch holes, tried where there is nothing: a hole
+/// behind the end of the file changes neither its content nor its size.
+fn can_punch(file: &File, size: u64) -> bool {
+    let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    rustix::fs::fallocate(file, mode, size, 4096).is_ok()
+}
+
+impl Image for RawImage {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    fn map(&self, offset: u64, len: u64) -> io::Result<Extent> {
+        Ok(Extent::Data { offset, len })
+    }
+
+    fn allocate(&self, offset: u64, len: u64) -> io::Result<Extent> {
+        self.map(offset, len)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(self.fallocate(mode, offset, len)?)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        let how = if unmap {
+            FallocateFlags::PUNCH_HOLE
+        } else {
+            FallocateFlags::ZERO_RANGE
+        };
+        match self.fallocate(how | FallocateFlags::KEEP_SIZE, offset, len) {
+            Err(Errno::OPNOTSUPP) => {}
+            result => return Ok(result?),
+        }
+        let zeroes = vec![0; ZEROES];
+        let mut done = 0;
+        while done < len {
+            let count = (len - done).min(ZEROES as u64);
+            self.file
+                .write_all_at(&zeroes[..count as usize], offset + done)?;
+            done += count;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_measured_and_its_ranges_zeroed() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), vec![0xaa; 10_000]).unwrap();
+        let image = RawImage::open(file.path(), false).unwrap();
+        let geometry = image.geometry();
+        assert_eq!((geometry.capacity, geometry.sectors()), (10_000, 19));
+        image.write_zeroes(512, 1024, false).unwrap();
+        image.write_zeroes(4096, 4096, true).unwrap();
+        let bytes = std::fs::read(file.path()).unwrap();
+        assert_eq!(bytes.len(), 10_000);
+        assert!(bytes[512..1536].iter().all(|&b| b == 0));
+        assert!(bytes[4096..8192].iter().all(|&b| b == 0));
+        assert_eq!((bytes[511], bytes[1536], bytes[8192]), (0xaa, 0xaa, 0xaa));
+    }
+
+    #[test]
+    fn what_is_no_disk_is_refused() {
+        assert!(RawImage::open(Path::new("/dev/null"), false).is_err());
+        assert!(RawImage::open(Path::new("/"), true).is_err());
+        assert!(RawImage::open(Path::new("/nonexistent"), true).is_err());
+    }
+}

@@ -1,0 +1,121 @@
+//! `device-disk`: a vhost-user-blk device process.
+//!
+//! A request goes through three rooms: [`request`] understands and checks what
+//! the guest asks, [`image`] says where in the file that lies, [`engine`] moves
+//! the bytes between the file and guest memory. [`config`] is what the driver
+//! reads about the disk, [`disk`] ties it to a queue.
+
+mod config;
+mod disk;
+mod engine;
+mod image;
+mod request;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use clap::Parser;
+use device_core::{ConfigSpace, Description, Device, Program, cli::Common};
+use outrigger_sandbox::Rule;
+
+use crate::disk::{Disk, Drive};
+use crate::image::{Image, raw::RawImage};
+
+/// Virtio device number of a block device (virtio 1.2 section 5.2).
+const VIRTIO_ID: u16 = 2;
+const QUEUE_SIZE: u16 = 256;
+
+/// Serves a disk image or block device to a virtual machine over vhost-user.
+#[derive(Parser)]
+#[command(name = "device-disk", version)]
+struct Options {
+    #[command(flatten)]
+    common: Common,
+
+    /// Raw image file or block device
+    #[arg(
+        long,
+        value_name = "PATH",
+        required_unless_present = "print_capabilities"
+    )]
+    blk_file: Option<PathBuf>,
+
+    /// Refuse all writes
+    #[arg(long)]
+    read_only: bool,
+
+    /// Number of queues, each with a thread of its own
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=64))]
+    queues: u16,
+
+    /// Serial number that the guest sees, up to 20 bytes
+    #[arg(long, value_name = "TEXT", default_value = "", value_parser = serial)]
+    serial: String,
+}
+
+fn serial(text: &str) -> Result<String, String> {
+    if text.len() > request::ID_SIZE {
+        return Err(format!("longer than {} bytes", request::ID_SIZE));
+    }
+    Ok(text.to_owned())
+}
+
+/// What moving data takes beyond the serve loop.
+const SYSCALLS: &[Rule] = &[
+    Rule::any(libc::SYS_preadv),
+    Rule::any(libc::SYS_pwritev),
+    Rule::any(libc::SYS_fdatasync),
+    Rule::any(libc::SYS_fallocate),
+];
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let capabilities = serde_json::json!({
+        "type": "block",
+        "features": ["read-only", "blk-file"],
+    });
+    device_core::run("device-disk", &options.common, &capabilities, || {
+        build(&options)
+    })
+}
+
+fn build(options: &Options) -> anyhow::Result<Program> {
+    let path = options.blk_file.clone().unwrap_or_default();
+    let image = RawImage::open(&path, options.read_only)
+        .map_err(|e| anyhow::anyhow!("--blk-file {}: {e}", path.display()))?;
+    let geometry = image.geometry();
+    tracing::info!(
+        "{}: {} sectors{}",
+        path.display(),
+        geometry.sectors(),
+        if geometry.read_only {
+            ", read-only"
+        } else {
+            ""
+        }
+    );
+    let drive = Arc::new(Drive {
+        image: Box::new(image),
+        engine: Box::new(engine::SyncEngine),
+        serial: options.serial.clone(),
+    });
+    let queues = usize::from(options.queues);
+    Ok(Program {
+        description: Description {
+            name: "device-disk",
+            virtio_id: VIRTIO_ID,
+            features: config::features(&geometry, options.queues),
+            queues: (0..queues).collect(),
+            queue_size: QUEUE_SIZE,
+            config: ConfigSpace::new(config::space(&geometry, options.queues, QUEUE_SIZE)),
+        },
+        workers: (0..queues)
+            .map(|_| Box::new(Disk::new(Arc::clone(&drive))) as Box<dyn Device>)
+            .collect(),
+        syscalls: SYSCALLS,
+        keep_network: false,
+        restore: None,
+    })
+}

@@ -1,0 +1,177 @@
+//! One virtio-blk request (virtio 1.2 section 5.2.6): understood and checked
+//! here, before anything touches the image.
+
+use device_core::Chain;
+use device_core::chain::Buffers;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+
+use crate::config::{MAX_RANGE_SECTORS, MAX_RANGES};
+use crate::image::{Geometry, SECTOR};
+
+/// Length of the answer to GET_ID in bytes.
+pub const ID_SIZE: usize = 20;
+const HEADER: usize = 16;
+const RANGE: usize = 16;
+
+/// What the guest asks, with all addresses in bytes and within the disk.
+pub enum Operation<'m> {
+    /// Read into these buffers.
+    Read(u64, Buffers<'m>),
+    /// Write these buffers.
+    Write(u64, Buffers<'m>),
+    /// Put everything onto the medium.
+    Flush,
+    /// Answer with the serial number.
+    GetId(Buffers<'m>),
+    /// Give ranges back.
+    Discard(Vec<Range>),
+    /// Zero ranges.
+    WriteZeroes(Vec<Range>),
+}
+
+/// A range of the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    /// Offset in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// The range may be given back.
+    pub unmap: bool,
+}
+
+/// Why a request cannot be carried out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// Answered with VIRTIO_BLK_S_IOERR.
+    Invalid(&'static str),
+    /// Answered with VIRTIO_BLK_S_UNSUPP.
+    Unsupported,
+}
+
+/// A request and where its status byte goes.
+pub struct Request<'m> {
+    /// The last writable byte.
+    pub status: Buffers<'m>,
+    /// Writable bytes before it.
+    pub data_len: usize,
+    /// What to do.
+    pub operation: Result<Operation<'m>, Refusal>,
+}
+
+impl<'m> Request<'m> {
+    /// Takes `chain` apart; header, data and status may be split over
+    /// descriptors in any way. `None` when there is no status byte: such a
+    /// request cannot even be refused.
+    pub fn parse(chain: Chain<'m>, disk: &Geometry) -> Option<Self> {
+        let Chain {
+            readable,
+            mut writable,
+            ..
+        } = chain;
+        let status = writable.take_back(1)?;
+        Some(Request {
+            status,
+            data_len: writable.len(),
+            operation: operation(readable, writable, disk),
+        })
+    }
+}
+
+fn operation<'m>(
+    mut readable: Buffers<'m>,
+    writable: Buffers<'m>,
+    disk: &Geometry,
+) -> Result<Operation<'m>, Refusal> {
+    let mut header = [0; HEADER];
+    readable
+        .take(HEADER)
+        .ok_or(Refusal::Invalid("its header is too short"))?
+        .copy_to(&mut header);
+    let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+    let sector = word64(&header[8..]);
+
+    match kind {
+        VIRTIO_BLK_T_IN => Ok(Operation::Read(
+            transfer(sector, writable.len(), disk)?,
+            writable,
+        )),
+        VIRTIO_BLK_T_OUT => {
+            writable_disk(disk)?;
+            let offset = transfer(sector, readable.len(), disk)?;
+            Ok(Operation::Write(offset, readable))
+        }
+        VIRTIO_BLK_T_FLUSH => Ok(Operation::Flush),
+        VIRTIO_BLK_T_GET_ID => Ok(Operation::GetId(writable)),
+        VIRTIO_BLK_T_DISCARD => {
+            writable_disk(disk)?;
+            Ok(Operation::Discard(ranges(&readable, disk, 0)?))
+        }
+        VIRTIO_BLK_T_WRITE_ZEROES => {
+            writable_disk(disk)?;
+            let known = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+            Ok(Operation::WriteZeroes(ranges(&readable, disk, known)?))
+        }
+        _ => Err(Refusal::Unsupported),
+    }
+}
+
+fn word64(bytes: &[u8]) -> u64 {
+    let mut word = [0; 8];
+    word.copy_from_slice(&bytes[..8]);
+    u64::from_le_bytes(word)
+}
+
+fn writable_disk(disk: &Geometry) -> Result<(), Refusal> {
+    if disk.read_only {
+        return Err(Refusal::Invalid("the disk is read-only"));
+    }
+    Ok(())
+}
+
+/// The offset in bytes of `len` bytes at `sector`.
+fn transfer(sector: u64, len: usize, disk: &Geometry) -> Result<u64, Refusal> {
+    let len = len as u64;
+    if !len.is_multiple_of(SECTOR) {
+        return Err(Refusal::Invalid("its length is no multiple of 512"));
+    }
+    span(sector, len / SECTOR, disk).map(|(offset, _)| offset)
+}
+
+fn span(sector: u64, count: u64, disk: &Geometry) -> Result<(u64, u64), Refusal> {
+    match sector.checked_add(count) {
+        Some(end) if end <= disk.sectors() => Ok((sector * SECTOR, count * SECTOR)),
+        _ => Err(Refusal::Invalid("it reaches beyond the end of the disk")),
+    }
+}
+
+fn ranges(data: &Buffers<'_>, disk: &Geometry, known_flags: u32) -> Result<Vec<Range>, Refusal> {
+    let len = data.len();
+    if len == 0 || !len.is_multiple_of(RANGE) || len / RANGE > MAX_RANGES as usize {
+        return Err(Refusal::Invalid("its list of ranges has a wrong length"));
+    }
+    let mut bytes = vec![0; len];
+    data.copy_to(&mut bytes);
+    bytes
+        .chunks_exact(RANGE)
+        .map(|range| {
+            let last = word64(&range[8..]);
+            let (count, flags) = (last as u32, (last >> 32) as u32);
+            if flags & !known_flags != 0 {
+                return Err(Refusal::Unsupported);
+            }
+            if count > MAX_RANGE_SECTORS {
+                return Err(Refusal::Invalid("one of its ranges is too long"));
+            }
+            let (offset, len) = span(word64(range), count.into(), disk)?;
+            Ok(Range {
+                offset,
+                len,
+                unmap: flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
+            })
+        })
+        .collect()
+}

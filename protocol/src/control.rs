@@ -1,0 +1,190 @@
+//! The control socket and the event stream of `vcpu-runner`: JSON, one object a
+//! line. A client sends a [`Command`] and gets one [`Reply`]; events go to the
+//! file descriptor or file given with `--events`.
+
+use serde::{Deserialize, Serialize};
+
+/// The longest command line in bytes that the control socket accepts.
+pub const MAX_LINE: usize = 64 * 1024;
+
+/// What a client may ask, for example `{"command":"pause"}`. (The braces make
+/// serde refuse unknown keys.)
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Command {
+    /// What the machine is doing.
+    Status {},
+    /// Stops the vCPUs and the devices' rings; answered when all stand still.
+    Pause {},
+    /// Goes on after a pause.
+    Resume {},
+    /// Ends the machine; the runner exits with [`crate::exit::POWERED_OFF`].
+    Stop {},
+    /// Resets the machine as its reset button would.
+    Reset {},
+}
+
+/// States of the machine.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum MachineState {
+    /// vCPUs run.
+    Running,
+    /// vCPUs and rings stand still.
+    Paused,
+    /// Over.
+    Stopped,
+}
+
+/// States of a device slot.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum SlotState {
+    /// No process yet.
+    Absent,
+    /// Shaking hands.
+    Connecting,
+    /// Serving.
+    Running,
+    /// Its rings stand still.
+    Paused,
+    /// The process is gone or does not answer.
+    Lost,
+}
+
+/// One device in [`Status`].
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub struct DeviceStatus {
+    /// The name given on the command line.
+    pub id: String,
+    /// The virtio device number (virtio 1.2 section 5).
+    pub virtio_id: u16,
+    /// Where the slot stands.
+    pub state: SlotState,
+    /// Whether the guest's driver has said DRIVER_OK.
+    pub driver_ok: bool,
+    /// Rings that are running.
+    pub active_queues: usize,
+}
+
+/// Answer to [`Command::Status`].
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub struct Status {
+    /// The machine's state.
+    pub state: MachineState,
+    /// Number of vCPUs.
+    pub vcpus: usize,
+    /// Guest RAM in bytes.
+    pub memory: u64,
+    /// Resets since the start.
+    pub resets: u64,
+    /// All devices in slot order.
+    pub devices: Vec<DeviceStatus>,
+}
+
+/// Answer to a command: `{"ok":true}`, with `status` where asked for, or
+/// `{"ok":false,"error":"…"}`.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+pub struct Reply {
+    /// Whether the command was carried out.
+    pub ok: bool,
+    /// Why not.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub error: Option<String>,
+    /// Answer to [`Command::Status`].
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub status: Option<Status>,
+}
+
+impl Reply {
+    /// Done.
+    pub fn ok() -> Self {
+        Reply {
+            ok: true,
+            error: None,
+            status: None,
+        }
+    }
+
+    /// Not done, and why.
+    pub fn error(text: impl Into<String>) -> Self {
+        Reply {
+            ok: false,
+            error: Some(text.into()),
+            status: None,
+        }
+    }
+}
+
+/// What happened, for example `{"event":"device-lost","id":"disk0","reason":"…"}`.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Event {
+    /// All devices are connected and the vCPUs start.
+    Started {
+        /// Number of vCPUs.
+        vcpus: usize,
+    },
+    /// A device process shook hands.
+    DeviceConnected {
+        /// Its name.
+        id: String,
+    },
+    /// The guest's driver took a device into use.
+    DriverOk {
+        /// Its name.
+        id: String,
+        /// Rings started.
+        queues: usize,
+    },
+    /// A device process is gone, or did not keep its deadline.
+    DeviceLost {
+        /// Its name.
+        id: String,
+        /// What happened.
+        reason: String,
+    },
+    /// The vCPUs stand still.
+    Paused,
+    /// The vCPUs go on.
+    Resumed,
+    /// The machine was reset.
+    Reset {
+        /// `guest` or `control`.
+        by: String,
+    },
+    /// The guest wrote to the exit port.
+    GuestExit {
+        /// 0 is a pass.
+        code: u8,
+    },
+    /// The machine is over; the runner exits with this code.
+    Stopped {
+        /// See [`crate::exit`].
+        code: u8,
+        /// Why, in words.
+        reason: String,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_what_the_documentation_says() {
+        let command: Command = serde_json::from_str(r#"{"command":"pause"}"#).unwrap();
+        assert_eq!(command, Command::Pause {});
+        assert!(serde_json::from_str::<Command>(r#"{"command":"pause","x":1}"#).is_err());
+        assert!(serde_json::from_str::<Command>(r#"{"command":"explode"}"#).is_err());
+    }
+
+    #[test]
+    fn events_carry_their_name() {
+        let event = Event::GuestExit { code: 3 };
+        assert_eq!(
+            serde_json::to_string(&event).unwrap(),
+            r#"{"event":"guest-exit","code":3}"#
+        );
+    }
+}
