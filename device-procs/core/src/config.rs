@@ -75,7 +75,7 @@ impl ConfigSpace {
     pub(crate) fn set_channel(&self, channel: Option<UnixStream>) {
         // A front end that does not read its channel must not block a device.
         if let Some(channel) = &channel
-            && let Err(error) = channel.set_nonblocking(true)
+            && let Err(error) = crate::fd::set_nonblocking(channel)
         {
             tracing::warn!("back-end channel: {error}");
         }

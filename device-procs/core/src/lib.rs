@@ -12,6 +12,7 @@ pub mod cli;
 pub mod config;
 pub mod device;
 pub mod error;
+pub mod fd;
 pub mod listen;
 pub mod logging;
 pub mod memory;

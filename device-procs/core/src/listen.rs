@@ -2,7 +2,7 @@
 //! outlives every front end.
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
@@ -41,7 +41,7 @@ impl Listener {
     }
 
     fn inherited(fd: RawFd) -> io::Result<Self> {
-        let fd = inherited_fd(fd)?;
+        let fd = crate::fd::inherit(fd)?;
         if sockopt::socket_domain(&fd)? != rustix::net::AddressFamily::UNIX {
             return Err(io::Error::other("not a unix socket"));
         }
@@ -67,21 +67,6 @@ impl Listener {
             Listener::Connected(stream) => Ok(stream.take()),
         }
     }
-}
-
-/// Takes over a descriptor that the parent left open for us.
-///
-/// # Errors
-/// `EBADF` when there is none; descriptors 0 to 2 are taken as well.
-pub fn inherited_fd(fd: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: fcntl(F_GETFD) only looks at the number.
-    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: it is open, and the command line says that it is ours.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
-    Ok(fd)
 }
 
 /// Binds `path`. A socket that a dead process left behind is replaced; one that

@@ -47,10 +47,10 @@ impl RegionInfo {
         {
             return Err(self.error("empty, or beyond the end of the address space"));
         }
-        let file_size = file
-            .metadata()
+        // fstat(2), not statx(2): the sandbox knows only the former.
+        let file_size = rustix::fs::fstat(&file)
             .map_err(|e| self.error(format!("fstat: {e}")))?
-            .len();
+            .st_size as u64;
         // Mapping past the end of the file would be a SIGBUS on first use.
         if end.is_none_or(|end| end > file_size) {
             return Err(self.error(format!("its file has only {file_size:#x} bytes")));

@@ -13,7 +13,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::cli::Common;
-use crate::listen::{self, Listener};
+use crate::listen::Listener;
 use crate::session::Session;
 use crate::worker::Worker;
 use crate::{Description, Device, logging, signals};
@@ -25,6 +25,9 @@ const NEED_REPLY: u32 = 1 << 3;
 /// Open files at a time: the device's own, two for each queue, and one for each
 /// memory region.
 const MAX_FILES: u64 = 2048;
+
+/// What [`signals`] waits with.
+const SIGNALS: &[Rule] = &[Rule::any(libc::SYS_rt_sigtimedwait)];
 
 /// What a device program is made of, once its files are open.
 pub struct Program {
@@ -78,7 +81,7 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
         restore,
     } = build()?;
 
-    let mut layers = vec![BASE, SOCKET, VHOST_USER, syscalls];
+    let mut layers = vec![BASE, SOCKET, VHOST_USER, SIGNALS, syscalls];
     if listener.is_listening() {
         layers.push(LISTENER);
     }
@@ -238,7 +241,7 @@ impl Ready {
     fn new(common: &Common) -> anyhow::Result<Self> {
         let fd = common
             .ready_fd
-            .map(|fd| listen::inherited_fd(fd).map_err(|e| anyhow::anyhow!("--ready-fd {fd}: {e}")))
+            .map(|fd| crate::fd::inherit(fd).map_err(|e| anyhow::anyhow!("--ready-fd {fd}: {e}")))
             .transpose()?;
         Ok(Ready {
             fd,

@@ -89,9 +89,7 @@ impl Session {
 /// hold up a worker.
 fn nonblocking(file: File, what: &str) -> Result<OwnedFd> {
     let fd = OwnedFd::from(file);
-    rustix::fs::fcntl_getfl(&fd)
-        .and_then(|flags| rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK))
-        .map_err(|e| Error::io(what)(e.into()))?;
+    crate::fd::set_nonblocking(&fd).map_err(Error::io(what))?;
     Ok(fd)
 }
 

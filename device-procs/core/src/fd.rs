@@ -1,0 +1,31 @@
+//! Descriptors that others made.
+
+use std::io;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+
+/// Takes over a descriptor that the parent left open for us.
+///
+/// # Errors
+/// `EBADF` when there is none.
+pub fn inherit(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl(F_GETFD) only looks at the number.
+    if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, and the command line says that it is ours.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(fd)
+}
+
+/// Sets O_NONBLOCK by fcntl(2); std does it by an ioctl, which the sandbox
+/// forbids. The flag belongs to the open file, so whoever shares it sees it too.
+///
+/// # Errors
+/// fcntl(2)'s.
+pub fn set_nonblocking(fd: impl AsFd) -> io::Result<()> {
+    let flags = fcntl_getfl(&fd)?;
+    Ok(fcntl_setfl(&fd, flags | OFlags::NONBLOCK)?)
+}
