@@ -1,1 +1,36 @@
-//! .
+//! A test front end: what stands in for a virtual machine when a device process
+//! is tested. It drives a real process, spawned from its real binary.
+//!
+//! * [`process`] builds, starts, watches and reaps the device process;
+//! * [`ram`] is guest memory, shared as the runner shares it;
+//! * [`queue`] is a split virtqueue from the driver's side;
+//! * [`guest`] ties them together over vhost-user: negotiate, share memory,
+//!   start and stop rings.
+//!
+//! Everything here panics when something is wrong, and every wait has a
+//! deadline: this crate is for tests only.
+
+pub mod binaries;
+pub mod guest;
+pub mod process;
+pub mod queue;
+pub mod ram;
+pub mod raw;
+
+use std::time::{Duration, Instant};
+
+/// How long anything may take before a test fails. Generous, because a busy
+/// machine is no reason to fail.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Waits until `condition` holds.
+///
+/// # Panics
+/// After [`DEADLINE`], naming `what`.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < DEADLINE, "still not: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}

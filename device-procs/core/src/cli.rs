@@ -4,7 +4,8 @@
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
+use outrigger_cli::LogFormat;
 use outrigger_sandbox::Mode;
 
 /// Options of every device program.
@@ -37,13 +38,4 @@ pub struct Common {
     /// What to log: a level, or a filter such as `device_core=debug`
     #[arg(long, value_name = "FILTER", default_value = "info")]
     pub log_level: String,
-}
-
-/// Form of the log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum LogFormat {
-    /// A line of text an event
-    Text,
-    /// A JSON object an event
-    Json,
 }

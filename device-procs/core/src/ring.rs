@@ -140,7 +140,10 @@ impl Ring {
 
     /// Puts the rings where the front end says and picks up the used index that
     /// whoever served this ring before has reached.
-    fn place(&mut self, table: &MemoryTable) -> Result<(), Error> {
+    ///
+    /// # Errors
+    /// When they are not in guest memory.
+    pub(crate) fn place(&mut self, table: &MemoryTable) -> Result<(), Error> {
         let queue = self.index;
         let at = |address| {
             table
@@ -172,13 +175,12 @@ impl Ring {
         Ok(())
     }
 
-    /// SET_VRING_KICK: the ring starts (vhost-user, "Ring states").
-    pub(crate) fn start(&mut self, kick: OwnedFd, table: &MemoryTable) -> Result<(), Error> {
-        self.place(table)?;
-        self.kick = Some(kick);
+    /// SET_VRING_KICK: the ring, which has its place, starts (vhost-user, "Ring
+    /// states"). Returns the doorbell that it had.
+    pub(crate) fn start(&mut self, kick: OwnedFd) -> Option<OwnedFd> {
         self.state = State::Started;
         self.pending = true;
-        Ok(())
+        self.kick.replace(kick)
     }
 
     /// The memory table changed under a started ring.
@@ -198,6 +200,15 @@ impl Ring {
         self.call = None;
         self.pending = false;
         self.queue.next_avail()
+    }
+
+    /// The front end left: nothing of what it set stays.
+    pub(crate) fn reset(&mut self) {
+        self.stop();
+        self.queue.reset();
+        self.enabled = false;
+        self.addresses = None;
+        self.err = None;
     }
 
     // What a batch does with a ring ------------------------------------------

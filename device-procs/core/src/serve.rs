@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
-use outrigger_sandbox::{BASE, LISTENER, Mode, Policy, Rule, SOCKET, VHOST_USER};
+use outrigger_sandbox::{BASE, Check, LISTENER, Mode, Policy, Rule, SOCKET, VHOST_USER};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
@@ -16,18 +16,32 @@ use crate::cli::Common;
 use crate::listen::Listener;
 use crate::session::Session;
 use crate::worker::Worker;
-use crate::{Description, Device, logging, signals};
+use crate::{Description, Device, signals};
 
-/// SET_BACKEND_REQ_FD (vhost-user, "Front-end message types").
+// Requests (vhost-user, "Front-end message types").
+const SET_LOG_BASE: u32 = 6;
+const GET_VRING_BASE: u32 = 11;
 const SET_BACKEND_REQ_FD: u32 = 21;
+const GET_INFLIGHT_FD: u32 = 31;
 /// need_reply in the header's flags.
 const NEED_REPLY: u32 = 1 << 3;
 /// Open files at a time: the device's own, two for each queue, and one for each
 /// memory region.
 const MAX_FILES: u64 = 2048;
 
-/// What [`signals`] waits with.
-const SIGNALS: &[Rule] = &[Rule::any(libc::SYS_rt_sigtimedwait)];
+/// What the serve loop needs beyond the tables of the sandbox.
+const SERVE: &[Rule] = &[
+    // `signals` waits with it.
+    Rule::any(libc::SYS_rt_sigtimedwait),
+    // Crate vhost asks whether the back-end channel is a unix stream socket.
+    Rule::when(
+        libc::SYS_getsockopt,
+        &[
+            Check::OneOf(1, &[libc::SOL_SOCKET as u32]),
+            Check::OneOf(2, &[libc::SO_DOMAIN as u32, libc::SO_TYPE as u32]),
+        ],
+    ),
+];
 
 /// What a device program is made of, once its files are open.
 pub struct Program {
@@ -70,7 +84,8 @@ pub fn run(
 }
 
 fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> anyhow::Result<()> {
-    logging::start(common.log_format, &common.log_level).map_err(anyhow::Error::msg)?;
+    outrigger_cli::logging::start(common.log_format, &common.log_level)
+        .map_err(anyhow::Error::msg)?;
     let mut listener = Listener::new(common)?;
     let ready = Ready::new(common)?;
     let Program {
@@ -81,7 +96,7 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
         restore,
     } = build()?;
 
-    let mut layers = vec![BASE, SOCKET, VHOST_USER, SIGNALS, syscalls];
+    let mut layers = vec![BASE, SOCKET, VHOST_USER, SERVE, syscalls];
     if listener.is_listening() {
         layers.push(LISTENER);
     }
@@ -93,8 +108,9 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
     };
     confine(&policy, common.sandbox)?;
     let description = Arc::new(description);
+    let ending = signals::block();
     let workers = start_workers(&description, devices)?;
-    signals::exit_on_signal(Arc::clone(&workers), restore)?;
+    signals::exit_on_signal(ending, Arc::clone(&workers), restore)?;
     outrigger_sandbox::seal(&policy, common.sandbox)?;
     ready.announce();
 
@@ -175,7 +191,7 @@ fn serve_one(
         match handler.handle_request() {
             Ok(()) => {}
             Err(VhostError::Disconnected) => return Ok(()),
-            Err(error @ VhostError::ReqHandlerError(_)) if next.flags & NEED_REPLY != 0 => {
+            Err(error @ VhostError::ReqHandlerError(_)) if next.is_acknowledged() => {
                 tracing::warn!("{error}");
             }
             Err(error) => return Err(error),
@@ -187,6 +203,15 @@ struct NextRequest {
     request: u32,
     flags: u32,
     fd: Option<OwnedFd>,
+}
+
+impl NextRequest {
+    /// Whether the front end is told of a failure. A request that has an answer
+    /// of its own has none for that.
+    fn is_acknowledged(&self) -> bool {
+        let answered = [SET_LOG_BASE, GET_VRING_BASE, GET_INFLIGHT_FD];
+        self.flags & NEED_REPLY != 0 && !answered.contains(&self.request)
+    }
 }
 
 /// Looks at the header of the next request without taking it; `None` when the

@@ -212,14 +212,16 @@ impl State {
         poller: &Poller,
     ) -> Result<(), Error> {
         let ring = self.ring(index)?;
-        if let Some(old) = ring.kick() {
-            // The front end replaces the doorbell of a running ring.
-            let _ = poller.remove(old);
-        }
+        // First what may fail: a doorbell that stayed in the poller by mistake
+        // could not be taken out again, and would be in its own way next time.
+        ring.place(table)?;
         poller
             .add_readable(&kick, CORE | index as u64)
             .map_err(Error::io(format!("queue {index}: watching its doorbell")))?;
-        ring.start(kick, table)?;
+        if let Some(old) = ring.start(kick) {
+            // The front end replaces the doorbell of a running ring.
+            let _ = poller.remove(old);
+        }
         if enable {
             ring.set_enabled(true);
         }
@@ -256,9 +258,7 @@ impl State {
             }
         }
         for ring in self.rings.iter_mut().flatten() {
-            ring.set_enabled(false);
-            ring.set_base(0);
-            ring.pending = false;
+            ring.reset();
         }
         self.memory = Arc::default();
         self.device.closed();

@@ -1,0 +1,182 @@
+//! The first vCPU's registers, and the tables that they refer to.
+
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::Entry;
+use crate::Error;
+use crate::layout::{BOOT_GDT, BOOT_INFO, BOOT_PAGE_TABLES, BOOT_STACK};
+use crate::vm::memory::Ram;
+
+const CR0_PE: u64 = 1;
+const CR0_ET: u64 = 1 << 4;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
+/// Bit 1 of RFLAGS is always set.
+const RFLAGS: u64 = 2;
+
+const PRESENT_WRITABLE: u64 = 3;
+const LARGE_PAGE: u64 = 1 << 7;
+const PAGE: u64 = 0x1000;
+
+/// Selectors of Linux' boot protocol.
+const CODE: u16 = 0x10;
+const DATA: u16 = 0x18;
+const TASK: u16 = 0x20;
+
+/// General registers for `entry`.
+pub fn general(entry: Entry) -> kvm_regs {
+    match entry {
+        Entry::Pvh(rip) => kvm_regs {
+            rip,
+            rbx: BOOT_INFO,
+            rflags: RFLAGS,
+            ..Default::default()
+        },
+        Entry::Linux64(rip) => kvm_regs {
+            rip,
+            rsi: BOOT_INFO,
+            rsp: BOOT_STACK,
+            rbp: BOOT_STACK,
+            rflags: RFLAGS,
+            ..Default::default()
+        },
+    }
+}
+
+/// Flat segment over all of memory.
+fn segment(selector: u16, type_: u8, long: bool) -> kvm_segment {
+    kvm_segment {
+        base: 0,
+        limit: 0xffff_ffff,
+        selector,
+        type_,
+        present: 1,
+        dpl: 0,
+        db: u8::from(!long),
+        s: 1,
+        l: u8::from(long),
+        g: 1,
+        ..Default::default()
+    }
+}
+
+/// The 8-byte descriptor of `segment` (Intel SDM volume 3, 3.4.5).
+fn descriptor(segment: &kvm_segment) -> u64 {
+    let limit = u64::from(if segment.g == 1 {
+        segment.limit >> 12
+    } else {
+        segment.limit
+    });
+    let access = u64::from(segment.type_)
+        | u64::from(segment.s) << 4
+        | u64::from(segment.dpl) << 5
+        | u64::from(segment.present) << 7;
+    let flags = u64::from(segment.l) << 1 | u64::from(segment.db) << 2 | u64::from(segment.g) << 3;
+    (limit & 0xffff)
+        | (segment.base & 0xff_ffff) << 16
+        | access << 40
+        | (limit >> 16 & 0xf) << 48
+        | flags << 52
+        | (segment.base >> 24 & 0xff) << 56
+}
+
+/// Turns the reset state `sregs` into that for `entry` and writes the GDT, and
+/// page tables where paging is on, to memory.
+///
+/// # Errors
+/// When there is no memory to write to.
+pub fn special(entry: Entry, ram: &Ram, sregs: &mut kvm_sregs) -> Result<(), Error> {
+    let long = matches!(entry, Entry::Linux64(_));
+    let code = segment(CODE, 0xb, long);
+    let data = segment(DATA, 0x3, false);
+    let task = kvm_segment {
+        s: 0,
+        g: 0,
+        db: 0,
+        limit: 0x67,
+        ..segment(TASK, 0xb, false)
+    };
+    let gdt = [
+        0,
+        0,
+        descriptor(&code),
+        descriptor(&data),
+        descriptor(&task),
+    ];
+    let memory = ram.memory();
+    let error = |e| Error::BootSetup(format!("descriptor and page tables: {e}"));
+    for (at, entry) in (BOOT_GDT..).step_by(8).zip(gdt) {
+        memory.write_obj(entry, GuestAddress(at)).map_err(error)?;
+    }
+    sregs.gdt.base = BOOT_GDT;
+    sregs.gdt.limit = size_of_val(&gdt) as u16 - 1;
+    sregs.idt.base = 0;
+    sregs.idt.limit = 0;
+    sregs.cs = code;
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.tr = task;
+    sregs.cr0 = CR0_PE | CR0_ET;
+    if long {
+        write_page_tables(ram).map_err(error)?;
+        sregs.cr3 = BOOT_PAGE_TABLES;
+        sregs.cr4 |= CR4_PAE;
+        sregs.cr0 |= CR0_PG;
+        sregs.efer |= EFER_LME | EFER_LMA;
+    }
+    Ok(())
+}
+
+/// Maps the first 4 GiB to themselves in 2 MiB pages.
+fn write_page_tables(ram: &Ram) -> Result<(), vm_memory::GuestMemoryError> {
+    let memory = ram.memory();
+    let write = |table: u64, index: u64, value: u64| {
+        memory.write_obj(value, GuestAddress(table + index * 8))
+    };
+    let (pml4, pdpt) = (BOOT_PAGE_TABLES, BOOT_PAGE_TABLES + PAGE);
+    write(pml4, 0, pdpt | PRESENT_WRITABLE)?;
+    for gib in 0..4 {
+        let directory = pdpt + PAGE + gib * PAGE;
+        write(pdpt, gib, directory | PRESENT_WRITABLE)?;
+        for page in 0..512 {
+            let address = gib << 30 | page << 21;
+            write(directory, page, address | PRESENT_WRITABLE | LARGE_PAGE)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_are_encoded_as_the_processor_reads_them() {
+        assert_eq!(
+            descriptor(&segment(CODE, 0xb, false)),
+            0x00cf_9b00_0000_ffff
+        );
+        assert_eq!(descriptor(&segment(CODE, 0xb, true)), 0x00af_9b00_0000_ffff);
+        assert_eq!(
+            descriptor(&segment(DATA, 0x3, false)),
+            0x00cf_9300_0000_ffff
+        );
+    }
+
+    #[test]
+    fn long_mode_is_on_for_the_64_bit_protocol_only() {
+        let ram = Ram::new("16M".parse().unwrap()).unwrap();
+        let mut sregs = kvm_sregs::default();
+        special(Entry::Pvh(0x10_0000), &ram, &mut sregs).unwrap();
+        assert_eq!((sregs.cr0 & CR0_PG, sregs.efer, sregs.cs.l), (0, 0, 0));
+        special(Entry::Linux64(0x10_0000), &ram, &mut sregs).unwrap();
+        assert_eq!((sregs.efer, sregs.cs.l), (EFER_LME | EFER_LMA, 1));
+        let last: u64 = ram
+            .memory()
+            .read_obj(GuestAddress(BOOT_PAGE_TABLES + 6 * PAGE - 8))
+            .unwrap();
+        assert_eq!(last, 0xffe0_0000 | PRESENT_WRITABLE | LARGE_PAGE);
+    }
+}

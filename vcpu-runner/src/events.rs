@@ -1,0 +1,61 @@
+//! The event stream: one JSON object a line (`outrigger_protocol::control`).
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::fd::RawFd;
+use std::sync::{Mutex, PoisonError};
+
+use outrigger_cli::fd;
+use outrigger_protocol::control::Event;
+
+use crate::Error;
+
+/// Where events go; nowhere unless `--events` was given.
+#[derive(Default)]
+pub struct Events(Mutex<Option<File>>);
+
+impl Events {
+    /// Opens `target`: the number of an inherited descriptor, or a path to
+    /// append to.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn open(target: Option<&str>) -> Result<Self, Error> {
+        let Some(target) = target else {
+            return Ok(Events::default());
+        };
+        let error = Error::io(format!("--events {target}"));
+        let file = match target.parse::<RawFd>() {
+            Ok(fd) => File::from(fd::inherit(fd).map_err(error)?),
+            Err(_) => OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(target)
+                .map_err(error)?,
+        };
+        // A reader that sleeps must not hold the machine up.
+        fd::set_nonblocking(&file).map_err(Error::io("--events"))?;
+        Ok(Events(Mutex::new(Some(file))))
+    }
+
+    /// Reports `event`, here and in the log.
+    pub fn emit(&self, event: &Event) {
+        tracing::debug!("{event:?}");
+        let mut target = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(file) = &mut *target else { return };
+        let Ok(mut line) = serde_json::to_vec(event) else {
+            return;
+        };
+        line.push(b'\n');
+        match file.write_all(&line) {
+            Ok(()) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                tracing::warn!("an event was lost: its reader is too slow");
+            }
+            Err(e) => {
+                tracing::warn!("no more events: {e}");
+                *target = None;
+            }
+        }
+    }
+}

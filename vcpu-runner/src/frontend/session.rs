@@ -1,0 +1,309 @@
+//! One connection to a device's process.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use outrigger_protocol::memory::USER_ADDRESS_OFFSET;
+use vhost::vhost_user::message::{
+    VHOST_USER_CONFIG_OFFSET, VhostUserConfigFlags, VhostUserHeaderFlag,
+};
+use vhost::vhost_user::{
+    Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend, VhostUserFrontendReqHandler,
+    VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use virtio_bindings::virtio_config::{
+    VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_NOTIF_CONFIG_DATA, VIRTIO_F_NOTIFICATION_DATA,
+    VIRTIO_F_RING_PACKED, VIRTIO_F_RING_RESET, VIRTIO_F_SR_IOV, VIRTIO_F_VERSION_1,
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::spec::DeviceSpec;
+use super::watchdog::Watchdog;
+use crate::Error;
+use crate::pci::virtio::backend::QueueSetup;
+use crate::pci::virtio::{CONFIG_LENGTH, DeviceInfo, MAX_QUEUES};
+
+/// How long a process may take to answer one message.
+pub const DEADLINE: Duration = Duration::from_secs(5);
+/// Largest ring that the guest is offered.
+const QUEUE_SIZE: u16 = 256;
+const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+
+/// Feature bits that need the transport's help and do not get it: whatever a
+/// process offers, the guest does not see them.
+const WITHHELD: u64 = 1 << VIRTIO_F_RING_PACKED
+    | 1 << VIRTIO_F_ACCESS_PLATFORM
+    | 1 << VIRTIO_F_SR_IOV
+    | 1 << VIRTIO_F_NOTIFICATION_DATA
+    | 1 << VIRTIO_F_NOTIF_CONFIG_DATA
+    | PROTOCOL_FEATURES;
+
+/// A queue to start.
+pub struct QueueStart<'a> {
+    /// How the driver set it up.
+    pub setup: QueueSetup,
+    /// Available index to go on from.
+    pub base: u16,
+    /// Its doorbell.
+    pub kick: &'a EventFd,
+    /// Its interrupt.
+    pub call: &'a EventFd,
+}
+
+/// Notes that the process announced a new configuration.
+#[derive(Default)]
+struct ConfigChanges(AtomicBool);
+
+impl VhostUserFrontendReqHandler for ConfigChanges {
+    fn handle_config_change(&self) -> HandlerResult<u64> {
+        self.0.store(true, Ordering::Relaxed);
+        Ok(0)
+    }
+}
+
+/// A connection whose handshake is done.
+pub struct Session {
+    id: String,
+    frontend: Frontend,
+    socket: UnixStream,
+    watchdog: Arc<Watchdog>,
+    protocol: VhostUserProtocolFeatures,
+    /// All that the process offered, in its own terms.
+    offered: u64,
+    changes: Arc<ConfigChanges>,
+    channel: Option<FrontendReqHandler<ConfigChanges>>,
+}
+
+impl Session {
+    /// Shakes hands over `socket`; returns the session and what the device is.
+    ///
+    /// # Errors
+    /// Names the step that failed, or what the process is not.
+    pub fn connect(
+        spec: &DeviceSpec,
+        socket: UnixStream,
+        watchdog: &Arc<Watchdog>,
+    ) -> Result<(Self, DeviceInfo), Error> {
+        let stream = socket
+            .try_clone()
+            .map_err(Error::io("duplicating a socket"))?;
+        let mut session = Session {
+            id: spec.id.clone(),
+            frontend: Frontend::from_stream(stream, MAX_QUEUES as u64),
+            socket,
+            watchdog: Arc::clone(watchdog),
+            protocol: VhostUserProtocolFeatures::empty(),
+            offered: 0,
+            changes: Arc::default(),
+            channel: None,
+        };
+        session.call("SET_OWNER", |f| f.set_owner())?;
+        session.offered = session.call("GET_FEATURES", |f| f.get_features())?;
+        if session.offered & (1 << VIRTIO_F_VERSION_1) == 0 {
+            return Err(session.error("GET_FEATURES", "not a virtio 1.0 device"));
+        }
+        if session.offered & PROTOCOL_FEATURES != 0 {
+            session.negotiate_protocol()?;
+        }
+        let queues = session.count_queues(spec)?;
+        let config = session.read_config()?;
+        let info = DeviceInfo {
+            id: spec.id.clone(),
+            virtio_id: spec.virtio_id,
+            features: (session.offered & !WITHHELD) | 1 << VIRTIO_F_RING_RESET,
+            queues,
+            queue_size: QUEUE_SIZE,
+            config,
+        };
+        Ok((session, info))
+    }
+
+    fn error(&self, operation: &str, why: impl ToString) -> Error {
+        Error::device(&self.id, operation, why)
+    }
+
+    /// Sends a message under a deadline.
+    fn call<T, E: std::fmt::Display>(
+        &mut self,
+        operation: &str,
+        f: impl FnOnce(&mut Frontend) -> Result<T, E>,
+    ) -> Result<T, Error> {
+        let guard = self.watchdog.guard(&self.socket, DEADLINE)?;
+        let result = f(&mut self.frontend);
+        let late = guard.finish();
+        result.map_err(|e| {
+            if late {
+                self.error(operation, format!("no answer in {DEADLINE:?}"))
+            } else {
+                self.error(operation, e)
+            }
+        })
+    }
+
+    fn negotiate_protocol(&mut self) -> Result<(), Error> {
+        let offered = self.call("GET_PROTOCOL_FEATURES", |f| f.get_protocol_features())?;
+        let wanted = VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::BACKEND_REQ;
+        self.protocol = offered & wanted;
+        let protocol = self.protocol;
+        self.call("SET_PROTOCOL_FEATURES", |f| {
+            f.set_protocol_features(protocol)
+        })?;
+        if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        if protocol.contains(VhostUserProtocolFeatures::BACKEND_REQ) {
+            let mut channel = FrontendReqHandler::new(Arc::clone(&self.changes))
+                .map_err(|e| self.error("back-end channel", e))?;
+            channel.set_reply_ack_flag(protocol.contains(VhostUserProtocolFeatures::REPLY_ACK));
+            let fd = channel.get_tx_raw_fd();
+            self.call("SET_BACKEND_REQ_FD", |f| f.set_backend_request_fd(&fd))?;
+            self.channel = Some(channel);
+        }
+        Ok(())
+    }
+
+    fn count_queues(&mut self, spec: &DeviceSpec) -> Result<usize, Error> {
+        let available = if self.protocol.contains(VhostUserProtocolFeatures::MQ) {
+            let count = self.call("GET_QUEUE_NUM", |f| f.get_queue_num())?;
+            usize::try_from(count).unwrap_or(usize::MAX)
+        } else {
+            spec.queues.unwrap_or(spec.default_queues())
+        };
+        if available == 0 {
+            return Err(self.error("GET_QUEUE_NUM", "no queues"));
+        }
+        match spec.queues {
+            Some(wanted) if wanted > available => {
+                let why = format!("{wanted} queues wanted, the process has {available}");
+                Err(self.error("GET_QUEUE_NUM", why))
+            }
+            wanted => Ok(wanted.unwrap_or(available).min(MAX_QUEUES)),
+        }
+    }
+
+    /// The device's configuration space; empty when the process has none.
+    ///
+    /// # Errors
+    /// When the process does not answer properly.
+    pub fn read_config(&mut self) -> Result<Vec<u8>, Error> {
+        if !self.protocol.contains(VhostUserProtocolFeatures::CONFIG) {
+            return Ok(Vec::new());
+        }
+        let (size, flags) = (CONFIG_LENGTH as u32, VhostUserConfigFlags::empty());
+        let (_, bytes) = self.call("GET_CONFIG", |f| {
+            f.get_config(VHOST_USER_CONFIG_OFFSET, size, flags, &[0; CONFIG_LENGTH])
+        })?;
+        Ok(bytes)
+    }
+
+    /// Passes a driver's write to the configuration space on.
+    ///
+    /// # Errors
+    /// When the process refuses it.
+    pub fn write_config(&mut self, offset: usize, data: &[u8]) -> Result<(), Error> {
+        if !self.protocol.contains(VhostUserProtocolFeatures::CONFIG) {
+            return Ok(());
+        }
+        let flags = VhostUserConfigFlags::WRITABLE;
+        self.call("SET_CONFIG", |f| f.set_config(offset as u32, flags, data))
+    }
+
+    /// Tells the process what the driver accepted and where guest memory is.
+    ///
+    /// # Errors
+    /// When the process refuses it.
+    pub fn prepare(
+        &mut self,
+        features: u64,
+        memory: &[VhostUserMemoryRegionInfo],
+    ) -> Result<(), Error> {
+        let features = (features & self.offered) | (self.offered & PROTOCOL_FEATURES);
+        self.call("SET_FEATURES", |f| f.set_features(features))?;
+        self.call("SET_MEM_TABLE", |f| f.set_mem_table(memory))
+            .map(|_| ())
+    }
+
+    /// Starts one queue.
+    ///
+    /// # Errors
+    /// When the process refuses it.
+    pub fn start_queue(&mut self, start: &QueueStart<'_>) -> Result<(), Error> {
+        let QueueSetup { index, size, .. } = start.setup;
+        let step = |message: &str| format!("queue {index}: {message}");
+        let user = |address: u64| {
+            address.checked_add(USER_ADDRESS_OFFSET).ok_or_else(|| {
+                Error::device(&self.id, step("SET_VRING_ADDR"), "no such guest address")
+            })
+        };
+        let addresses = VringConfigData {
+            queue_max_size: QUEUE_SIZE,
+            queue_size: size,
+            flags: 0,
+            desc_table_addr: user(start.setup.descriptors)?,
+            used_ring_addr: user(start.setup.device)?,
+            avail_ring_addr: user(start.setup.driver)?,
+            log_addr: None,
+        };
+        self.call(&step("SET_VRING_NUM"), |f| f.set_vring_num(index, size))?;
+        self.call(&step("SET_VRING_BASE"), |f| {
+            f.set_vring_base(index, start.base)
+        })?;
+        self.call(&step("SET_VRING_ADDR"), |f| {
+            f.set_vring_addr(index, &addresses)
+        })?;
+        self.call(&step("SET_VRING_CALL"), |f| {
+            f.set_vring_call(index, start.call)
+        })?;
+        self.call(&step("SET_VRING_KICK"), |f| {
+            f.set_vring_kick(index, start.kick)
+        })?;
+        if self.offered & PROTOCOL_FEATURES != 0 {
+            self.call(&step("SET_VRING_ENABLE"), |f| {
+                f.set_vring_enable(index, true)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Stops one queue; returns the available index to go on from.
+    ///
+    /// # Errors
+    /// When the process does not answer properly.
+    pub fn stop_queue(&mut self, index: usize) -> Result<u16, Error> {
+        let step = format!("queue {index}: GET_VRING_BASE");
+        let base = self.call(&step, |f| f.get_vring_base(index))?;
+        Ok(base as u16)
+    }
+
+    /// The connection, for polling: anything to read outside a request means
+    /// that the process has left or misbehaves.
+    pub fn socket(&self) -> &UnixStream {
+        &self.socket
+    }
+
+    /// The back-end channel, for polling.
+    pub fn channel(&self) -> Option<RawFd> {
+        self.channel.as_ref().map(|channel| channel.as_raw_fd())
+    }
+
+    /// Handles one message of the back-end channel; true when it announced a new
+    /// configuration.
+    ///
+    /// # Errors
+    /// When the message makes no sense.
+    pub fn handle_channel(&mut self) -> Result<bool, Error> {
+        if let Some(channel) = &mut self.channel
+            && let Err(error) = channel.handle_request()
+        {
+            return Err(self.error("back-end channel", error));
+        }
+        Ok(self.changes.0.swap(false, Ordering::Relaxed))
+    }
+}

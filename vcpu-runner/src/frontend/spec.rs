@@ -1,0 +1,142 @@
+//! `--device ID,type=…,socket=…|fd=…`.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// Where a device's process is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// A unix socket to connect to.
+    Path(PathBuf),
+    /// An inherited, connected socket.
+    Fd(RawFd),
+}
+
+/// One `--device` option.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceSpec {
+    /// The device's name.
+    pub id: String,
+    /// Virtio device number (virtio 1.2 section 5).
+    pub virtio_id: u16,
+    /// Where its process is.
+    pub endpoint: Endpoint,
+    /// How many queues the guest sees; all that the process has if not given.
+    pub queues: Option<usize>,
+}
+
+/// Names of common device types, their numbers, and how many queues a process
+/// without multi-queue support has.
+const TYPES: [(&str, u16, usize); 3] = [("net", 1, 2), ("block", 2, 1), ("console", 3, 2)];
+
+impl DeviceSpec {
+    /// How many queues a process has that cannot tell.
+    pub fn default_queues(&self) -> usize {
+        TYPES
+            .iter()
+            .find(|t| t.1 == self.virtio_id)
+            .map_or(1, |t| t.2)
+    }
+}
+
+impl FromStr for DeviceSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(',');
+        let id = parts.next().unwrap_or_default().to_owned();
+        if id.is_empty() || id.contains('=') {
+            return Err("it begins with the device's name: ID,type=…".into());
+        }
+        let (mut virtio_id, mut endpoint, mut queues) = (None, None, None);
+        for part in parts {
+            let (key, value) = part
+                .split_once('=')
+                .ok_or_else(|| format!("{part:?} is not key=value"))?;
+            let given_before = match key {
+                "type" => virtio_id.replace(device_type(value)?).is_some(),
+                "socket" => endpoint
+                    .replace(Endpoint::Path(socket_path(value)?))
+                    .is_some(),
+                "fd" => endpoint
+                    .replace(Endpoint::Fd(number(key, value)?))
+                    .is_some(),
+                "queues" => queues.replace(number(key, value)?).is_some(),
+                _ => return Err(format!("{key:?} is none of type, socket, fd, queues")),
+            };
+            if given_before {
+                return Err(format!("{key} is given twice, or socket and fd both"));
+            }
+        }
+        Ok(DeviceSpec {
+            id,
+            virtio_id: virtio_id.ok_or("type= is missing")?,
+            endpoint: endpoint.ok_or("socket= or fd= is missing")?,
+            queues,
+        })
+    }
+}
+
+fn device_type(text: &str) -> Result<u16, String> {
+    if let Some(known) = TYPES.iter().find(|t| t.0 == text) {
+        return Ok(known.1);
+    }
+    match text.parse() {
+        // PCI device IDs end at 0x107f, so numbers end at 63.
+        Ok(number @ 1..=63) => Ok(number),
+        _ => Err(format!(
+            "{text:?} is no device type: net, block, console, or a number from 1 to 63"
+        )),
+    }
+}
+
+fn number<T: FromStr>(key: &str, text: &str) -> Result<T, String> {
+    text.parse()
+        .map_err(|_| format!("{key}={text} is not a number"))
+}
+
+/// A path that fits into `struct sockaddr_un` (unix(7)).
+///
+/// # Errors
+/// When it is too long.
+pub fn socket_path(text: &str) -> Result<PathBuf, String> {
+    const LONGEST: usize = 107;
+    if text.is_empty() || text.len() > LONGEST {
+        return Err(format!(
+            "a socket path has 1 to {LONGEST} bytes, not {}",
+            text.len()
+        ));
+    }
+    Ok(PathBuf::from(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_parsed() {
+        let spec: DeviceSpec = "disk0,type=block,socket=/run/d,queues=4".parse().unwrap();
+        assert_eq!((spec.virtio_id, spec.queues), (2, Some(4)));
+        assert_eq!(spec.endpoint, Endpoint::Path("/run/d".into()));
+        let spec: DeviceSpec = "x,type=26,fd=7".parse().unwrap();
+        assert_eq!((spec.virtio_id, spec.default_queues()), (26, 1));
+        for bad in [
+            "",
+            "type=block,fd=1",
+            "a,fd=1",
+            "a,type=block",
+            "a,type=blok,fd=1",
+            "a,type=64,fd=1",
+            "a,type=block,fd=x",
+            "a,type=block,fd=1,socket=/s",
+            "a,type=block,fd=1,type=net",
+            "a,type=block,fd=1,color=red",
+            "a,type=block,socket=",
+        ] {
+            assert!(bad.parse::<DeviceSpec>().is_err(), "{bad}");
+        }
+        assert!(socket_path(&"x".repeat(108)).is_err());
+    }
+}

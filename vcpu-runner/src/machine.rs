@@ -1,0 +1,430 @@
+//! The machine as a whole: sets everything up, then decides what happens next.
+//! One thread, the main one, takes all notices and carries out all commands.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
+};
+use outrigger_protocol::control::{Command, Event, MachineState, Reply, Status};
+use outrigger_protocol::exit;
+
+use crate::boot::{BootSource, cpuid};
+use crate::control::Order as ControlOrder;
+use crate::events::Events;
+use crate::frontend::session::DEADLINE;
+use crate::frontend::{Slot, Watchdog, slot};
+use crate::options::{OnReset, Options};
+use crate::pci::Function;
+use crate::pci::bus::Bus;
+use crate::pci::intx::Intx;
+use crate::pci::virtio::VirtioPci;
+use crate::trap::{self, TrapChannel};
+use crate::vcpu::io::Io;
+use crate::vcpu::state::{Control, Order};
+use crate::vcpu::{Report, Shared, Vcpu};
+use crate::vm::irq::Interrupts;
+use crate::vm::memory::Ram;
+use crate::vm::{Vm, host};
+use crate::{Error, control};
+
+/// How long a vCPU may take to stand still.
+const PARK_DEADLINE: Duration = Duration::from_secs(5);
+
+/// What reaches the machine's thread.
+enum Notice {
+    Slot(slot::Notice),
+    Platform(trap::Notice),
+    Vcpu(Report),
+    Control(ControlOrder),
+    Signal(&'static str),
+}
+
+/// How the machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct End {
+    /// The exit code, see `outrigger_protocol::exit`.
+    pub code: u8,
+    /// Why, in words.
+    pub reason: String,
+}
+
+/// A machine that is set up and stands still.
+pub struct Machine {
+    vm: Arc<Vm>,
+    shared: Arc<Shared>,
+    boot: BootSource,
+    slots: Vec<Arc<Slot>>,
+    vcpus: Vec<Arc<Control>>,
+    chips: Chips,
+    events: Events,
+    on_reset: OnReset,
+    state: MachineState,
+    resets: u64,
+    sender: Sender<Notice>,
+    notices: Receiver<Notice>,
+}
+
+impl Machine {
+    /// Sets up KVM, memory, devices and vCPUs as `options` say.
+    ///
+    /// # Errors
+    /// The first thing that does not work.
+    pub fn new(options: &Options) -> Result<Self, Error> {
+        let events = Events::open(options.events.as_deref())?;
+        let boot = BootSource::open(&options.kernel, options.initrd.as_deref(), &options.cmdline)?;
+        let kvm = host::open()?;
+        let (sender, notices) = unbounded();
+        let watchdog = Watchdog::start()?;
+        let cpus = usize::from(options.cpus);
+
+        // Handshakes are round trips to other processes: all at once, and while
+        // KVM sets up its part.
+        let (pending, vm, ram) = std::thread::scope(|scope| {
+            let handshakes: Vec<_> = options
+                .devices
+                .iter()
+                .map(|spec| scope.spawn(|| Slot::connect(spec.clone(), &watchdog)))
+                .collect();
+            let ram = Ram::new(options.memory)?;
+            let vm = Vm::new(kvm, &ram)?;
+            let pending = handshakes
+                .into_iter()
+                .map(|thread| match thread.join() {
+                    Ok(result) => result,
+                    Err(panic) => std::panic::resume_unwind(panic),
+                })
+                .collect::<Result<Vec<_>, _>>()?;
+            Ok::<_, Error>((pending, Arc::new(vm), Arc::new(ram)))
+        })?;
+        let chips = Chips::capture(&vm)?;
+        let interrupts: Arc<dyn Interrupts> = Arc::clone(&vm) as Arc<dyn Interrupts>;
+        let intx = Intx::start(Arc::clone(&interrupts))?;
+
+        let mut devices: Vec<Arc<dyn Function>> = Vec::new();
+        let mut slots = Vec::new();
+        for (index, pending) in pending.into_iter().enumerate() {
+            let device = VirtioPci::new(
+                pending.info().clone(),
+                index,
+                Arc::clone(pending.slot()) as _,
+                Arc::clone(&interrupts),
+                Arc::clone(&intx),
+            )?;
+            devices.push(Arc::clone(&device) as _);
+            let id = pending.slot().id().to_owned();
+            events.emit(&Event::DeviceConnected { id });
+            let to = sender.clone();
+            slots.push(pending.run(device, ram.vhost_regions(), send(to, Notice::Slot))?);
+        }
+        let trap = match &options.platform {
+            None => None,
+            Some(endpoint) => {
+                let trap = TrapChannel::new(cpus)?;
+                let to = send(sender.clone(), Notice::Platform);
+                trap.start(endpoint.clone(), Arc::clone(&interrupts), to)?;
+                Some(trap)
+            }
+        };
+
+        let entry = boot.load(&ram, cpus)?;
+        let shared = Arc::new(Shared {
+            ram,
+            entry: Mutex::new(entry),
+            io: Io {
+                bus: Arc::new(Bus::new(devices)),
+                trap,
+            },
+        });
+        let cpuid = cpuid::supported(vm.kvm())?;
+        let vcpus = (0..cpus)
+            .map(|index| {
+                let cpuid = cpuid::for_vcpu(&cpuid, index, cpus);
+                let to = send(sender.clone(), Notice::Vcpu);
+                Vcpu::new(&vm, index, &cpuid, Arc::clone(&shared), to)?.start()
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        if let Some(path) = &options.control {
+            control::start(path, send(sender.clone(), Notice::Control))?;
+        }
+        Ok(Machine {
+            vm,
+            shared,
+            boot,
+            slots,
+            vcpus,
+            chips,
+            events,
+            on_reset: options.on_reset,
+            state: MachineState::Running,
+            resets: 0,
+            sender,
+            notices,
+        })
+    }
+
+    /// A function that ends the machine, for a signal's thread.
+    pub fn stopper(&self) -> impl Fn(&'static str) + Send + 'static {
+        send(self.sender.clone(), Notice::Signal)
+    }
+
+    /// Runs the machine to its end.
+    ///
+    /// # Errors
+    /// When it cannot be kept in order: a vCPU that does not stand still, a
+    /// reset that fails.
+    pub fn run(mut self) -> Result<End, Error> {
+        self.events.emit(&Event::Started {
+            vcpus: self.vcpus.len(),
+        });
+        // All registers start from what a reset sets.
+        self.order(Order::Reset);
+        loop {
+            // The sender is ours as well, so the channel never closes.
+            let Ok(notice) = self.notices.recv() else {
+                return Ok(end(exit::FAILURE, "nobody is left"));
+            };
+            if let Some(end) = self.notice(notice)? {
+                self.state = MachineState::Stopped;
+                self.order(Order::Stop);
+                for (vcpu, control) in self.vcpus.iter().enumerate() {
+                    control.wait_still(vcpu, PARK_DEADLINE)?;
+                }
+                self.events.emit(&Event::Stopped {
+                    code: end.code,
+                    reason: end.reason.clone(),
+                });
+                return Ok(end);
+            }
+        }
+    }
+
+    fn notice(&mut self, notice: Notice) -> Result<Option<End>, Error> {
+        match notice {
+            Notice::Slot(slot::Notice::DriverOk(id, queues)) => {
+                self.events.emit(&Event::DriverOk { id, queues });
+                Ok(None)
+            }
+            Notice::Slot(slot::Notice::Lost(id, reason)) => {
+                let lost = format!("device {id} is lost: {reason}");
+                self.events.emit(&Event::DeviceLost { id, reason });
+                Ok(Some(end(exit::DEVICE_LOST, lost)))
+            }
+            Notice::Platform(notice) => self.platform(notice),
+            Notice::Vcpu(report) => match report {
+                Report::Reset => self.guest_reset(),
+                Report::PowerOff => Ok(Some(powered_off())),
+                Report::TripleFault => Ok(Some(end(
+                    exit::GUEST_FAILED,
+                    "the guest died by a triple fault",
+                ))),
+                Report::Fatal(why) => Ok(Some(end(exit::FAILURE, why))),
+            },
+            Notice::Control(order) => self.control(order),
+            Notice::Signal(name) => Ok(Some(end(exit::POWERED_OFF, name))),
+        }
+    }
+
+    fn platform(&mut self, notice: trap::Notice) -> Result<Option<End>, Error> {
+        let id = "platform".to_owned();
+        match notice {
+            trap::Notice::Connected => {
+                self.events.emit(&Event::DeviceConnected { id });
+                Ok(None)
+            }
+            trap::Notice::Lost(reason, for_good) => {
+                let lost = format!("the platform process is lost: {reason}");
+                self.events.emit(&Event::DeviceLost { id, reason });
+                Ok(for_good.then(|| end(exit::DEVICE_LOST, lost)))
+            }
+            trap::Notice::PowerOff => Ok(Some(powered_off())),
+            trap::Notice::Reset => self.guest_reset(),
+            trap::Notice::Exit(code) => {
+                self.events.emit(&Event::GuestExit { code });
+                Ok(Some(match code {
+                    0 => end(exit::POWERED_OFF, "the guest is done"),
+                    _ => end(
+                        exit::GUEST_FAILED,
+                        format!("the guest failed with code {code}"),
+                    ),
+                }))
+            }
+        }
+    }
+
+    fn control(&mut self, order: ControlOrder) -> Result<Option<End>, Error> {
+        let result = match order.command {
+            Command::Status {} => Ok(None),
+            Command::Pause {} => self.pause().map(|()| None),
+            Command::Resume {} => self.resume().map(|()| None),
+            Command::Reset {} => self.reset("control").map(|()| None),
+            Command::Stop {} => Ok(Some(end(exit::POWERED_OFF, "stopped by command"))),
+        };
+        let reply = match &result {
+            Ok(_) if matches!(order.command, Command::Status {}) => Reply {
+                status: Some(self.status()),
+                ..Reply::ok()
+            },
+            Ok(_) => Reply::ok(),
+            Err(error) => Reply::error(error.to_string()),
+        };
+        // A client that has gone needs no answer.
+        let _ = order.reply.send(reply);
+        // A failed command is its client's matter; the machine goes on.
+        Ok(result.unwrap_or(None))
+    }
+
+    fn status(&self) -> Status {
+        Status {
+            state: self.state,
+            vcpus: self.vcpus.len(),
+            memory: self.shared.ram.size(),
+            resets: self.resets,
+            devices: self.slots.iter().map(|slot| slot.status()).collect(),
+        }
+    }
+
+    fn order(&self, order: Order) {
+        for (vcpu, control) in self.vcpus.iter().enumerate() {
+            control.order(order);
+            if let Some(trap) = &self.shared.io.trap {
+                trap.kick(vcpu);
+            }
+        }
+    }
+
+    fn park(&self) -> Result<(), Error> {
+        self.order(Order::Park);
+        for (vcpu, control) in self.vcpus.iter().enumerate() {
+            control.wait_still(vcpu, PARK_DEADLINE)?;
+        }
+        Ok(())
+    }
+
+    /// Gives every slot an order and waits for all of them. A process that does
+    /// not answer is cut off by the watchdog, which counts as an answer.
+    fn order_slots(&self, order: impl Fn(&Slot) -> Receiver<()>) {
+        let waits: Vec<_> = self.slots.iter().map(|slot| order(slot)).collect();
+        for (slot, wait) in self.slots.iter().zip(waits) {
+            if wait.recv_timeout(2 * DEADLINE).is_err() {
+                tracing::error!("device {}: its slot does not answer", slot.id());
+            }
+        }
+    }
+
+    fn pause(&mut self) -> Result<(), Error> {
+        if self.state == MachineState::Running {
+            self.park()?;
+            self.order_slots(Slot::pause);
+            self.state = MachineState::Paused;
+            self.events.emit(&Event::Paused);
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        if self.state == MachineState::Paused {
+            self.order_slots(Slot::resume);
+            self.order(Order::Run);
+            self.state = MachineState::Running;
+            self.events.emit(&Event::Resumed);
+        }
+        Ok(())
+    }
+
+    fn guest_reset(&mut self) -> Result<Option<End>, Error> {
+        if self.on_reset == OnReset::Exit {
+            return Ok(Some(end(exit::GUEST_RESET, "the guest asked for a reset")));
+        }
+        self.reset("guest")?;
+        Ok(None)
+    }
+
+    /// Everything back to power-on, then the guest boots again. A paused machine
+    /// runs afterwards.
+    fn reset(&mut self, by: &str) -> Result<(), Error> {
+        self.park()?;
+        self.order_slots(Slot::stop);
+        self.shared.io.bus.reset();
+        if let Some(trap) = &self.shared.io.trap {
+            trap.reset();
+        }
+        self.shared.ram.clear()?;
+        self.chips.restore(&self.vm)?;
+        let entry = self.boot.load(&self.shared.ram, self.vcpus.len())?;
+        *self
+            .shared
+            .entry
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = entry;
+        self.order(Order::Reset);
+        self.state = MachineState::Running;
+        self.resets += 1;
+        self.events.emit(&Event::Reset { by: by.to_owned() });
+        Ok(())
+    }
+}
+
+fn send<T: Send + 'static>(
+    sender: Sender<Notice>,
+    wrap: impl Fn(T) -> Notice + Send + 'static,
+) -> impl Fn(T) + Send + 'static {
+    move |what| {
+        // Fails only when the machine has ended.
+        let _ = sender.send(wrap(what));
+    }
+}
+
+fn end(code: u8, reason: impl Into<String>) -> End {
+    End {
+        code,
+        reason: reason.into(),
+    }
+}
+
+fn powered_off() -> End {
+    end(exit::POWERED_OFF, "the guest powered off")
+}
+
+/// The kernel's interrupt controllers and timer at power-on.
+struct Chips {
+    irqchips: Vec<kvm_irqchip>,
+    pit: kvm_pit_state2,
+}
+
+impl Chips {
+    fn capture(vm: &Vm) -> Result<Self, Error> {
+        let irqchips = [
+            KVM_IRQCHIP_PIC_MASTER,
+            KVM_IRQCHIP_PIC_SLAVE,
+            KVM_IRQCHIP_IOAPIC,
+        ]
+        .into_iter()
+        .map(|chip_id| {
+            let mut chip = kvm_irqchip {
+                chip_id,
+                ..Default::default()
+            };
+            vm.fd()
+                .get_irqchip(&mut chip)
+                .map_err(Error::kvm("KVM_GET_IRQCHIP"))?;
+            Ok(chip)
+        })
+        .collect::<Result<_, Error>>()?;
+        let pit = vm.fd().get_pit2().map_err(Error::kvm("KVM_GET_PIT2"))?;
+        Ok(Chips { irqchips, pit })
+    }
+
+    fn restore(&self, vm: &Vm) -> Result<(), Error> {
+        for chip in &self.irqchips {
+            vm.fd()
+                .set_irqchip(chip)
+                .map_err(Error::kvm("KVM_SET_IRQCHIP"))?;
+        }
+        vm.fd()
+            .set_pit2(&self.pit)
+            .map_err(Error::kvm("KVM_SET_PIT2"))
+    }
+}

@@ -1,0 +1,86 @@
+//! What the runner may do once it is set up. It keeps its place in the host (it
+//! must reach sockets by path again), so this is its whole sandbox: no new
+//! privileges, and no system call but these.
+
+use outrigger_sandbox::{BASE, Check, Policy, Rule, SOCKET};
+
+// Requests of linux/kvm.h, of which crate kvm-ioctls keeps the numbers private.
+const KVM_RUN: u32 = 0xae80;
+const KVM_IRQFD: u32 = 0x4020_ae76;
+const KVM_IOEVENTFD: u32 = 0x4040_ae79;
+const KVM_IRQ_LINE: u32 = 0x4008_ae61;
+const KVM_SET_GSI_ROUTING: u32 = 0x4008_ae6a;
+const KVM_SET_IRQCHIP: u32 = 0x8208_ae63;
+const KVM_SET_PIT2: u32 = 0x4070_aea0;
+const KVM_GET_REGS: u32 = 0x8090_ae81;
+const KVM_SET_REGS: u32 = 0x4090_ae82;
+const KVM_GET_SREGS: u32 = 0x8138_ae83;
+const KVM_SET_SREGS: u32 = 0x4138_ae84;
+const KVM_SET_MSRS: u32 = 0x4008_ae89;
+const KVM_SET_FPU: u32 = 0x41a0_ae8d;
+const KVM_SET_LAPIC: u32 = 0x4400_ae8f;
+const KVM_SET_MP_STATE: u32 = 0x4004_ae99;
+const KVM_SET_VCPU_EVENTS: u32 = 0x4040_aea0;
+const KVM_SET_DEBUGREGS: u32 = 0x4080_aea2;
+
+const OWN: &[Rule] = &[
+    Rule::when(
+        libc::SYS_ioctl,
+        &[Check::OneOf(
+            1,
+            &[
+                KVM_RUN,
+                KVM_IRQFD,
+                KVM_SET_GSI_ROUTING,
+                KVM_IOEVENTFD,
+                KVM_IRQ_LINE,
+                // A reset, and what is printed when a vCPU cannot go on.
+                KVM_SET_IRQCHIP,
+                KVM_SET_PIT2,
+                KVM_GET_REGS,
+                KVM_SET_REGS,
+                KVM_GET_SREGS,
+                KVM_SET_SREGS,
+                KVM_SET_MSRS,
+                KVM_SET_FPU,
+                KVM_SET_LAPIC,
+                KVM_SET_MP_STATE,
+                KVM_SET_VCPU_EVENTS,
+                KVM_SET_DEBUGREGS,
+            ],
+        )],
+    ),
+    // The kernel and initrd are read again at a reset, and RAM is cleared.
+    Rule::any(libc::SYS_pread64),
+    Rule::any(libc::SYS_lseek),
+    Rule::any(libc::SYS_fstat),
+    Rule::any(libc::SYS_fallocate),
+    // A device process that comes back is connected to again, by path.
+    Rule::when(
+        libc::SYS_socket,
+        &[Check::OneOf(0, &[libc::AF_UNIX as u32])],
+    ),
+    Rule::any(libc::SYS_connect),
+    // Control clients.
+    Rule::any(libc::SYS_accept4),
+    // The signal thread.
+    Rule::any(libc::SYS_rt_sigtimedwait),
+];
+
+/// The runner's policy.
+pub fn policy() -> Policy {
+    Policy {
+        process: "vcpu-runner",
+        syscalls: &[BASE, SOCKET, OWN],
+        keep_network: true,
+        max_files: 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_policy_is_a_filter() {
+        super::policy().check().unwrap();
+    }
+}

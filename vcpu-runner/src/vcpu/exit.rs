@@ -1,0 +1,203 @@
+//! What KVM_RUN came back with, as what is to be done (KVM API documentation,
+//! section 5, "The kvm_run structure").
+
+use kvm_bindings::{
+    KVM_EXIT_DEBUG, KVM_EXIT_EXCEPTION, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR,
+    KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO,
+    KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_CRASH,
+    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
+};
+
+/// What is to be done.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Exit<'a> {
+    /// Fill `data` from `port`, `size` bytes at a time.
+    PortRead {
+        /// Port number.
+        port: u16,
+        /// 1, 2 or 4 bytes.
+        size: usize,
+        /// Room for one item or, from a string instruction, several.
+        data: &'a mut [u8],
+    },
+    /// Write `data` to `port`, `size` bytes at a time.
+    PortWrite {
+        /// Port number.
+        port: u16,
+        /// 1, 2 or 4 bytes.
+        size: usize,
+        /// One item or several.
+        data: &'a [u8],
+    },
+    /// Fill `data` from memory that is not RAM.
+    MemoryRead {
+        /// Guest-physical address.
+        address: u64,
+        /// 1 to 8 bytes.
+        data: &'a mut [u8],
+    },
+    /// Write `data` to memory that is not RAM.
+    MemoryWrite {
+        /// Guest-physical address.
+        address: u64,
+        /// 1 to 8 bytes.
+        data: &'a [u8],
+    },
+    /// Nothing; run again.
+    Again,
+    /// A triple fault.
+    Shutdown,
+    /// Power off.
+    PowerOff,
+    /// Reset.
+    Reset,
+    /// This vCPU cannot go on, and why.
+    Fatal(String),
+}
+
+/// Reads the exit out of a vCPU's run area.
+pub fn decode(run: &mut kvm_run) -> Exit<'_> {
+    match run.exit_reason {
+        KVM_EXIT_IO => port(run),
+        KVM_EXIT_MMIO => memory(run),
+        KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN | KVM_EXIT_HLT => Exit::Again,
+        KVM_EXIT_SHUTDOWN => Exit::Shutdown,
+        KVM_EXIT_SYSTEM_EVENT => {
+            // SAFETY: the reason says that this member is the valid one.
+            let event = unsafe { run.__bindgen_anon_1.system_event.type_ };
+            match event {
+                KVM_SYSTEM_EVENT_SHUTDOWN => Exit::PowerOff,
+                KVM_SYSTEM_EVENT_RESET => Exit::Reset,
+                KVM_SYSTEM_EVENT_CRASH => Exit::Fatal("the guest crashed".into()),
+                other => Exit::Fatal(format!("unknown system event {other}")),
+            }
+        }
+        KVM_EXIT_FAIL_ENTRY => {
+            // SAFETY: as above.
+            let reason = unsafe {
+                run.__bindgen_anon_1
+                    .fail_entry
+                    .hardware_entry_failure_reason
+            };
+            Exit::Fatal(format!(
+                "the hardware refuses to run the guest, reason {reason:#x}"
+            ))
+        }
+        KVM_EXIT_INTERNAL_ERROR => {
+            // SAFETY: as above.
+            let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
+            Exit::Fatal(if suberror == KVM_INTERNAL_ERROR_EMULATION {
+                "KVM internal error 1: this host's KVM cannot emulate the instruction".into()
+            } else {
+                format!("KVM internal error {suberror}")
+            })
+        }
+        KVM_EXIT_EXCEPTION | KVM_EXIT_DEBUG => Exit::Fatal("unexpected debug exit".into()),
+        other => Exit::Fatal(format!("unknown exit reason {other}")),
+    }
+}
+
+fn port(run: &mut kvm_run) -> Exit<'_> {
+    // SAFETY: the caller saw KVM_EXIT_IO, so this member is the valid one.
+    let io = unsafe { run.__bindgen_anon_1.io };
+    let size = usize::from(io.size);
+    let len = size * io.count as usize;
+    let area = std::ptr::from_mut(run).cast::<u8>();
+    // SAFETY: KVM puts the data into the same mapping, one page after the
+    // structure, and never more than a page of it.
+    let data = unsafe { std::slice::from_raw_parts_mut(area.add(io.data_offset as usize), len) };
+    if u32::from(io.direction) == KVM_EXIT_IO_IN {
+        Exit::PortRead {
+            port: io.port,
+            size,
+            data,
+        }
+    } else {
+        Exit::PortWrite {
+            port: io.port,
+            size,
+            data,
+        }
+    }
+}
+
+fn memory(run: &mut kvm_run) -> Exit<'_> {
+    // SAFETY: the caller saw KVM_EXIT_MMIO, so this member is the valid one.
+    let mmio = unsafe { &mut run.__bindgen_anon_1.mmio };
+    let len = (mmio.len as usize).min(mmio.data.len());
+    let (address, data) = (mmio.phys_addr, &mut mmio.data[..len]);
+    if mmio.is_write != 0 {
+        Exit::MemoryWrite { address, data }
+    } else {
+        Exit::MemoryRead { address, data }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(reason: u32) -> kvm_run {
+        kvm_run {
+            exit_reason: reason,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn memory_accesses_are_decoded() {
+        let mut run = run(KVM_EXIT_MMIO);
+        run.__bindgen_anon_1.mmio.phys_addr = 0xc000_0014;
+        run.__bindgen_anon_1.mmio.len = 1;
+        run.__bindgen_anon_1.mmio.is_write = 1;
+        run.__bindgen_anon_1.mmio.data = [7, 0, 0, 0, 0, 0, 0, 0];
+        let expected = Exit::MemoryWrite {
+            address: 0xc000_0014,
+            data: &[7],
+        };
+        assert_eq!(decode(&mut run), expected);
+        run.__bindgen_anon_1.mmio.is_write = 0;
+        assert!(matches!(decode(&mut run), Exit::MemoryRead { data, .. } if data.len() == 1));
+    }
+
+    #[test]
+    fn port_accesses_are_decoded_with_all_their_items() {
+        #[repr(C)]
+        struct Area {
+            run: kvm_run,
+            data: [u8; 8],
+        }
+        let mut area = Area {
+            run: run(KVM_EXIT_IO),
+            data: [1, 2, 3, 4, 5, 6, 7, 8],
+        };
+        // SAFETY: an integer-only union member, written before it is read.
+        let io = unsafe { &mut area.run.__bindgen_anon_1.io };
+        (io.port, io.size, io.count, io.direction) = (0x3f8, 2, 3, 1);
+        io.data_offset = std::mem::offset_of!(Area, data) as u64;
+        // The slice reaches beyond `run`, as it does in KVM's mapping.
+        let pointer = &raw mut area;
+        // SAFETY: the area outlives the reference and nothing else uses it.
+        let run = unsafe { &mut *pointer.cast::<kvm_run>() };
+        let expected = Exit::PortWrite {
+            port: 0x3f8,
+            size: 2,
+            data: &[1, 2, 3, 4, 5, 6],
+        };
+        assert_eq!(decode(run), expected);
+    }
+
+    #[test]
+    fn ends_are_told_apart() {
+        assert_eq!(decode(&mut run(KVM_EXIT_INTR)), Exit::Again);
+        assert_eq!(decode(&mut run(KVM_EXIT_SHUTDOWN)), Exit::Shutdown);
+        let mut event = run(KVM_EXIT_SYSTEM_EVENT);
+        event.__bindgen_anon_1.system_event.type_ = KVM_SYSTEM_EVENT_RESET;
+        assert_eq!(decode(&mut event), Exit::Reset);
+        assert!(matches!(decode(&mut run(12345)), Exit::Fatal(_)));
+        assert!(matches!(
+            decode(&mut run(KVM_EXIT_INTERNAL_ERROR)),
+            Exit::Fatal(_)
+        ));
+    }
+}

@@ -1,0 +1,276 @@
+//! Guest RAM: sealed memfds that the runner maps and every device process maps
+//! again. Nothing is allocated before the guest touches it.
+
+use std::os::fd::AsRawFd;
+use std::str::FromStr;
+
+use memfd::{FileSeal, HugetlbSize, MemfdOptions};
+use outrigger_protocol::memory::USER_ADDRESS_OFFSET;
+use rustix::fs::FallocateFlags;
+use rustix::mm::Advice;
+use vhost::VhostUserMemoryRegionInfo;
+use vm_memory::{
+    Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion,
+};
+
+use crate::Error;
+use crate::layout::{HIGH_RAM, LOW_RAM_END};
+
+/// Guest memory, addressed by guest-physical address.
+pub type GuestMemory = GuestMemoryMmap<()>;
+
+const MIB: u64 = 1 << 20;
+/// The least RAM that leaves room for boot structures and a small kernel.
+const MINIMUM: u64 = 8 * MIB;
+
+/// Pages behind guest RAM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pages {
+    /// Ordinary pages.
+    #[default]
+    Small,
+    /// Ordinary pages that the kernel may join (transparent huge pages).
+    Transparent,
+    /// From the pool of 2 MiB pages.
+    Huge2M,
+    /// From the pool of 1 GiB pages.
+    Huge1G,
+}
+
+impl Pages {
+    fn size(self) -> u64 {
+        match self {
+            Pages::Small | Pages::Transparent => 4096,
+            Pages::Huge2M => 2 * MIB,
+            Pages::Huge1G => 1024 * MIB,
+        }
+    }
+}
+
+/// `--memory SIZE[,hugepages=2M|1G|thp]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemorySpec {
+    /// Size in bytes.
+    pub size: u64,
+    /// Kind of pages.
+    pub pages: Pages,
+}
+
+impl FromStr for MemorySpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(',');
+        let size = parse_size(parts.next().unwrap_or_default())?;
+        let mut pages = None;
+        for part in parts {
+            let value = match part.split_once('=') {
+                Some(("hugepages", "2M")) => Pages::Huge2M,
+                Some(("hugepages", "1G")) => Pages::Huge1G,
+                Some(("hugepages", "thp")) => Pages::Transparent,
+                _ => return Err(format!("{part:?} is not hugepages=2M|1G|thp")),
+            };
+            if pages.replace(value).is_some() {
+                return Err("hugepages is given twice".into());
+            }
+        }
+        let pages = pages.unwrap_or_default();
+        if size < MINIMUM {
+            return Err(format!("less than {} MiB", MINIMUM / MIB));
+        }
+        if size % pages.size() != 0 {
+            return Err(format!("no multiple of {} bytes", pages.size()));
+        }
+        Ok(MemorySpec { size, pages })
+    }
+}
+
+/// A size in bytes: a number, perhaps with K, M, G or T.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().next_back() {
+        Some((at, 'K' | 'k')) => (&text[..at], 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 30),
+        Some((at, 'T' | 't')) => (&text[..at], 40),
+        _ => (text, 0),
+    };
+    let bad = || format!("{text:?} is not a size such as 512M");
+    let number: u64 = digits.parse().map_err(|_| bad())?;
+    number.checked_mul(1 << shift).ok_or_else(bad)
+}
+
+/// Guest RAM.
+pub struct Ram {
+    memory: GuestMemory,
+    size: u64,
+}
+
+impl Ram {
+    /// Creates and maps RAM: up to 3 GiB below the hole, the rest beyond 4 GiB.
+    ///
+    /// # Errors
+    /// When the host has no such memory, or not enough huge pages.
+    pub fn new(spec: MemorySpec) -> Result<Self, Error> {
+        let low = spec.size.min(LOW_RAM_END);
+        let mut ranges = vec![(0, low)];
+        if spec.size > low {
+            ranges.push((HIGH_RAM, spec.size - low));
+        }
+        let error = |why: String| Error::Memory {
+            bytes: spec.size,
+            why,
+        };
+        let regions = ranges
+            .into_iter()
+            .map(|(start, size)| region(start, size, spec.pages).map_err(error))
+            .collect::<Result<Vec<_>, _>>()?;
+        let memory = GuestMemory::from_regions(regions).map_err(|e| error(e.to_string()))?;
+        Ok(Ram {
+            memory,
+            size: spec.size,
+        })
+    }
+
+    /// The mapped memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// End of the RAM below the hole.
+    pub fn low_end(&self) -> u64 {
+        self.size.min(LOW_RAM_END)
+    }
+
+    /// All RAM as the guest's memory map: start and size in bytes.
+    pub fn ranges(&self) -> Vec<(u64, u64)> {
+        self.memory
+            .iter()
+            .map(|region| (region.start_addr().raw_value(), region.len()))
+            .collect()
+    }
+
+    /// The memory table for a vhost-user back end.
+    pub fn vhost_regions(&self) -> Vec<VhostUserMemoryRegionInfo> {
+        self.memory
+            .iter()
+            .filter_map(|region| {
+                let file = region.file_offset()?;
+                let start = region.start_addr().raw_value();
+                Some(VhostUserMemoryRegionInfo {
+                    guest_phys_addr: start,
+                    memory_size: region.len(),
+                    userspace_addr: start + USER_ADDRESS_OFFSET,
+                    mmap_offset: file.start(),
+                    mmap_handle: file.file().as_raw_fd(),
+                })
+            })
+            .collect()
+    }
+
+    /// Makes all RAM read as zeros and gives its pages back, for a reset.
+    ///
+    /// # Errors
+    /// fallocate(2)'s.
+    pub fn clear(&self) -> Result<(), Error> {
+        for region in self.memory.iter() {
+            let Some(file) = region.file_offset() else {
+                continue;
+            };
+            let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            rustix::fs::fallocate(file.file(), mode, file.start(), region.len())
+                .map_err(|e| Error::io("clearing guest memory")(e.into()))?;
+        }
+        Ok(())
+    }
+}
+
+fn region(start: u64, size: u64, pages: Pages) -> Result<GuestRegionMmap<()>, String> {
+    let hugetlb = match pages {
+        Pages::Huge2M => Some(HugetlbSize::Huge2MB),
+        Pages::Huge1G => Some(HugetlbSize::Huge1GB),
+        Pages::Small | Pages::Transparent => None,
+    };
+    let memfd = MemfdOptions::default()
+        .allow_sealing(true)
+        .close_on_exec(true)
+        .hugetlb(hugetlb)
+        .create("outrigger-ram")
+        .map_err(|e| format!("memfd_create: {e}"))?;
+    memfd
+        .as_file()
+        .set_len(size)
+        .map_err(|e| format!("ftruncate: {e}"))?;
+    // A file that shrinks under a mapping is a SIGBUS in every process.
+    for seal in [FileSeal::SealShrink, FileSeal::SealGrow, FileSeal::SealSeal] {
+        memfd.add_seal(seal).map_err(|e| format!("seal: {e}"))?;
+    }
+    let length = usize::try_from(size).map_err(|_| "too large".to_string())?;
+    let mapping = MmapRegion::from_file(FileOffset::new(memfd.into_file(), 0), length)
+        .map_err(|e| format!("mmap: {e}"))?;
+    if pages == Pages::Transparent {
+        // SAFETY: the range is the mapping just made, and advice changes no content.
+        unsafe { rustix::mm::madvise(mapping.as_ptr().cast(), length, Advice::LinuxHugepage) }
+            .map_err(|e| format!("madvise: {e}"))?;
+    }
+    GuestRegionMmap::new(mapping, GuestAddress(start)).ok_or_else(|| "too large".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn sizes_are_parsed() {
+        let spec = |text: &str| text.parse::<MemorySpec>();
+        assert_eq!(spec("512M").unwrap().size, 512 * MIB);
+        assert_eq!(spec("6G,hugepages=thp").unwrap().pages, Pages::Transparent);
+        for bad in [
+            "",
+            "M",
+            "1",
+            "4M",
+            "512M,",
+            "512M,hugepages=3M",
+            "513M,hugepages=2M",
+            "99999999999T",
+            "64M,hugepages=2M,hugepages=2M",
+        ] {
+            assert!(spec(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ram_has_a_hole_below_four_gibibytes_and_costs_nothing_untouched() {
+        let ram = Ram::new("6G".parse().unwrap()).unwrap();
+        assert_eq!(
+            ram.ranges(),
+            [(0, LOW_RAM_END), (HIGH_RAM, (6 << 30) - LOW_RAM_END)]
+        );
+        let last = GuestAddress(HIGH_RAM + (3 << 30) - 8);
+        ram.memory().write_obj(0x1234_5678_u64, last).unwrap();
+        assert_eq!(ram.memory().read_obj::<u64>(last).unwrap(), 0x1234_5678);
+        assert!(
+            ram.memory()
+                .read_obj::<u8>(GuestAddress(LOW_RAM_END))
+                .is_err()
+        );
+        ram.clear().unwrap();
+        assert_eq!(ram.memory().read_obj::<u64>(last).unwrap(), 0);
+    }
+
+    #[test]
+    fn ram_is_sealed_against_resizing() {
+        let ram = Ram::new("64M".parse().unwrap()).unwrap();
+        let region = ram.memory().iter().next().unwrap();
+        let file = region.file_offset().unwrap().file();
+        assert!(file.set_len(4096).is_err());
+        assert!(file.set_len(1 << 30).is_err());
+    }
+}
