@@ -1,11 +1,12 @@
 //! Descriptors that others made.
 
 use std::io;
-use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
-/// Takes over a descriptor that the parent left open for us.
+/// Takes over a descriptor that the parent left open for us; of the standard
+/// three, a duplicate.
 ///
 /// # Errors
 /// `EBADF` when there is none.
@@ -13,6 +14,12 @@ pub fn inherit(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: fcntl(F_GETFD) only looks at the number.
     if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
         return Err(io::Error::last_os_error());
+    }
+    if fd <= libc::STDERR_FILENO {
+        // Standard output and its like stay what they are for everybody else.
+        // SAFETY: it is open, and stays so for the length of the borrow.
+        let shared = unsafe { BorrowedFd::borrow_raw(fd) };
+        return Ok(rustix::io::fcntl_dupfd_cloexec(shared, 3)?);
     }
     // SAFETY: it is open, and the command line says that it is ours.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };

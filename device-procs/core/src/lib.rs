@@ -29,4 +29,4 @@ pub use memory::GuestMemory;
 pub use outrigger_cli::fd;
 pub use poller::Poller;
 pub use ring::Ring;
-pub use serve::{Program, run};
+pub use serve::{Program, run, run_with};

@@ -70,11 +70,25 @@ pub fn run(
     capabilities: &serde_json::Value,
     build: impl FnOnce() -> anyhow::Result<Program>,
 ) -> ExitCode {
+    run_with(name, common, capabilities, || serve(common, build))
+}
+
+/// [`run`] for a program with a serve loop of its own: prints the capabilities
+/// or starts the log and serves. Returns 0 when `serve` has come to its end, and 1
+/// on an error, which is printed as one line.
+pub fn run_with(
+    name: &'static str,
+    common: &Common,
+    capabilities: &serde_json::Value,
+    serve: impl FnOnce() -> anyhow::Result<()>,
+) -> ExitCode {
     if common.print_capabilities {
         println!("{capabilities}");
         return ExitCode::SUCCESS;
     }
-    match serve(common, build) {
+    let started = outrigger_cli::logging::start(common.log_format, &common.log_level)
+        .map_err(anyhow::Error::msg);
+    match started.and_then(|()| serve()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{name}: {error:#}");
@@ -84,8 +98,6 @@ pub fn run(
 }
 
 fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> anyhow::Result<()> {
-    outrigger_cli::logging::start(common.log_format, &common.log_level)
-        .map_err(anyhow::Error::msg)?;
     let mut listener = Listener::new(common)?;
     let ready = Ready::new(common)?;
     let Program {
@@ -131,7 +143,10 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
 }
 
 /// Everything of the sandbox that must come before the first thread.
-fn confine(policy: &Policy, mode: Mode) -> anyhow::Result<()> {
+///
+/// # Errors
+/// When the process is not isolated as well as this host allows.
+pub fn confine(policy: &Policy, mode: Mode) -> anyhow::Result<()> {
     let isolation = outrigger_sandbox::isolate(policy, mode)?;
     if mode == Mode::Off || isolation.refused.is_some() {
         tracing::warn!("{isolation}");
@@ -180,13 +195,13 @@ fn serve_one(
     let peeker = stream.try_clone().map_err(VhostError::SocketError)?;
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(session));
     loop {
-        let Some(next) = peek(&peeker).map_err(VhostError::SocketError)? else {
+        let Some(mut next) = peek(&peeker).map_err(VhostError::SocketError)? else {
             return Ok(());
         };
         if next.request == SET_BACKEND_REQ_FD {
             description
                 .config
-                .set_channel(next.fd.map(UnixStream::from));
+                .set_channel(next.fd.take().map(UnixStream::from));
         }
         match handler.handle_request() {
             Ok(()) => {}
@@ -256,14 +271,17 @@ fn peek(stream: &UnixStream) -> io::Result<Option<NextRequest>> {
 }
 
 /// Who wants to know that the program serves.
-struct Ready {
+pub struct Ready {
     fd: Option<OwnedFd>,
     systemd: Option<UnixDatagram>,
 }
 
 impl Ready {
     /// Opens what must be open before the sandbox closes.
-    fn new(common: &Common) -> anyhow::Result<Self> {
+    ///
+    /// # Errors
+    /// One line that names what cannot be opened.
+    pub fn new(common: &Common) -> anyhow::Result<Self> {
         let fd = common
             .ready_fd
             .map(|fd| crate::fd::inherit(fd).map_err(|e| anyhow::anyhow!("--ready-fd {fd}: {e}")))
@@ -274,7 +292,8 @@ impl Ready {
         })
     }
 
-    fn announce(self) {
+    /// Says that the program serves.
+    pub fn announce(self) {
         // Nobody left to tell is no reason to stop serving.
         if let Some(fd) = self.fd {
             let _ = rustix::io::write(&fd, b"ready\n");

@@ -7,9 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use outrigger_protocol::memory::USER_ADDRESS_OFFSET;
-use vhost::vhost_user::message::{
-    VHOST_USER_CONFIG_OFFSET, VhostUserConfigFlags, VhostUserHeaderFlag,
-};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
 use vhost::vhost_user::{
     Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend, VhostUserFrontendReqHandler,
     VhostUserProtocolFeatures, VhostUserVirtioFeatures,
@@ -198,7 +196,7 @@ impl Session {
         }
         let (size, flags) = (CONFIG_LENGTH as u32, VhostUserConfigFlags::empty());
         let (_, bytes) = self.call("GET_CONFIG", |f| {
-            f.get_config(VHOST_USER_CONFIG_OFFSET, size, flags, &[0; CONFIG_LENGTH])
+            f.get_config(0, size, flags, &[0; CONFIG_LENGTH])
         })?;
         Ok(bytes)
     }
