@@ -11,7 +11,9 @@
 //! deadline: this crate is for tests only.
 
 pub mod binaries;
+pub mod disk;
 pub mod guest;
+pub mod machine;
 pub mod process;
 pub mod queue;
 pub mod ram;

@@ -14,6 +14,8 @@ pub const MAX_DESCRIPTORS: usize = 1024;
 pub struct Chain<'m> {
     /// Index of the head descriptor, which names the chain in the used ring.
     pub head: u16,
+    /// Where it was in the available ring.
+    pub(crate) position: u16,
     /// Device-readable buffers in order.
     pub readable: Buffers<'m>,
     /// Device-writable buffers in order.
@@ -25,6 +27,7 @@ impl<'m> Chain<'m> {
     /// checked here is what gets used, whatever the guest changes meanwhile.
     pub(crate) fn parse(
         queue: usize,
+        position: u16,
         mut chain: DescriptorChain<&'m GuestMemory>,
         memory: &'m GuestMemory,
     ) -> Result<Self, Error> {
@@ -64,6 +67,7 @@ impl<'m> Chain<'m> {
         }
         Ok(Chain {
             head,
+            position,
             readable,
             writable,
         })
@@ -137,11 +141,20 @@ impl<'m> Buffers<'m> {
 
     /// Copies `buf` into guest memory; returns how many bytes had room.
     pub fn copy_from(&self, buf: &[u8]) -> usize {
+        self.copy_from_at(0, buf)
+    }
+
+    /// As [`Buffers::copy_from`], behind the first `skip` bytes.
+    pub fn copy_from_at(&self, mut skip: usize, buf: &[u8]) -> usize {
         let mut done = 0;
         for slice in &self.0 {
-            let count = slice.len().min(buf.len() - done);
-            slice.copy_from(&buf[done..done + count]);
-            done += count;
+            // Fails where the slice is skipped as a whole.
+            if let Ok(rest) = slice.offset(skip.min(slice.len())) {
+                let count = rest.len().min(buf.len() - done);
+                rest.copy_from(&buf[done..done + count]);
+                done += count;
+            }
+            skip = skip.saturating_sub(slice.len());
         }
         done
     }
@@ -189,5 +202,18 @@ mod tests {
         let mut after = [0; 8];
         memory.read_slice(&mut after, GuestAddress(0x10)).unwrap();
         assert_eq!(&after, b"abcdefgZ");
+    }
+
+    #[test]
+    fn bytes_are_put_behind_others() {
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
+        let all = slices(&memory, &[(0, 3), (3, 2), (5, 3)]);
+        assert_eq!(all.copy_from_at(2, b"abcd"), 4);
+        assert_eq!(all.copy_from_at(7, b"yz"), 1);
+        assert_eq!(all.copy_from_at(8, b"yz"), 0);
+        assert_eq!(all.copy_from_at(100, b"yz"), 0);
+        let mut after = [0; 8];
+        memory.read_slice(&mut after, GuestAddress(0)).unwrap();
+        assert_eq!(&after, b"\0\0abcd\0y");
     }
 }

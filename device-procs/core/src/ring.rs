@@ -2,9 +2,11 @@
 //! descriptors through which driver and device wake each other.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::memory::MemoryTable;
 use crate::{Chain, Error, GuestMemory};
@@ -49,6 +51,8 @@ pub struct Ring {
     budget: u32,
     starved: bool,
     pushed: bool,
+    /// Used index up to which the driver has been told.
+    announced: u16,
 }
 
 impl Ring {
@@ -75,6 +79,7 @@ impl Ring {
             budget: 0,
             starved: false,
             pushed: false,
+            announced: 0,
         })
     }
 
@@ -172,6 +177,7 @@ impl Ring {
             .used_idx(memory, Ordering::Acquire)
             .map_err(misplaced)?;
         self.queue.set_next_used(used.0);
+        self.announced = used.0;
         Ok(())
     }
 
@@ -240,11 +246,33 @@ impl Ring {
             }
         }
         if std::mem::take(&mut self.pushed) {
-            match self.queue.needs_notification(memory) {
+            match self.wants_interrupt(memory) {
                 Ok(true) => self.signal(),
                 Ok(false) => {}
                 Err(error) => self.corrupt(&error),
             }
+        }
+    }
+
+    /// Whether the driver wants an interrupt for what was completed since the
+    /// last time that this was asked (virtio 1.2 section 2.7.7).
+    fn wants_interrupt(&mut self, memory: &GuestMemory) -> Result<bool, virtio_queue::Error> {
+        // The used index must be visible before the driver's wish is read.
+        fence(Ordering::SeqCst);
+        let available = self.queue.avail_ring();
+        let load = |offset: u64| {
+            memory
+                .load(GuestAddress(available + offset), Ordering::Relaxed)
+                .map(u16::from_le)
+                .map_err(virtio_queue::Error::GuestMemory)
+        };
+        let new = self.queue.next_used();
+        let old = std::mem::replace(&mut self.announced, new);
+        if self.queue.event_idx_enabled() {
+            let event = load(4 + 2 * u64::from(self.queue.size()))?;
+            Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
+        } else {
+            Ok(u32::from(load(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
         }
     }
 
@@ -278,7 +306,8 @@ impl Ring {
                 return None;
             };
             let head = next.head_index();
-            match Chain::parse(self.index, next, memory) {
+            let position = self.queue.next_avail().wrapping_sub(1);
+            match Chain::parse(self.index, position, next, memory) {
                 Ok(chain) => return Some(chain),
                 Err(error) => {
                     tracing::warn!("{error}");
@@ -289,19 +318,50 @@ impl Ring {
         None
     }
 
-    /// Puts the chain popped last back, as if it had never been taken.
-    pub fn unpop(&mut self) {
-        let next = self.queue.next_avail().wrapping_sub(1);
-        self.queue.set_next_avail(next);
+    /// Puts `chain`, and all that was popped after it, back, as if it had never
+    /// been taken. None of it may have been pushed.
+    pub fn unpop(&mut self, chain: &Chain<'_>) {
+        self.queue.set_next_avail(chain.position);
+        self.starved = false;
     }
 
     /// Completes the request with head `head`, into whose writable buffers
     /// `written` bytes went.
     pub fn push(&mut self, memory: &GuestMemory, head: u16, written: u32) {
-        match self.queue.add_used(memory, head, written) {
+        self.push_all(memory, &[(head, written)]);
+    }
+
+    /// Completes several requests, which the driver gets to see all at once.
+    pub fn push_all(&mut self, memory: &GuestMemory, completed: &[(u16, u32)]) {
+        match self.try_push(memory, completed) {
             Ok(()) => self.pushed = true,
             Err(error) => self.corrupt(&error),
         }
+    }
+
+    fn try_push(
+        &mut self,
+        memory: &GuestMemory,
+        completed: &[(u16, u32)],
+    ) -> Result<(), virtio_queue::Error> {
+        let size = self.queue.size();
+        let used = self.queue.used_ring();
+        let mut next = self.queue.next_used();
+        for &(head, written) in completed {
+            if head >= size {
+                return Err(virtio_queue::Error::InvalidDescriptorIndex);
+            }
+            let at = used + 4 + 8 * u64::from(next % size);
+            let element = [u32::from(head).to_le(), written.to_le()];
+            memory
+                .write_obj(element, GuestAddress(at))
+                .map_err(virtio_queue::Error::GuestMemory)?;
+            next = next.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
+        memory
+            .store(next.to_le(), GuestAddress(used + 2), Ordering::Release)
+            .map_err(virtio_queue::Error::GuestMemory)
     }
 
     fn corrupt(&mut self, error: &virtio_queue::Error) {

@@ -44,6 +44,7 @@ fn run(guest: &Guest, job: &str, completion: Completion) -> Result<(), String> {
     if places == 0 {
         return Err(format!("{job}: the disk is too small"));
     }
+    line!("{job}: ready");
     let interrupts = vector.count();
     let mut times = Times::default();
     let (mut submitted, mut before) = (0, irq::cycles());

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# What `outrigger run` does, in plain shell with the separate programs: a disk, an
+# isolated network, a console on this terminal and the platform, each a process
+# that listens on a socket, and then the runner, which connects to them.
+#
+#   examples/launch.sh KERNEL DISK [runner options…]
+#
+# for example
+#
+#   examples/launch.sh vmlinux disk.img --initrd initramfs.cpio --memory 256M
+set -euo pipefail
+
+[ $# -ge 2 ] || { echo "usage: launch.sh KERNEL DISK [runner options…]" >&2; exit 2; }
+kernel=$1 disk=$2
+shift 2
+bin=${OUTRIGGER_BIN:-$(dirname "$0")/../target/release}
+
+dir=$(mktemp -d)
+pids=()
+cleanup() {
+    kill "${pids[@]}" 2>/dev/null || true
+    wait 2>/dev/null || true
+    rm -rf "$dir"
+}
+trap cleanup EXIT
+
+# Each writes a line to its --ready-fd once it serves.
+start() { # NAME PROGRAM ARGS…
+    local name=$1 program=$2 ready
+    shift 2
+    mkfifo "$dir/$name.ready"
+    "$bin/$program" --socket-path "$dir/$name" --ready-fd 3 "$@" 3>"$dir/$name.ready" <&0 &
+    pids+=($!)
+    read -r -t 10 ready <"$dir/$name.ready" || { echo "launch.sh: $program did not start" >&2; exit 1; }
+}
+start disk device-disk --blk-file "$disk"
+start net device-net --isolated
+start console device-console --stdio
+start platform device-platform --serial null
+
+"$bin/vcpu-runner" --kernel "$kernel" \
+    --device "disk0,type=block,socket=$dir/disk" \
+    --device "net0,type=net,socket=$dir/net" \
+    --device "console0,type=console,socket=$dir/console" \
+    --platform "socket=$dir/platform" \
+    "$@"

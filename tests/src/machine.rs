@@ -1,0 +1,304 @@
+//! Whole machines: a runner and its device processes, each started as a script
+//! would, with the serial port going to a file and events to another.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::sync::OnceLock;
+
+use outrigger_protocol::control::{Event, Reply};
+
+use crate::process::{Launch, Process};
+use crate::{binaries, wait_until};
+
+/// True when tests that need /dev/kvm are to be left out (OUTRIGGER_SKIP_KVM=1).
+///
+/// # Panics
+/// When they are not, and /dev/kvm cannot be opened.
+pub fn skip_kvm() -> bool {
+    if std::env::var_os("OUTRIGGER_SKIP_KVM").is_some_and(|value| value == "1") {
+        eprintln!("skipped: OUTRIGGER_SKIP_KVM=1");
+        return true;
+    }
+    let open = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm");
+    if let Err(error) = open {
+        panic!("/dev/kvm: {error}; set OUTRIGGER_SKIP_KVM=1 to leave out what needs it");
+    }
+    false
+}
+
+/// The embedded guest, built from the present sources.
+///
+/// # Panics
+/// When it does not build.
+pub fn embedded_guest() -> &'static Path {
+    static GUEST: OnceLock<PathBuf> = OnceLock::new();
+    GUEST.get_or_init(|| {
+        let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../embedded-guest/Cargo.toml");
+        let target = binaries::target_directory().join("embedded-guest");
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let status = Command::new(cargo)
+            .args(["build", "--release", "--locked", "--quiet"])
+            .args(["--manifest-path".as_ref(), manifest.as_os_str()])
+            .args(["--target-dir".as_ref(), target.as_os_str()])
+            .env_remove("RUSTFLAGS")
+            .env_remove("CARGO_ENCODED_RUSTFLAGS")
+            .status()
+            .unwrap();
+        assert!(status.success(), "the embedded guest does not build");
+        target.join("release/embedded-guest")
+    })
+}
+
+/// A machine in the making.
+pub struct Machine {
+    kernel: PathBuf,
+    cmdline: String,
+    arguments: Vec<String>,
+    devices: Vec<(String, &'static str, Process)>,
+    serial: bool,
+    directory: tempfile::TempDir,
+}
+
+impl Machine {
+    /// A machine that boots the embedded guest with this command line, with a
+    /// serial port and nothing else.
+    pub fn embedded(cmdline: &str) -> Self {
+        Self::new(embedded_guest(), cmdline)
+    }
+
+    /// A machine that boots `kernel`.
+    pub fn new(kernel: &Path, cmdline: &str) -> Self {
+        Machine {
+            kernel: kernel.to_owned(),
+            cmdline: cmdline.to_owned(),
+            arguments: Vec::new(),
+            devices: Vec::new(),
+            serial: true,
+            directory: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    /// The process that serves device `id`.
+    pub fn process(&self, id: &str) -> &Process {
+        &self.devices.iter().find(|d| d.0 == id).unwrap().2
+    }
+
+    /// Appends to the kernel command line.
+    pub fn cmdline(mut self, more: &str) -> Self {
+        self.cmdline = format!("{} {more}", self.cmdline);
+        self
+    }
+
+    /// Leaves the platform process out.
+    pub fn without_platform(mut self) -> Self {
+        self.serial = false;
+        self
+    }
+
+    /// The machine's directory.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Adds options of the runner.
+    pub fn args<S: Into<String>>(mut self, arguments: impl IntoIterator<Item = S>) -> Self {
+        self.arguments.extend(arguments.into_iter().map(Into::into));
+        self
+    }
+
+    /// Adds a device of `kind` served by `program` with `arguments`.
+    pub fn device<S: AsRef<std::ffi::OsStr>>(
+        mut self,
+        id: &str,
+        kind: &'static str,
+        program: &str,
+        arguments: impl IntoIterator<Item = S>,
+    ) -> Self {
+        let process = Launch::new(program).args(arguments).listening();
+        self.devices.push((id.to_owned(), kind, process));
+        self
+    }
+
+    /// Adds `disk0`, an empty image of `size` bytes in the machine's directory.
+    pub fn disk(self, size: u64) -> Self {
+        let path = self.disk_path();
+        std::fs::File::create(&path).unwrap().set_len(size).unwrap();
+        self.device(
+            "disk0",
+            "block",
+            "device-disk",
+            ["--blk-file".as_ref(), path.as_os_str()],
+        )
+    }
+
+    /// The image of `disk0`.
+    pub fn disk_path(&self) -> PathBuf {
+        self.directory.path().join("disk.img")
+    }
+
+    /// Adds `net0`, an isolated network with 10.0.2.1 at its far end.
+    pub fn net(self) -> Self {
+        self.device("net0", "net", "device-net", ["--isolated", "10.0.2.1/24"])
+    }
+
+    /// Adds `console0` on a unix socket in the machine's directory.
+    pub fn console(self) -> Self {
+        let path = self.directory.path().join("console");
+        let arguments = ["--unix".as_ref(), path.as_os_str()];
+        self.device("console0", "console", "device-console", arguments)
+    }
+
+    /// Starts the platform and then the runner.
+    pub fn start(self) -> Running {
+        let directory = self.directory;
+        let serial = directory.path().join("serial");
+        let platform = self.serial.then(|| start_platform(directory.path()));
+        let events = directory.path().join("events");
+        let control = directory.path().join("control");
+        let mut launch = Launch::new("vcpu-runner").args([
+            "--kernel".as_ref(),
+            self.kernel.as_os_str(),
+            "--cmdline".as_ref(),
+            self.cmdline.as_ref(),
+            "--events".as_ref(),
+            events.as_os_str(),
+            "--control".as_ref(),
+            control.as_os_str(),
+        ]);
+        for (id, kind, process) in &self.devices {
+            let socket = process.directory().join("socket");
+            let device = format!("{id},type={kind},socket={}", socket.display());
+            launch = launch.args(["--device".to_owned(), device]);
+        }
+        if platform.is_some() {
+            let socket = directory.path().join("platform");
+            launch = launch.args([
+                "--platform".to_owned(),
+                format!("socket={}", socket.display()),
+            ]);
+        }
+        let runner = launch.args(self.arguments).spawn();
+        Running {
+            runner,
+            devices: self.devices,
+            platform,
+            serial,
+            directory,
+        }
+    }
+}
+
+/// Starts a platform process on the socket `platform` in `directory`, with the
+/// serial port going to the file `serial` there.
+fn start_platform(directory: &Path) -> Process {
+    let serial = format!("file={}", directory.join("serial").display());
+    let socket = directory.join("platform");
+    Launch::new("device-platform")
+        .args(["--serial", &serial])
+        .listening_at(&socket)
+}
+
+/// A machine that runs. Dropping it ends all its processes.
+pub struct Running {
+    /// The runner.
+    pub runner: Process,
+    devices: Vec<(String, &'static str, Process)>,
+    platform: Option<Process>,
+    serial: PathBuf,
+    directory: tempfile::TempDir,
+}
+
+impl Running {
+    /// The process that serves device `id`.
+    pub fn process(&self, id: &str) -> &Process {
+        if id == "platform" {
+            return self.platform.as_ref().unwrap();
+        }
+        &self.devices.iter().find(|d| d.0 == id).unwrap().2
+    }
+
+    /// The machine's directory.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Kills the platform process and starts another one in its place.
+    pub fn replace_platform(&mut self) {
+        let old = self.platform.take().unwrap();
+        old.signal(rustix::process::Signal::KILL);
+        old.wait();
+        self.platform = Some(start_platform(self.directory.path()));
+    }
+
+    /// What came out of the serial port so far.
+    pub fn serial(&self) -> String {
+        let bytes = std::fs::read(&self.serial).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Waits until the serial port has said `text`.
+    pub fn wait_serial(&self, text: &str) {
+        wait_until(&format!("the guest says {text:?}"), || {
+            assert!(
+                self.runner.is_running() || self.serial().contains(text),
+                "the runner has ended; serial: {}\nlog: {}",
+                self.serial(),
+                self.runner.log()
+            );
+            self.serial().contains(text)
+        });
+    }
+
+    /// Events so far.
+    pub fn events(&self) -> Vec<Event> {
+        let text = std::fs::read_to_string(self.directory.path().join("events")).unwrap();
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+
+    /// Waits for an event.
+    pub fn wait_event(&self, what: &str, wanted: impl Fn(&Event) -> bool) {
+        wait_until(what, || self.events().iter().any(&wanted));
+    }
+
+    /// Sends a command to the control socket and returns the answer.
+    pub fn control(&self, command: &str) -> Reply {
+        self.control_line(&format!("{{\"command\":\"{command}\"}}"))
+    }
+
+    /// Sends a line to the control socket and returns the answer.
+    pub fn control_line(&self, line: &str) -> Reply {
+        let path = self.directory.path().join("control");
+        wait_until("the control socket is there", || path.exists());
+        let mut stream = UnixStream::connect(path).unwrap();
+        stream.set_read_timeout(Some(crate::DEADLINE)).unwrap();
+        writeln!(stream, "{line}").unwrap();
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer).unwrap();
+        serde_json::from_str(&answer).unwrap()
+    }
+
+    /// Waits for the runner to end; returns its exit code.
+    pub fn wait(&self) -> i32 {
+        let status: ExitStatus = self.runner.wait();
+        status.code().unwrap_or_else(|| panic!("{status}"))
+    }
+
+    /// Waits for the end, which must have this code.
+    pub fn expect(&self, code: i32) {
+        let got = self.wait();
+        assert_eq!(
+            got,
+            code,
+            "serial: {}\nlog: {}",
+            self.serial(),
+            self.runner.log()
+        );
+    }
+}

@@ -1,0 +1,253 @@
+//! A device process under test, with a directory of its own. Dropping it ends
+//! the process and removes the directory.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal};
+use tempfile::TempDir;
+
+use crate::{binaries, wait_until};
+
+/// No process under test lives longer, so that nothing that waits for one waits
+/// for ever: a killed process closes its socket.
+const LIFETIME: Duration = Duration::from_secs(120);
+
+/// A running program.
+pub struct Process {
+    child: Arc<Mutex<Child>>,
+    pid: u32,
+    directory: TempDir,
+    watchdog: Option<(Sender<()>, JoinHandle<()>)>,
+}
+
+/// A command line in the making.
+pub struct Launch {
+    command: Command,
+    directory: TempDir,
+    passed: Vec<OwnedFd>,
+}
+
+impl Launch {
+    /// The program of package `name`, built if need be.
+    pub fn new(name: &str) -> Self {
+        Launch {
+            command: Command::new(binaries::binary(name)),
+            directory: tempfile::tempdir().unwrap(),
+            passed: Vec::new(),
+        }
+    }
+
+    /// The directory that goes with the process.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Adds arguments.
+    pub fn args<S: AsRef<std::ffi::OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+        self.command.args(args);
+        self
+    }
+
+    /// The command itself, for its standard streams and its environment.
+    pub fn command(&mut self) -> &mut Command {
+        &mut self.command
+    }
+
+    /// Leaves `fd` open in the process, and there only, and adds its number
+    /// behind `option`.
+    pub fn pass(mut self, option: &str, fd: OwnedFd) -> Self {
+        self.command.arg(option).arg(fd.as_raw_fd().to_string());
+        self.passed.push(fd);
+        self
+    }
+
+    /// Starts it as it is, ready or not. Its standard error goes to a file that
+    /// [`Process::log`] reads.
+    pub fn spawn(mut self) -> Process {
+        let log = File::create(self.directory.path().join("log")).unwrap();
+        let inherited: Vec<_> = self.passed.iter().map(|fd| fd.as_raw_fd()).collect();
+        let prepare = move || {
+            // A test that dies takes its process along.
+            rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+            for &fd in &inherited {
+                // SAFETY: only a flag of a descriptor that is open is changed.
+                if unsafe { libc::fcntl(fd, libc::F_SETFD, 0) } < 0 {
+                    return Err(io::Error::last_os_error());
+                }
+            }
+            Ok(())
+        };
+        // SAFETY: makes system calls only, and allocates nothing.
+        unsafe { self.command.pre_exec(prepare) };
+        let child = self
+            .command
+            .env_remove("RUST_BACKTRACE")
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let pid = child.id();
+        let child = Arc::new(Mutex::new(child));
+        let (sender, receiver) = channel();
+        let watched = Arc::clone(&child);
+        let thread = std::thread::spawn(move || watch(&receiver, &watched));
+        Process {
+            child,
+            pid,
+            directory: self.directory,
+            watchdog: Some((sender, thread)),
+        }
+    }
+
+    fn spawn_ready(self) -> Process {
+        let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let process = self.pass("--ready-fd", writer).spawn();
+        let mut said = String::new();
+        // Ends when the process does, which is then seen in what it said.
+        File::from(reader).read_to_string(&mut said).unwrap();
+        assert_eq!(said, "ready\n", "it did not start:\n{}", process.log());
+        process
+    }
+
+    /// Starts it listening on a socket in its directory and waits until it is
+    /// ready.
+    pub fn listening(self) -> Process {
+        let socket = self.directory.path().join("socket");
+        self.listening_at(&socket)
+    }
+
+    /// Starts it listening on the socket `path` and waits until it is ready.
+    pub fn listening_at(self, path: &Path) -> Process {
+        self.args([Path::new("--socket-path"), path]).spawn_ready()
+    }
+
+    /// Starts it with a connected socket, whose other end is returned.
+    pub fn connected(self) -> (Process, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (self.pass("--fd", theirs.into()).spawn_ready(), ours)
+    }
+}
+
+fn watch(done: &Receiver<()>, child: &Mutex<Child>) {
+    if done.recv_timeout(LIFETIME) == Err(RecvTimeoutError::Timeout) {
+        let _ = child.lock().unwrap().kill();
+    }
+}
+
+impl Process {
+    fn child(&self) -> MutexGuard<'_, Child> {
+        self.child.lock().unwrap()
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// The directory that goes with it.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// A file of `/proc/PID`.
+    pub fn proc(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/{name}", self.pid))
+    }
+
+    /// A new connection to its socket.
+    pub fn connect(&self) -> UnixStream {
+        UnixStream::connect(self.directory.path().join("socket")).unwrap()
+    }
+
+    /// What it has written to standard error so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("log")).unwrap()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(self.pid as i32).unwrap();
+        // Not reaped before `self` is gone, so the number is still its own.
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&self) -> bool {
+        self.child().try_wait().unwrap().is_none()
+    }
+
+    /// Waits for it to end by itself.
+    pub fn wait(&self) -> ExitStatus {
+        let mut status = None;
+        wait_until("the process has ended", || {
+            status = self.child().try_wait().unwrap();
+            status.is_some()
+        });
+        status.unwrap()
+    }
+
+    /// Processor time that it has used so far, in clock ticks (proc_pid_stat(5)).
+    pub fn ticks(&self) -> u64 {
+        let stat = std::fs::read_to_string(self.proc("stat")).unwrap();
+        // Fields count from behind the name, which may contain anything.
+        let fields: Vec<&str> = stat
+            .rsplit(')')
+            .next()
+            .unwrap()
+            .split_whitespace()
+            .collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    }
+
+    /// A field of `/proc/PID/status`, or of that of one of its threads if
+    /// `thread` is `task/TID/`.
+    pub fn status(&self, thread: &str, field: &str) -> String {
+        let status = std::fs::read_to_string(self.proc(&format!("{thread}status"))).unwrap();
+        let value = status.lines().find_map(|line| line.strip_prefix(field));
+        value.unwrap().trim_start_matches(':').trim().to_owned()
+    }
+
+    /// Its resident memory in bytes.
+    pub fn resident(&self) -> u64 {
+        let kibibytes = self.status("", "VmRSS").replace(" kB", "");
+        kibibytes.parse::<u64>().unwrap() * 1024
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        {
+            let mut child = self.child();
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        if let Some((sender, thread)) = self.watchdog.take() {
+            drop(sender);
+            let _ = thread.join();
+        }
+        if std::thread::panicking() {
+            eprintln!("--- log of the process:\n{}---", self.log());
+        }
+    }
+}
+
+/// Whether `fd` becomes readable within `time`.
+pub fn readable_within(fd: &impl AsRawFd, time: Duration) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let timeout = Timespec {
+        tv_sec: time.as_secs() as i64,
+        tv_nsec: time.subsec_nanos().into(),
+    };
+    // SAFETY: `fd` outlives the call.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
+    poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)).unwrap() > 0
+}

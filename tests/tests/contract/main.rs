@@ -1,0 +1,82 @@
+//! What every device process must do, whatever the device: the contract of
+//! vhost-user and of the house, kept by real processes. [`subject`] says what the
+//! devices are; each of the other rooms holds one side of the contract.
+
+mod handshake;
+mod hostile;
+mod memory;
+mod process;
+mod rings;
+mod subject;
+
+/// The contract for one device.
+macro_rules! contract {
+    ($($device:ident: $subject:ty,)*) => {$(
+        mod $device {
+            contract! { @rooms $subject;
+                handshake {
+                    offers_what_every_device_offers
+                    tells_how_many_queues_it_has
+                    refuses_features_that_it_did_not_offer
+                    pads_and_bounds_its_configuration_space
+                    refuses_writes_to_its_configuration_space
+                    serves_one_front_end_after_the_other
+                    survives_a_front_end_that_leaves_in_mid_message
+                }
+                memory {
+                    takes_memory_region_by_region
+                    works_on_while_memory_is_replaced
+                    refuses_impossible_regions
+                }
+                rings {
+                    run_from_the_start_without_protocol_features
+                    stay_enabled_when_features_are_set_again
+                    keep_their_state_when_the_doorbell_is_replaced
+                    do_not_lose_a_kick_from_before_the_start
+                    stop_for_good_before_the_answer
+                    go_on_where_they_stopped_and_lose_nothing
+                    are_silent_and_answer_while_stopped
+                    interrupt_only_when_asked
+                    do_not_lose_an_interrupt
+                    take_indirect_descriptors
+                    wrap_around
+                    work_without_event_idx
+                }
+                hostile {
+                    queue_that_does_not_exist
+                    impossible_ring_size
+                    second_queue_without_multi_queue
+                    rings_outside_memory
+                    chain_that_no_driver_may_build
+                    buffer_outside_memory
+                    available_index_that_jumps
+                    head_out_of_range
+                    message_that_makes_no_sense
+                    descriptors_without_end
+                    random_descriptors
+                }
+                process {
+                    is_sandboxed
+                    ends_at_once_on_sigterm
+                    ends_on_sigterm_under_load
+                    leaves_sigint_to_a_launcher_that_ignores_it
+                    ends_with_the_front_end_of_a_connected_socket
+                    sleeps_when_there_is_nothing_to_do
+                    prints_its_capabilities
+                    refuses_contradictory_options
+                }
+            }
+        }
+    )*};
+    (@rooms $subject:ty; $($room:ident { $($test:ident)* })*) => {$(
+        mod $room {
+            use crate::subject::*;
+            $(#[test] fn $test() { crate::$room::$test::<$subject>() })*
+        }
+    )*};
+}
+
+contract! {
+    disk: Disk<1>,
+    disk_with_queues: Disk<4>,
+}

@@ -1,0 +1,109 @@
+//! The memory table.
+
+use std::sync::Arc;
+
+use outrigger_tests::guest::{EVENT_IDX, Guest};
+use outrigger_tests::ram::Ram;
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+
+use crate::subject::{Device, Subject};
+
+pub fn takes_memory_region_by_region<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    // More than the 8 that SET_MEM_TABLE has room for, in no order.
+    let layout: Vec<(u64, u64)> = (0..20u64).map(|i| (i << 30, 1 << 20)).collect();
+    let mut guest = Guest::new(device.process.connect(), Ram::new(&layout));
+    guest.negotiate(EVENT_IDX);
+    let regions = guest.ram.regions();
+    for region in regions.iter().skip(10).chain(regions.iter().take(10)) {
+        guest.frontend.add_mem_region(region).unwrap();
+    }
+    for _ in 0..S::QUEUES {
+        guest.add_queue(64);
+    }
+    device.round_trip(&mut guest);
+
+    // What is not in use may go, once; and come back.
+    for region in &regions[5..12] {
+        guest.frontend.remove_mem_region(region).unwrap();
+        guest.frontend.remove_mem_region(region).unwrap_err();
+    }
+    device.round_trip(&mut guest);
+    guest.frontend.add_mem_region(&regions[7]).unwrap();
+    guest.frontend.add_mem_region(&regions[7]).unwrap_err();
+    device.round_trip(&mut guest);
+
+    // Without the rings' own region the queues stop, and nothing else does.
+    guest.frontend.remove_mem_region(&regions[0]).unwrap();
+    guest.queues[S::REQUESTS].kick();
+    assert!(guest.frontend.get_features().is_ok());
+    guest.frontend.add_mem_region(&regions[0]).unwrap();
+    drop(guest);
+    device.must_serve();
+}
+
+pub fn works_on_while_memory_is_replaced<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let mut guest = device.boot(EVENT_IDX);
+    let request = S::request(&guest.ram);
+    for _ in 0..20 {
+        let queue = &mut guest.queues[S::REQUESTS];
+        while queue.room() >= request.len() {
+            queue.add(&request);
+        }
+        queue.kick();
+        guest.share_memory();
+        guest.queues[S::REQUESTS].wait_all();
+    }
+    device.round_trip(&mut guest);
+}
+
+pub fn refuses_impossible_regions<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let mut guest = device.boot(0);
+    let ram = Arc::clone(&guest.ram); // keeps the file open
+    let good = ram.regions()[1];
+    let beyond = good.guest_phys_addr + (1 << 40);
+    let impossible = |(address, user, size, offset)| {
+        let mut region = good;
+        region.guest_phys_addr = address;
+        region.userspace_addr = user;
+        region.memory_size = size;
+        region.mmap_offset = offset;
+        region
+    };
+    for (why, region) in [
+        ("overlaps", (good.guest_phys_addr, beyond, 4096, 0)),
+        (
+            "user addresses overlap",
+            (beyond, good.userspace_addr, 4096, 0),
+        ),
+        ("longer than its file", (beyond, beyond, 1 << 40, 0)),
+        ("behind its file", (beyond, beyond, 4096, 1 << 40)),
+        ("not a whole number of pages", (beyond, beyond, 4096, 100)),
+    ] {
+        let region = impossible(region);
+        assert!(guest.frontend.add_mem_region(&region).is_err(), "{why}");
+        let table = guest.frontend.set_mem_table(&[region, good]);
+        assert!(table.is_err(), "{why}");
+        device.round_trip(&mut guest);
+    }
+    drop(guest);
+
+    // Numbers that are no region at all may end the connection.
+    for region in [
+        (beyond, beyond, 4096, u64::MAX - 100),
+        (beyond, beyond, u64::MAX, 0),
+        (u64::MAX - 100, beyond, 4096, 0),
+        (beyond, u64::MAX - 100, 4096, 0),
+    ] {
+        let region = impossible(region);
+        let mut guest = device.boot(0);
+        guest.frontend.add_mem_region(&region).unwrap_err();
+        drop(guest);
+        let guest = device.boot(0);
+        guest.frontend.set_mem_table(&[region, good]).unwrap_err();
+    }
+    device.must_serve();
+}

@@ -1,0 +1,305 @@
+//! How rings start, run and stop.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::sleep;
+use std::time::Duration;
+
+use outrigger_tests::guest::{EVENT_IDX, Guest, INDIRECT_DESC, PROTOCOL_FEATURES, VERSION_1};
+use outrigger_tests::queue::{Buffer, DriverQueue};
+use outrigger_tests::ram::Ram;
+use outrigger_tests::wait_until;
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::subject::{Device, Subject};
+
+/// Long enough to see that something does not happen: a device that is wrong
+/// does it within microseconds.
+const A_WHILE: Duration = Duration::from_millis(50);
+
+/// Fills queue [`Subject::REQUESTS`] with requests; returns how many.
+fn fill<S: Subject>(guest: &mut Guest) -> usize {
+    let request = S::request(&guest.ram);
+    let queue = &mut guest.queues[S::REQUESTS];
+    let count = queue.room() / request.len();
+    for _ in 0..count {
+        queue.add(&request);
+    }
+    count
+}
+
+pub fn run_from_the_start_without_protocol_features<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let mut guest = Guest::new(device.process.connect(), Ram::small());
+    guest.frontend.set_owner().unwrap();
+    let offered = guest.frontend.get_features().unwrap();
+    assert_ne!(offered & PROTOCOL_FEATURES, 0);
+    guest.features = VERSION_1 | S::FEATURES & offered;
+    guest.frontend.set_features(guest.features).unwrap();
+    guest.share_memory();
+    for _ in 0..S::QUEUES {
+        guest.add_queue(32);
+    }
+    device.round_trip(&mut guest);
+}
+
+pub fn stay_enabled_when_features_are_set_again<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let mut guest = device.boot(EVENT_IDX);
+    guest.frontend.set_features(guest.features).unwrap();
+    device.round_trip(&mut guest);
+}
+
+pub fn keep_their_state_when_the_doorbell_is_replaced<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let mut guest = device.boot(EVENT_IDX);
+    for index in 0..S::QUEUES {
+        let doorbell = EventFd::new(EFD_NONBLOCK).unwrap();
+        guest.frontend.set_vring_kick(index, &doorbell).unwrap();
+        guest.queues[index].kick = doorbell;
+    }
+    device.round_trip(&mut guest);
+
+    // A ring that is started and not enabled stays silent, and then catches up.
+    let index = S::REQUESTS;
+    guest.frontend.set_vring_enable(index, false).unwrap();
+    let doorbell = EventFd::new(EFD_NONBLOCK).unwrap();
+    guest.frontend.set_vring_kick(index, &doorbell).unwrap();
+    guest.queues[index].kick = doorbell;
+    fill::<S>(&mut guest);
+    guest.queues[index].kick();
+    sleep(A_WHILE);
+    assert_eq!(guest.queues[index].take(), None);
+    guest.frontend.set_vring_enable(index, true).unwrap();
+    guest.queues[index].wait_all();
+}
+
+pub fn do_not_lose_a_kick_from_before_the_start<S: Subject>() {
+    let device = Device::<S>::listening();
+    for kicked in [true, false] {
+        let mut guest = device.boot(EVENT_IDX);
+        guest.stop(S::REQUESTS);
+        let base = guest.queues[S::REQUESTS].avail_index;
+        fill::<S>(&mut guest);
+        if kicked {
+            guest.queues[S::REQUESTS].kick();
+        }
+        guest.start(S::REQUESTS, base);
+        guest.queues[S::REQUESTS].wait_all();
+    }
+}
+
+/// Keeps a queue full until told to stop; returns how many requests were completed.
+fn feed(queue: &mut DriverQueue, request: &[Buffer], stop: &AtomicBool) -> usize {
+    let mut completed = 0;
+    while !stop.load(Ordering::Acquire) {
+        while queue.room() >= request.len() {
+            queue.add(request);
+        }
+        queue.kick();
+        while queue.take().is_some() {
+            completed += 1;
+        }
+    }
+    completed
+}
+
+pub fn stop_for_good_before_the_answer<S: Subject>() {
+    let device = Device::<S>::listening();
+    let mut guest = device.boot(EVENT_IDX);
+    let request = S::request(&guest.ram);
+    let mut in_the_middle = 0;
+    for round in 0..20 {
+        let stop = AtomicBool::new(false);
+        let first = guest.queues[S::REQUESTS].used_index;
+        let Guest {
+            frontend,
+            queues,
+            ram,
+            ..
+        } = &mut guest;
+        let used_ring = queues[S::REQUESTS].used_ring;
+        let (completed, base) = std::thread::scope(|scope| {
+            let queue = &mut queues[S::REQUESTS];
+            let feeder = scope.spawn(|| feed(queue, &request, &stop));
+            sleep(Duration::from_micros(500 + 70 * round));
+            let base: Vec<u16> = (0..S::QUEUES)
+                .map(|index| frontend.get_vring_base(index).unwrap() as u16)
+                .collect();
+            // What has been taken is completed, and no more will be.
+            let completed = u16::from_le_bytes(ram.get(used_ring + 2, 2).try_into().unwrap());
+            assert_eq!(completed, base[S::REQUESTS], "taken and not completed");
+            stop.store(true, Ordering::Release);
+            (feeder.join().unwrap(), base)
+        });
+        let at_the_stop = guest.ram.snapshot();
+        let queue = &guest.queues[S::REQUESTS];
+        in_the_middle += usize::from(queue.avail_index != base[S::REQUESTS]);
+        sleep(Duration::from_millis(5));
+        assert!(
+            guest.ram.snapshot() == at_the_stop,
+            "written to after the stop"
+        );
+
+        guest.interrupts();
+        for (index, base) in base.into_iter().enumerate() {
+            guest.start(index, base);
+        }
+        let queue = &mut guest.queues[S::REQUESTS];
+        let completed = completed + queue.wait_all().len();
+        let offered = queue.avail_index.wrapping_sub(first);
+        assert_eq!(completed as u16, offered, "each request exactly once");
+    }
+    assert!(in_the_middle > 0, "no stop came while there was work");
+}
+
+pub fn go_on_where_they_stopped_and_lose_nothing<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let mut guest = device.boot(EVENT_IDX);
+    for _ in 0..3 {
+        device.round_trip(&mut guest);
+        for index in 0..S::QUEUES {
+            let base = guest.stop(index);
+            guest.start(index, base);
+        }
+    }
+    // Another front end takes the rings over. It does not ask the device of the
+    // first where it was: that process may be gone, and the used index says it.
+    let offered = fill::<S>(&mut guest);
+    guest.queues[S::REQUESTS].kick();
+    let (ram, queues) = (Arc::clone(&guest.ram), std::mem::take(&mut guest.queues));
+    drop(guest);
+    let mut next = Guest::new(device.process.connect(), Ram::new(&[(0, 4096)]));
+    (next.ram, next.queues) = (ram, queues);
+    next.negotiate(EVENT_IDX);
+    next.share_memory();
+    for index in 0..S::QUEUES {
+        next.start(index, next.queues[index].device_used_index());
+    }
+    let queue = &mut next.queues[S::REQUESTS];
+    assert_eq!(queue.wait_all().len(), offered);
+    device.round_trip(&mut next);
+}
+
+pub fn are_silent_and_answer_while_stopped<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let mut guest = device.boot(EVENT_IDX);
+    device.round_trip(&mut guest);
+    let base: Vec<u16> = (0..S::QUEUES).map(|index| guest.stop(index)).collect();
+    fill::<S>(&mut guest);
+    guest.queues[S::REQUESTS].kick();
+    guest.interrupts();
+    let before = guest.ram.snapshot();
+    assert!(guest.frontend.get_features().is_ok());
+    assert_eq!(guest.config(0, 8).len(), 8);
+    sleep(A_WHILE);
+    assert!(guest.ram.snapshot() == before, "written to while stopped");
+    assert_eq!(guest.interrupts(), 0);
+    // A second stop says the same.
+    assert_eq!(guest.stop(S::REQUESTS), base[S::REQUESTS]);
+    for (index, base) in base.into_iter().enumerate() {
+        guest.start(index, base);
+    }
+    guest.queues[S::REQUESTS].wait_all();
+}
+
+pub fn interrupt_only_when_asked<S: Subject>() {
+    let device = Device::<S>::listening();
+    let mut guest = device.boot(EVENT_IDX);
+    let request = S::request(&guest.ram);
+    let queue = &mut guest.queues[S::REQUESTS];
+    // used_event far away: many requests, no interrupt.
+    queue.set_used_event(queue.used_index.wrapping_sub(2));
+    for _ in 0..10 {
+        queue.add(&request);
+        queue.kick();
+        queue.wait_all();
+    }
+    sleep(A_WHILE);
+    assert_eq!(queue.interrupts(), 0);
+    // Two more from here: the first is silent, the second is not.
+    queue.set_used_event(queue.used_index.wrapping_add(1));
+    queue.add(&request);
+    queue.kick();
+    queue.wait_all();
+    assert_eq!(queue.interrupts(), 0);
+    queue.add(&request);
+    queue.kick();
+    queue.wait_all();
+    wait_until("it interrupts", || queue.interrupts() == 1);
+}
+
+pub fn do_not_lose_an_interrupt<S: Subject>() {
+    let device = Device::<S>::listening();
+    let mut guest = device.boot(EVENT_IDX);
+    let request = S::request(&guest.ram);
+    let queue = &mut guest.queues[S::REQUESTS];
+    // Kicks only where the device asks for one, and sleeps for each completion.
+    let mut kicks = 0;
+    for _ in 0..500 {
+        let before = queue.avail_index;
+        queue.add(&request);
+        queue.add(&request);
+        if queue.wants_kick(before) {
+            queue.kick();
+            kicks += 1;
+        }
+        queue.wait();
+        queue.wait();
+    }
+    assert!(kicks > 0);
+}
+
+pub fn take_indirect_descriptors<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let mut guest = device.boot(EVENT_IDX | INDIRECT_DESC);
+    let request = S::request(&guest.ram);
+    let queue = &mut guest.queues[S::REQUESTS];
+    for _ in 0..100 {
+        queue.add_indirect(&request);
+        queue.kick();
+        queue.wait();
+    }
+    device.round_trip(&mut guest);
+}
+
+pub fn wrap_around<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let mut guest = device.boot(EVENT_IDX);
+    for index in 0..S::QUEUES {
+        guest.stop(index);
+        // As if 65,500 requests had gone through already.
+        guest.queues[index].set_indices(65_500);
+        guest.start(index, 65_500);
+    }
+    let request = S::request(&guest.ram);
+    let queue = &mut guest.queues[S::REQUESTS];
+    for _ in 0..100 {
+        let before = queue.avail_index;
+        queue.add(&request);
+        if queue.wants_kick(before) {
+            queue.kick();
+        }
+        queue.wait();
+    }
+    device.round_trip(&mut guest);
+}
+
+pub fn work_without_event_idx<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let mut guest = device.boot(0);
+    assert_eq!(guest.features & EVENT_IDX, 0);
+    let request = S::request(&guest.ram);
+    let queue = &mut guest.queues[S::REQUESTS];
+    for _ in 0..200 {
+        let before = queue.avail_index;
+        queue.add(&request);
+        if queue.wants_kick(before) {
+            queue.kick();
+        }
+        queue.wait();
+    }
+    device.round_trip(&mut guest);
+}

@@ -1,0 +1,99 @@
+//! The devices under test, as far as the contract needs to know them.
+
+use outrigger_tests::disk;
+use outrigger_tests::guest::Guest;
+use outrigger_tests::process::{Launch, Process};
+use outrigger_tests::queue::Buffer;
+use outrigger_tests::ram::Ram;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_IN};
+
+/// A kind of device, with what it serves to its guest.
+pub trait Subject: Sized {
+    /// Its program.
+    const NAME: &'static str;
+    /// Its queues.
+    const QUEUES: usize;
+    /// A queue whose requests the device completes by itself.
+    const REQUESTS: usize;
+    /// Feature bits of its own that it always offers.
+    const FEATURES: u64;
+    /// Its type in `--print-capabilities`.
+    const TYPE: &'static str;
+
+    /// Makes what it serves, and the options that say so.
+    fn prepare() -> (Launch, Self);
+
+    /// A request for queue [`Subject::REQUESTS`] that is always the same.
+    fn request(ram: &Ram) -> Vec<Buffer>;
+
+    /// Some data through the device and back, compared; all queues are running.
+    fn round_trip(device: &mut Device<Self>, guest: &mut Guest);
+}
+
+/// A running device.
+pub struct Device<S> {
+    pub process: Process,
+    #[allow(dead_code)]
+    pub subject: S,
+}
+
+impl<S: Subject> Device<S> {
+    pub fn listening() -> Self {
+        let (launch, subject) = S::prepare();
+        let process = launch.listening();
+        Device { process, subject }
+    }
+
+    /// A guest with all queues running.
+    pub fn boot(&self, features: u64) -> Guest {
+        Guest::boot(self.process.connect(), features, S::QUEUES)
+    }
+
+    pub fn round_trip(&mut self, guest: &mut Guest) {
+        S::round_trip(self, guest);
+    }
+
+    /// Shows that the process serves, whatever the last front end did.
+    pub fn must_serve(&mut self) {
+        assert!(self.process.is_running(), "the process is gone");
+        let mut guest = self.boot(S::FEATURES);
+        self.round_trip(&mut guest);
+    }
+}
+
+/// device-disk with `QUEUES` queues and an image whose bytes are known.
+pub struct Disk<const QUEUES: usize>;
+
+impl<const QUEUES: usize> Subject for Disk<QUEUES> {
+    const NAME: &'static str = "device-disk";
+    const QUEUES: usize = QUEUES;
+    const REQUESTS: usize = QUEUES - 1;
+    const FEATURES: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+    const TYPE: &'static str = "block";
+
+    fn prepare() -> (Launch, Self) {
+        let launch = Launch::new(Self::NAME);
+        let image = launch.directory().join("image");
+        std::fs::write(&image, disk::pattern_of(0, 1 << 20)).unwrap();
+        let queues = format!("--queues={QUEUES}");
+        (
+            launch.args([queues.as_ref(), "--blk-file".as_ref(), image.as_os_str()]),
+            Disk,
+        )
+    }
+
+    fn request(ram: &Ram) -> Vec<Buffer> {
+        let data = Buffer::writable(ram.alloc(4096), 4096);
+        disk::Request::new(ram, VIRTIO_BLK_T_IN, 8, &[data]).buffers
+    }
+
+    fn round_trip(_device: &mut Device<Self>, guest: &mut Guest) {
+        for queue in &mut guest.queues {
+            let request = Self::request(&guest.ram);
+            assert_eq!(queue.run(&request).len, 4097);
+            assert_eq!(guest.ram.get(request[2].address, 1), [0]);
+            let data = guest.ram.get(request[1].address, 4096);
+            assert_eq!(data, disk::pattern_of(8 * 512, 4096));
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! The control socket, events and exit codes.
+
+use std::time::Duration;
+
+use outrigger_protocol::control::{Event, MachineState, SlotState};
+use outrigger_tests::machine::{Machine, skip_kvm};
+use outrigger_tests::wait_until;
+use rustix::process::Signal;
+
+#[test]
+fn status_tells_what_there_is() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=idle").disk(1 << 20).start();
+    machine.wait_serial("idle");
+    let status = machine.control("status").status.unwrap();
+    assert_eq!(status.state, MachineState::Running);
+    assert_eq!((status.vcpus, status.memory, status.resets), (1, 512 << 20, 0));
+    assert_eq!(status.devices.len(), 1);
+    assert_eq!(status.devices[0].id, "disk0");
+    assert_eq!(status.devices[0].state, SlotState::Running);
+    assert!(!status.devices[0].driver_ok);
+}
+
+#[test]
+fn a_paused_machine_stands_still_and_goes_on() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=spin").disk(1 << 20).start();
+    machine.wait_serial(".");
+    for _ in 0..3 {
+        assert!(machine.control("pause").ok);
+        assert!(machine.control("pause").ok, "pausing twice is no error");
+        let status = machine.control("status").status.unwrap();
+        assert_eq!(status.state, MachineState::Paused);
+        assert_eq!(status.devices[0].state, SlotState::Paused);
+        let before = machine.runner.ticks();
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(machine.runner.ticks() <= before + 1, "it uses no CPU");
+        assert!(machine.control("resume").ok);
+        let dots = machine.serial().len();
+        wait_until("the guest goes on", || machine.serial().len() > dots);
+    }
+    assert!(machine.control("stop").ok);
+    machine.expect(0);
+    let events = machine.events();
+    let paused = events.iter().filter(|e| **e == Event::Paused).count();
+    let resumed = events.iter().filter(|e| **e == Event::Resumed).count();
+    assert_eq!((paused, resumed), (3, 3));
+}
+
+#[test]
+fn io_goes_on_where_a_pause_stopped_it() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=disk-irq count=3000 qdepth=4")
+        .args(["--memory", "64M"])
+        .disk(64 << 20)
+        .start();
+    machine.wait_event("driver-ok", |e| matches!(e, Event::DriverOk { .. }));
+    let mut pauses = 0;
+    while machine.runner.is_running() && pauses < 20 {
+        if !machine.control("pause").ok || !machine.control("resume").ok {
+            break;
+        }
+        pauses += 1;
+    }
+    machine.expect(0);
+    assert!(machine.serial().contains("guest: pass"), "{}", machine.serial());
+    assert!(pauses > 0);
+}
+
+#[test]
+fn reset_by_command_boots_again_also_when_paused() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=idle").disk(1 << 20).start();
+    machine.wait_serial("idle");
+    for round in 2..6 {
+        if round % 2 == 0 {
+            assert!(machine.control("pause").ok);
+        }
+        assert!(machine.control("reset").ok);
+        wait_until("it has booted again", || {
+            machine.serial().matches("idle").count() == round
+        });
+    }
+    assert_eq!(machine.control("status").status.unwrap().resets, 4);
+}
+
+#[test]
+fn nonsense_gets_an_error_and_changes_nothing() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=idle").start();
+    machine.wait_serial("idle");
+    for line in ["", "{}", "pause", "{\"command\":\"explode\"}", "[1,2]"] {
+        let reply = machine.control_line(line);
+        assert!(!reply.ok && reply.error.is_some(), "{line:?}: {reply:?}");
+    }
+    assert_eq!(
+        machine.control("status").status.unwrap().state,
+        MachineState::Running
+    );
+}
+
+#[test]
+fn sigterm_ends_the_machine_in_order() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=idle").disk(1 << 20).start();
+    machine.wait_serial("idle");
+    machine.runner.signal(Signal::TERM);
+    machine.expect(0);
+    machine.wait_event("stopped", |e| matches!(e, Event::Stopped { code: 0, .. }));
+}
+
+#[test]
+fn a_device_that_dies_ends_the_machine_with_its_name() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=idle").disk(1 << 20).start();
+    machine.wait_serial("idle");
+    machine.process("disk0").signal(Signal::KILL);
+    machine.expect(5);
+    assert!(machine.runner.log().contains("disk0"), "{}", machine.runner.log());
+    machine.wait_event("device-lost", |e| {
+        matches!(e, Event::DeviceLost { id, .. } if id == "disk0")
+    });
+}
+
+#[test]
+fn a_stopped_device_does_not_hold_up_pause_and_stop() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=disk-irq count=1000000")
+        .args(["--memory", "64M"])
+        .disk(64 << 20)
+        .start();
+    machine.wait_event("driver-ok", |e| matches!(e, Event::DriverOk { .. }));
+    machine.process("disk0").signal(Signal::STOP);
+    // The device is cut off after its deadline, and that ends the machine.
+    machine.control("pause");
+    machine.expect(5);
+    assert!(machine.runner.log().contains("no answer"), "{}", machine.runner.log());
+}
+
+#[test]
+fn the_runner_is_sealed() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=idle").start();
+    machine.wait_serial("idle");
+    assert_eq!(machine.runner.status("", "Seccomp"), "2");
+    assert_eq!(machine.runner.status("", "NoNewPrivs"), "1");
+}
+
+#[test]
+fn options_that_make_no_sense_are_usage_errors() {
+    if skip_kvm() {
+        return;
+    }
+    for (arguments, word) in [
+        (["--cpus", "0"], "0"),
+        (["--memory", "1M"], "8 MiB"),
+        (["--device", "disk0,type=block"], "socket="),
+        (["--platform", "nowhere"], "socket=PATH"),
+    ] {
+        let machine = Machine::embedded("").without_platform().args(arguments).start();
+        machine.expect(2);
+        assert!(machine.runner.log().contains(word), "{}", machine.runner.log());
+    }
+}

@@ -1,0 +1,214 @@
+//! Machines that boot the embedded guest, with real device processes.
+
+use outrigger_protocol::control::Event;
+use outrigger_tests::machine::{Machine, skip_kvm};
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn the_main_job_uses_disk_net_and_console() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=main need=block,net,console")
+        .args(["--memory", "64M"])
+        .disk(64 * MIB)
+        .net()
+        .console()
+        .start();
+    machine.expect(0);
+    let serial = machine.serial();
+    assert!(serial.contains("guest: pass"), "{serial}");
+    for device in ["disk 00:01", "net 00:02", "console 00:03"] {
+        assert!(serial.contains(device), "{device} is missing: {serial}");
+    }
+    for id in ["disk0", "net0", "console0"] {
+        machine.wait_event("driver-ok", |event| {
+            matches!(event, Event::DriverOk { id: got, .. } if got == id)
+        });
+    }
+    // What the guest wrote is in the image.
+    let image = std::fs::read(machine.directory().join("disk.img")).unwrap();
+    assert!(image[..4096].iter().any(|&b| b != 0));
+    let last = &image[image.len() - 512..];
+    assert!(last.iter().any(|&b| b != 0), "the last sector");
+}
+
+fn ram(memory: &str, mib: u64) {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded(&format!("job=ram expect-mib={mib}"))
+        .args(["--memory", memory])
+        .start();
+    machine.expect(0);
+    assert!(machine.serial().contains("MiB ok"), "{}", machine.serial());
+}
+
+#[test]
+fn ram_of_64_mib_is_usable_at_both_ends() {
+    ram("64M", 64);
+}
+
+#[test]
+fn ram_of_6_gib_is_usable_below_and_beyond_the_hole() {
+    ram("6G", 6144);
+}
+
+#[test]
+fn ram_with_transparent_huge_pages() {
+    ram("256M,hugepages=thp", 256);
+}
+
+#[test]
+fn ram_is_sealed_shared_and_allocated_only_when_touched() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=idle")
+        .args(["--memory", "4G"])
+        .disk(MIB)
+        .start();
+    machine.wait_serial("idle");
+    // 4 GiB are mapped; resident is what the guest and its loader touched.
+    let resident = machine.runner.resident();
+    assert!(resident < 64 * MIB, "{resident} bytes resident");
+    let fds = std::fs::read_dir(machine.runner.proc("fd")).unwrap();
+    let ram: Vec<_> = fds
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| {
+            std::fs::read_link(path)
+                .is_ok_and(|target| target.to_string_lossy().contains("outrigger-ram"))
+        })
+        .collect();
+    assert_eq!(ram.len(), 2, "below and beyond the hole");
+    for path in ram {
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        assert!(file.set_len(4096).is_err(), "it can be shrunk");
+    }
+}
+
+#[test]
+fn the_exit_port_gives_the_exit_code() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=fail code=9").start();
+    machine.expect(4);
+    machine.wait_event("guest-exit", |event| *event == Event::GuestExit { code: 9 });
+}
+
+#[test]
+fn a_triple_fault_is_a_failed_guest_with_registers() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=reset how=triple").start();
+    machine.expect(4);
+    assert!(machine.runner.log().contains("rip=0x"), "{}", machine.runner.log());
+}
+
+#[test]
+fn both_reset_registers_reset() {
+    if skip_kvm() {
+        return;
+    }
+    for how in ["i8042", "cf9"] {
+        let machine = Machine::embedded(&format!("job=reset how={how}"))
+            .args(["--on-reset", "exit"])
+            .start();
+        machine.expect(3);
+    }
+}
+
+#[test]
+fn the_machine_resets_again_and_again() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=reset how=i8042").disk(MIB).start();
+    outrigger_tests::wait_until("20 resets", || {
+        machine.serial().matches("boot").count() >= 20
+    });
+    let status = machine.control("status").status.unwrap();
+    assert!(status.resets >= 19, "{status:?}");
+    assert!(machine.control("stop").ok);
+    machine.expect(0);
+}
+
+#[test]
+fn a_device_is_reset_and_set_up_again_in_the_middle_of_io() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=reset-reinit count=20")
+        .args(["--memory", "64M"])
+        .disk(64 * MIB)
+        .start();
+    machine.expect(0);
+    assert!(machine.serial().contains("guest: pass"), "{}", machine.serial());
+}
+
+#[test]
+fn what_nobody_claims_reads_as_ones() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=ports").disk(MIB).start();
+    machine.expect(0);
+    let serial = machine.serial();
+    assert!(serial.contains("0x500 reads 0xff"), "{serial}");
+    assert!(serial.contains("switched off 0xffffffff"), "{serial}");
+}
+
+#[test]
+fn the_clock_tells_the_time() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=rtc").start();
+    machine.expect(0);
+    let now = std::process::Command::new("date")
+        .args(["-u", "+%Y-%m-%d"])
+        .output()
+        .unwrap();
+    let today = String::from_utf8(now.stdout).unwrap();
+    assert!(machine.serial().contains(today.trim()), "{}", machine.serial());
+}
+
+#[test]
+fn thirty_two_devices_are_found() {
+    if skip_kvm() {
+        return;
+    }
+    let mut machine = Machine::embedded("job=main").args(["--memory", "128M"]);
+    let image = machine.disk_path();
+    std::fs::File::create(&image).unwrap().set_len(MIB).unwrap();
+    for index in 0..32 {
+        let arguments = ["--blk-file".as_ref(), image.as_os_str(), "--read-only".as_ref()];
+        machine = machine.device(&format!("d{index}"), "block", "device-disk", arguments);
+    }
+    let machine = machine.start();
+    machine.wait_event("the last device's driver", |event| {
+        matches!(event, Event::DriverOk { id, .. } if id == "d31")
+    });
+    machine.expect(0);
+    let serial = machine.serial();
+    let found = serial.lines().filter(|line| line.starts_with("disk ")).count();
+    assert_eq!(found, 32, "{serial}");
+}
+
+#[test]
+fn a_machine_without_platform_runs() {
+    if skip_kvm() {
+        return;
+    }
+    // Nothing can be said or ended without one; the disk's driver shows life.
+    let machine = Machine::embedded("job=main")
+        .without_platform()
+        .disk(64 * MIB)
+        .start();
+    machine.wait_event("driver-ok", |event| matches!(event, Event::DriverOk { .. }));
+    assert!(machine.control("stop").ok);
+    machine.expect(0);
+}

@@ -1,0 +1,232 @@
+//! A Linux guest with its disk, net, console and platform each in a process of its
+//! own. The guest is what `tests/guest/build.sh` makes; `test.sh` says where in
+//! OUTRIGGER_LINUX_GUEST.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use outrigger_tests::machine::{Machine, Running, skip_kvm};
+use outrigger_tests::wait_until;
+
+/// Emulated guest kernels take their time.
+const PATIENCE: Duration = Duration::from_secs(240);
+
+fn guest(file: &str) -> PathBuf {
+    let directory = std::env::var_os("OUTRIGGER_LINUX_GUEST")
+        .expect("OUTRIGGER_LINUX_GUEST is not set: run ./test.sh, or set it to what tests/guest/build.sh prints");
+    Path::new(&directory).join(file)
+}
+
+fn linux(kernel: &str, options: &str) -> Machine {
+    let cmdline = format!("console=ttyS0 quiet reboot=a,k panic=-1 {options}");
+    let initrd = guest("initramfs.cpio").display().to_string();
+    Machine::new(&guest(kernel), &cmdline).args(["--initrd", &initrd])
+}
+
+fn wait_serial(machine: &Running, text: &str) {
+    let start = Instant::now();
+    while !machine.serial().contains(text) {
+        assert!(
+            start.elapsed() < PATIENCE && machine.runner.is_running(),
+            "the guest never said {text:?}\nserial: {}\nlog: {}",
+            machine.serial(),
+            machine.runner.log()
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn wait_end(machine: &Running, code: i32) {
+    let start = Instant::now();
+    while machine.runner.is_running() && start.elapsed() < PATIENCE {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    machine.expect(code);
+}
+
+/// Serves `body` by HTTP, once, at 10.0.2.1 in the network namespace of `pid`;
+/// returns the port.
+fn serve_in_namespace(pid: u32, body: Vec<u8>) -> u16 {
+    let (sender, port) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // A network namespace is a thread's own matter.
+        let namespace = File::open(format!("/proc/{pid}/ns/net")).unwrap();
+        let kind = Some(rustix::thread::LinkNameSpaceType::Network);
+        rustix::thread::move_into_link_name_space(namespace.as_fd(), kind).unwrap();
+        let listener = TcpListener::bind("10.0.2.1:0").unwrap();
+        sender.send(listener.local_addr().unwrap().port()).unwrap();
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut request = BufReader::new(stream.try_clone().unwrap());
+        let mut line = String::new();
+        while request.read_line(&mut line).unwrap() > 2 {
+            line.clear();
+        }
+        write!(stream, "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", body.len()).unwrap();
+        stream.write_all(&body).unwrap();
+    });
+    port.recv_timeout(Duration::from_secs(10)).unwrap()
+}
+
+fn md5(data: &[u8]) -> String {
+    let mut child = Command::new("md5sum")
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(data).unwrap();
+    let output = child.wait_with_output().unwrap();
+    String::from_utf8(output.stdout).unwrap()[..32].to_owned()
+}
+
+/// Reads from the console's socket until `text` has come.
+fn read_until(stream: &mut UnixStream, seen: &mut String, text: &str) {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut buffer = [0; 512];
+    while !seen.contains(text) {
+        let count = stream.read(&mut buffer).unwrap();
+        assert!(count > 0, "the console closed; seen: {seen}");
+        seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
+    }
+}
+
+#[test]
+fn linux_with_two_cpus_uses_all_four_device_processes() {
+    if skip_kvm() {
+        return;
+    }
+    let body: Vec<u8> = (0..200_000u32).flat_map(u32::to_le_bytes).collect();
+    let machine = linux("vmlinux", "").disk(64 << 20).net().console();
+    let port = serve_in_namespace(machine.process("net0").pid(), body.clone());
+    let job = format!(
+        "outrigger.job=cpus,disk,net,console outrigger.cpus=2 outrigger.ip=10.0.2.15/24 \
+         outrigger.peer=10.0.2.1 outrigger.port={port} outrigger.sum={} outrigger.lines=3",
+        md5(&body)
+    );
+    let machine = machine
+        .cmdline(&job)
+        .args(["--cpus", "2", "--memory", "256M"])
+        .start();
+
+    let console = machine.directory().join("console");
+    wait_until("the console's socket is there", || console.exists());
+    let mut stream = UnixStream::connect(console).unwrap();
+    wait_serial(&machine, "STEP net: ");
+    let mut seen = String::new();
+    read_until(&mut stream, &mut seen, "CONSOLE ready");
+    for word in ["hello", "caf\u{e9}", "end"] {
+        writeln!(stream, "{word}").unwrap();
+        if word != "end" {
+            read_until(&mut stream, &mut seen, &format!("ECHO {word}"));
+        }
+    }
+    wait_end(&machine, 0);
+    let serial = machine.serial();
+    for step in ["cpus", "disk", "net", "console"] {
+        assert!(serial.contains(&format!("STEP {step}: pass")), "{serial}");
+    }
+    assert!(serial.contains("GUEST pass"), "{serial}");
+    check_image(&machine.directory().join("disk.img"));
+}
+
+/// The host's view of what the guest wrote: a clean file system whose files have
+/// the checksums that the guest noted.
+fn check_image(image: &Path) {
+    let check = Command::new("e2fsck").arg("-fn").arg(image).output().unwrap();
+    assert!(
+        check.status.success(),
+        "{}",
+        String::from_utf8_lossy(&check.stdout)
+    );
+    let directory = tempfile::tempdir().unwrap();
+    let dump = Command::new("debugfs")
+        .arg("-R")
+        .arg(format!("rdump / {}", directory.path().display()))
+        .arg(image)
+        .output()
+        .unwrap();
+    assert!(dump.status.success());
+    let sums = Command::new("md5sum")
+        .args(["--strict", "-c", "SUMS"])
+        .current_dir(directory.path())
+        .output()
+        .unwrap();
+    assert!(
+        sums.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&sums.stdout),
+        String::from_utf8_lossy(&sums.stderr)
+    );
+    assert!(sums.stdout.iter().filter(|&&b| b == b'\n').count() >= 6);
+}
+
+#[test]
+fn linux_goes_on_when_the_platform_is_killed_in_the_middle_of_its_boot() {
+    if skip_kvm() {
+        return;
+    }
+    let mut machine = linux("vmlinux", "outrigger.job=serial")
+        .args(["--memory", "128M"])
+        .start();
+    // In the kernel's boot, then while it prints.
+    std::thread::sleep(Duration::from_millis(700));
+    machine.replace_platform();
+    for text in ["SERIAL 020", "SERIAL 100", "SERIAL 150"] {
+        wait_serial(&machine, text);
+        machine.replace_platform();
+    }
+    wait_end(&machine, 0);
+    let serial = machine.serial();
+    let got: Vec<&str> = serial
+        .lines()
+        .filter(|line| line.starts_with("SERIAL "))
+        .map(str::trim_end)
+        .collect();
+    let expected: Vec<String> = (1..=200)
+        .map(|n| format!("SERIAL {n:03} the quick brown fox"))
+        .collect();
+    assert_eq!(got, expected);
+}
+
+#[test]
+fn linux_reboots_and_finds_its_disk_as_it_left_it() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = linux("vmlinux", "outrigger.job=reboot-once")
+        .args(["--memory", "128M"])
+        .disk(1 << 20)
+        .start();
+    wait_end(&machine, 0);
+    assert!(machine.serial().contains("GUEST pass"), "{}", machine.serial());
+    assert_eq!(machine.serial().matches("GUEST up").count(), 2);
+}
+
+#[test]
+fn linux_boots_from_a_bzimage() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = linux("bzImage", "outrigger.job=cpus outrigger.cpus=1")
+        .args(["--memory", "128M"])
+        .start();
+    wait_end(&machine, 0);
+    assert!(machine.serial().contains("GUEST pass"), "{}", machine.serial());
+}
+
+#[test]
+fn a_panic_is_a_failed_guest() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = linux("vmlinux", "outrigger.job=crash")
+        .args(["--memory", "128M", "--on-reset", "exit"])
+        .start();
+    // Without a panic device the kernel resets the machine (panic=-1).
+    wait_end(&machine, 3);
+}
