@@ -14,6 +14,7 @@ pub mod binaries;
 pub mod disk;
 pub mod guest;
 pub mod machine;
+pub mod net;
 pub mod process;
 pub mod queue;
 pub mod ram;

@@ -155,11 +155,14 @@ impl Machine {
 
     /// Starts the platform and then the runner.
     pub fn start(self) -> Running {
-        let directory = self.directory;
-        let serial = directory.path().join("serial");
-        let platform = self.serial.then(|| start_platform(directory.path()));
-        let events = directory.path().join("events");
-        let control = directory.path().join("control");
+        self.prepare().start()
+    }
+
+    /// Starts the platform: all device processes are there then.
+    pub fn prepare(self) -> Prepared {
+        let platform = self.serial.then(|| start_platform(self.directory.path()));
+        let events = self.directory.path().join("events");
+        let control = self.directory.path().join("control");
         let mut launch = Launch::new("vcpu-runner").args([
             "--kernel".as_ref(),
             self.kernel.as_os_str(),
@@ -176,19 +179,44 @@ impl Machine {
             launch = launch.args(["--device".to_owned(), device]);
         }
         if platform.is_some() {
-            let socket = directory.path().join("platform");
+            let socket = self.directory.path().join("platform");
             launch = launch.args([
                 "--platform".to_owned(),
                 format!("socket={}", socket.display()),
             ]);
         }
-        let runner = launch.args(self.arguments).spawn();
-        Running {
-            runner,
+        Prepared {
+            launch: launch.args(self.arguments),
             devices: self.devices,
             platform,
+            directory: self.directory,
+        }
+    }
+}
+
+/// A machine whose device processes run and whose runner does not.
+pub struct Prepared {
+    launch: Launch,
+    devices: Vec<(String, &'static str, Process)>,
+    platform: Option<Process>,
+    directory: tempfile::TempDir,
+}
+
+impl Prepared {
+    /// Where the serial port goes.
+    pub fn serial_path(&self) -> PathBuf {
+        self.directory.path().join("serial")
+    }
+
+    /// Starts the runner.
+    pub fn start(self) -> Running {
+        let serial = self.serial_path();
+        Running {
+            runner: self.launch.spawn(),
+            devices: self.devices,
+            platform: self.platform,
             serial,
-            directory,
+            directory: self.directory,
         }
     }
 }
@@ -256,8 +284,12 @@ impl Running {
 
     /// Events so far.
     pub fn events(&self) -> Vec<Event> {
-        let text = std::fs::read_to_string(self.directory.path().join("events")).unwrap();
-        text.lines()
+        let path = self.directory.path().join("events");
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        // The last line may be in the making.
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        whole
+            .lines()
             .map(|line| serde_json::from_str(line).unwrap())
             .collect()
     }
@@ -274,14 +306,25 @@ impl Running {
 
     /// Sends a line to the control socket and returns the answer.
     pub fn control_line(&self, line: &str) -> Reply {
+        let answer = self.try_control_line(line).unwrap();
+        serde_json::from_str(&answer).unwrap_or_else(|e| panic!("{line}: {answer:?}: {e}"))
+    }
+
+    /// Like [`Running::control`], but the machine may end meanwhile.
+    pub fn try_control(&self, command: &str) -> bool {
+        self.try_control_line(&format!("{{\"command\":\"{command}\"}}"))
+            .is_ok_and(|answer| answer.contains("\"ok\":true"))
+    }
+
+    fn try_control_line(&self, line: &str) -> std::io::Result<String> {
         let path = self.directory.path().join("control");
         wait_until("the control socket is there", || path.exists());
-        let mut stream = UnixStream::connect(path).unwrap();
-        stream.set_read_timeout(Some(crate::DEADLINE)).unwrap();
-        writeln!(stream, "{line}").unwrap();
+        let mut stream = UnixStream::connect(path)?;
+        stream.set_read_timeout(Some(crate::DEADLINE))?;
+        writeln!(stream, "{line}")?;
         let mut answer = String::new();
-        BufReader::new(stream).read_line(&mut answer).unwrap();
-        serde_json::from_str(&answer).unwrap()
+        BufReader::new(stream).read_line(&mut answer)?;
+        Ok(answer)
     }
 
     /// Waits for the runner to end; returns its exit code.

@@ -47,6 +47,22 @@ impl Launch {
         }
     }
 
+    /// A program that is open, wherever it may lie.
+    pub fn of(program: &File) -> Self {
+        let path = format!("/proc/self/fd/{}", program.as_raw_fd());
+        Launch {
+            command: Command::new(path),
+            directory: tempfile::tempdir().unwrap(),
+            passed: Vec::new(),
+        }
+    }
+
+    /// Runs it as another user.
+    pub fn as_user(mut self, user: u32) -> Self {
+        self.command.uid(user).gid(user);
+        self
+    }
+
     /// The directory that goes with the process.
     pub fn directory(&self) -> &Path {
         self.directory.path()

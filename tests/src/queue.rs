@@ -145,6 +145,17 @@ impl DriverQueue {
         self.store(self.available + 2, index, Ordering::Release);
     }
 
+    /// The buffer of descriptor `index`.
+    pub fn buffer(&self, index: u16) -> Buffer {
+        let bytes = self.ram.get(self.descriptors + 16 * u64::from(index), 16);
+        let flags = u16::from_le_bytes([bytes[12], bytes[13]]);
+        Buffer {
+            address: u64::from_le_bytes(bytes[..8].try_into().unwrap()),
+            len: u32::from_le_bytes(bytes[8..12].try_into().unwrap()),
+            writable: flags & WRITE != 0,
+        }
+    }
+
     /// Free descriptors.
     pub fn room(&self) -> usize {
         self.free.len()

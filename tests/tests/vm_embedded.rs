@@ -23,9 +23,10 @@ fn the_main_job_uses_disk_net_and_console() {
         assert!(serial.contains(device), "{device} is missing: {serial}");
     }
     for id in ["disk0", "net0", "console0"] {
-        machine.wait_event("driver-ok", |event| {
-            matches!(event, Event::DriverOk { id: got, .. } if got == id)
-        });
+        machine.wait_event(
+            "driver-ok",
+            |event| matches!(event, Event::DriverOk { id: got, .. } if got == id),
+        );
     }
     // What the guest wrote is in the image.
     let image = std::fs::read(machine.directory().join("disk.img")).unwrap();
@@ -105,7 +106,11 @@ fn a_triple_fault_is_a_failed_guest_with_registers() {
     }
     let machine = Machine::embedded("job=reset how=triple").start();
     machine.expect(4);
-    assert!(machine.runner.log().contains("rip=0x"), "{}", machine.runner.log());
+    assert!(
+        machine.runner.log().contains("rip=0x"),
+        "{}",
+        machine.runner.log()
+    );
 }
 
 #[test]
@@ -146,7 +151,11 @@ fn a_device_is_reset_and_set_up_again_in_the_middle_of_io() {
         .disk(64 * MIB)
         .start();
     machine.expect(0);
-    assert!(machine.serial().contains("guest: pass"), "{}", machine.serial());
+    assert!(
+        machine.serial().contains("guest: pass"),
+        "{}",
+        machine.serial()
+    );
 }
 
 #[test]
@@ -173,7 +182,11 @@ fn the_clock_tells_the_time() {
         .output()
         .unwrap();
     let today = String::from_utf8(now.stdout).unwrap();
-    assert!(machine.serial().contains(today.trim()), "{}", machine.serial());
+    assert!(
+        machine.serial().contains(today.trim()),
+        "{}",
+        machine.serial()
+    );
 }
 
 #[test]
@@ -185,16 +198,24 @@ fn thirty_two_devices_are_found() {
     let image = machine.disk_path();
     std::fs::File::create(&image).unwrap().set_len(MIB).unwrap();
     for index in 0..32 {
-        let arguments = ["--blk-file".as_ref(), image.as_os_str(), "--read-only".as_ref()];
+        let arguments = [
+            "--blk-file".as_ref(),
+            image.as_os_str(),
+            "--read-only".as_ref(),
+        ];
         machine = machine.device(&format!("d{index}"), "block", "device-disk", arguments);
     }
     let machine = machine.start();
-    machine.wait_event("the last device's driver", |event| {
-        matches!(event, Event::DriverOk { id, .. } if id == "d31")
-    });
+    machine.wait_event(
+        "the last device's driver",
+        |event| matches!(event, Event::DriverOk { id, .. } if id == "d31"),
+    );
     machine.expect(0);
     let serial = machine.serial();
-    let found = serial.lines().filter(|line| line.starts_with("disk ")).count();
+    let found = serial
+        .lines()
+        .filter(|line| line.starts_with("disk "))
+        .count();
     assert_eq!(found, 32, "{serial}");
 }
 

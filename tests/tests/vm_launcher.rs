@@ -121,8 +121,21 @@ impl Drop for Launcher {
 
 fn run_arguments<'a>(guest: &'a str, cmdline: &'a str, disk: &'a str) -> Vec<&'a str> {
     vec![
-        "run", "--kernel", guest, "--cmdline", cmdline, "--memory", "64M", "--disk", disk, "--net",
-        "isolated", "--console", "file,path=console", "--serial", "file,path=serial",
+        "run",
+        "--kernel",
+        guest,
+        "--cmdline",
+        cmdline,
+        "--memory",
+        "64M",
+        "--disk",
+        disk,
+        "--net",
+        "isolated",
+        "--console",
+        "file,path=console",
+        "--serial",
+        "file,path=serial",
     ]
 }
 
@@ -244,7 +257,12 @@ fn signals_end_all_of_it() {
         let mut launcher = launch("job=idle", &[]);
         wait_file(&launcher, "serial", "idle");
         kill_process(Pid::from_child(&launcher.child), signal).unwrap();
-        assert_eq!(launcher.wait(), 0, "{signal:?}: {}", launcher.read("stderr"));
+        assert_eq!(
+            launcher.wait(),
+            0,
+            "{signal:?}: {}",
+            launcher.read("stderr")
+        );
         launcher.expect_nobody_left();
     }
 }
@@ -258,7 +276,10 @@ fn a_device_that_does_not_start_is_named() {
     let mut launcher = Launcher::start(&run_arguments(&guest, "", "path=/nonexistent.img"));
     assert_eq!(launcher.wait(), 1);
     let said = launcher.read("stderr");
-    assert!(said.contains("/nonexistent.img") && said.contains("disk0"), "{said}");
+    assert!(
+        said.contains("/nonexistent.img") && said.contains("disk0"),
+        "{said}"
+    );
     launcher.expect_nobody_left();
 }
 
@@ -272,14 +293,24 @@ fn a_plain_shell_script_does_the_same() {
     let disk = directory.path().join("disk.img");
     File::create(&disk).unwrap().set_len(64 << 20).unwrap();
     let runner = binaries::binary("vcpu-runner");
-    for name in ["device-disk", "device-net", "device-console", "device-platform"] {
+    for name in [
+        "device-disk",
+        "device-net",
+        "device-console",
+        "device-platform",
+    ] {
         binaries::binary(name);
     }
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/launch.sh");
     let output = Command::new("bash")
         .arg(script)
         .args([embedded_guest(), disk.as_path()])
-        .args(["--memory", "64M", "--cmdline", "job=main need=block,net,console"])
+        .args([
+            "--memory",
+            "64M",
+            "--cmdline",
+            "job=main need=block,net,console",
+        ])
         .env("OUTRIGGER_BIN", runner.parent().unwrap())
         .env("TMPDIR", directory.path())
         .stdin(Stdio::null())

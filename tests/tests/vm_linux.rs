@@ -67,7 +67,12 @@ fn serve_in_namespace(pid: u32, body: Vec<u8>) -> u16 {
         while request.read_line(&mut line).unwrap() > 2 {
             line.clear();
         }
-        write!(stream, "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", body.len()).unwrap();
+        write!(
+            stream,
+            "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n",
+            body.len()
+        )
+        .unwrap();
         stream.write_all(&body).unwrap();
     });
     port.recv_timeout(Duration::from_secs(10)).unwrap()
@@ -137,7 +142,11 @@ fn linux_with_two_cpus_uses_all_four_device_processes() {
 /// The host's view of what the guest wrote: a clean file system whose files have
 /// the checksums that the guest noted.
 fn check_image(image: &Path) {
-    let check = Command::new("e2fsck").arg("-fn").arg(image).output().unwrap();
+    let check = Command::new("e2fsck")
+        .arg("-fn")
+        .arg(image)
+        .output()
+        .unwrap();
     assert!(
         check.status.success(),
         "{}",
@@ -203,7 +212,11 @@ fn linux_reboots_and_finds_its_disk_as_it_left_it() {
         .disk(1 << 20)
         .start();
     wait_end(&machine, 0);
-    assert!(machine.serial().contains("GUEST pass"), "{}", machine.serial());
+    assert!(
+        machine.serial().contains("GUEST pass"),
+        "{}",
+        machine.serial()
+    );
     assert_eq!(machine.serial().matches("GUEST up").count(), 2);
 }
 
@@ -216,7 +229,11 @@ fn linux_boots_from_a_bzimage() {
         .args(["--memory", "128M"])
         .start();
     wait_end(&machine, 0);
-    assert!(machine.serial().contains("GUEST pass"), "{}", machine.serial());
+    assert!(
+        machine.serial().contains("GUEST pass"),
+        "{}",
+        machine.serial()
+    );
 }
 
 #[test]

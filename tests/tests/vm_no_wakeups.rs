@@ -53,5 +53,8 @@ fn the_runner_is_not_woken_for_io() {
     eprintln!("context switches of the runner: {few} for 1,000 requests, {many} for 10,000");
     // Nine thousand requests more; what remains is the machine's own noise, the
     // status line's port accesses among it.
-    assert!(many < few + 200, "{few} for 1,000 requests, {many} for 10,000");
+    assert!(
+        many < few + 200,
+        "{few} for 1,000 requests, {many} for 10,000"
+    );
 }

@@ -72,7 +72,11 @@ fn an_idle_machine_uses_no_cpu() {
     };
     let before = ticks();
     std::thread::sleep(Duration::from_secs(1));
-    assert!(ticks() <= before + 1, "{} ticks in a second", ticks() - before);
+    assert!(
+        ticks() <= before + 1,
+        "{} ticks in a second",
+        ticks() - before
+    );
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
-use crossbeam_channel::{Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 use outrigger_cli::fd::set_nonblocking;
 use outrigger_protocol::control::{Command, MAX_LINE, Reply};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -24,6 +24,8 @@ pub struct Order {
     pub command: Command,
     /// Takes the answer.
     pub reply: Sender<Reply>,
+    /// Ends when the answer has gone out, for whoever is about to exit.
+    pub answered: Receiver<()>,
 }
 
 struct Client {
@@ -91,7 +93,9 @@ impl Client {
         }
         while let Some(end) = self.input.iter().position(|&b| b == b'\n') {
             let line: Vec<u8> = self.input.drain(..=end).collect();
-            if !self.answer(&carry_out(&line, orders)) {
+            // Dropped at the end of the round: the answer has gone out then.
+            let (_unanswered, answered) = bounded(0);
+            if !self.answer(&carry_out(&line, answered, orders)) {
                 return false;
             }
         }
@@ -114,13 +118,17 @@ impl Client {
     }
 }
 
-fn carry_out(line: &[u8], orders: &impl Fn(Order)) -> Reply {
+fn carry_out(line: &[u8], answered: Receiver<()>, orders: &impl Fn(Order)) -> Reply {
     let command = match serde_json::from_slice(line) {
         Ok(command) => command,
         Err(error) => return Reply::error(error.to_string()),
     };
     let (reply, answer) = bounded(1);
-    orders(Order { command, reply });
+    orders(Order {
+        command,
+        reply,
+        answered,
+    });
     answer
         .recv_timeout(DEADLINE)
         .unwrap_or_else(|_| Reply::error("no answer from the machine"))

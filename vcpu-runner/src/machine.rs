@@ -33,6 +33,10 @@ use crate::{Error, control};
 /// How long a vCPU may take to stand still.
 const PARK_DEADLINE: Duration = Duration::from_secs(5);
 
+/// How long the end of the machine waits for the answer to the command that
+/// caused it to go out.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(1);
+
 /// What reaches the machine's thread.
 enum Notice {
     Slot(slot::Notice),
@@ -272,6 +276,9 @@ impl Machine {
         };
         // A client that has gone needs no answer.
         let _ = order.reply.send(reply);
+        if matches!(result, Ok(Some(_))) {
+            let _ = order.answered.recv_timeout(ANSWER_DEADLINE);
+        }
         // A failed command is its client's matter; the machine goes on.
         Ok(result.unwrap_or(None))
     }

@@ -79,4 +79,5 @@ macro_rules! contract {
 contract! {
     disk: Disk<1>,
     disk_with_queues: Disk<4>,
+    net: Net,
 }

@@ -111,7 +111,10 @@ pub fn stop_for_good_before_the_answer<S: Subject>() {
     let mut guest = device.boot(EVENT_IDX);
     let request = S::request(&guest.ram);
     let mut in_the_middle = 0;
-    for round in 0..20 {
+    for round in 0..400 {
+        if round >= 20 && in_the_middle >= 3 {
+            return;
+        }
         let stop = AtomicBool::new(false);
         let first = guest.queues[S::REQUESTS].used_index;
         let Guest {
@@ -124,7 +127,7 @@ pub fn stop_for_good_before_the_answer<S: Subject>() {
         let (completed, base) = std::thread::scope(|scope| {
             let queue = &mut queues[S::REQUESTS];
             let feeder = scope.spawn(|| feed(queue, &request, &stop));
-            sleep(Duration::from_micros(500 + 70 * round));
+            sleep(Duration::from_micros(300 + 70 * (round % 20)));
             let base: Vec<u16> = (0..S::QUEUES)
                 .map(|index| frontend.get_vring_base(index).unwrap() as u16)
                 .collect();

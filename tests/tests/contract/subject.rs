@@ -1,11 +1,15 @@
 //! The devices under test, as far as the contract needs to know them.
 
-use outrigger_tests::disk;
+use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicU8, Ordering};
+
 use outrigger_tests::guest::Guest;
 use outrigger_tests::process::{Launch, Process};
 use outrigger_tests::queue::Buffer;
 use outrigger_tests::ram::Ram;
+use outrigger_tests::{disk, net};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_IN};
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU};
 
 /// A kind of device, with what it serves to its guest.
 pub trait Subject: Sized {
@@ -95,5 +99,35 @@ impl<const QUEUES: usize> Subject for Disk<QUEUES> {
             let data = guest.ram.get(request[1].address, 4096);
             assert_eq!(data, disk::pattern_of(8 * 512, 4096));
         }
+    }
+}
+
+/// device-net in a network of its own.
+pub struct Net;
+
+impl Subject for Net {
+    const NAME: &'static str = "device-net";
+    const QUEUES: usize = 2;
+    const REQUESTS: usize = net::TX;
+    const FEATURES: u64 =
+        1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_MTU | 1 << VIRTIO_NET_F_MRG_RXBUF;
+    const TYPE: &'static str = "net";
+
+    fn prepare() -> (Launch, Self) {
+        (Launch::new(Self::NAME).args(["--isolated"]), Net)
+    }
+
+    fn request(ram: &Ram) -> Vec<Buffer> {
+        let frame = net::ethernet(net::BROADCAST, net::EXPERIMENT, &[0x5a; 500]);
+        net::buffers(ram, &frame)
+    }
+
+    fn round_trip(_device: &mut Device<Self>, guest: &mut Guest) {
+        // Each time somebody else asks, so that the answer is to this question.
+        static ASKING: AtomicU8 = AtomicU8::new(0);
+        let number = 2 + ASKING.fetch_add(1, Ordering::Relaxed) % 250;
+        net::post(guest, 2, 2048);
+        let host = net::resolve(guest, Ipv4Addr::new(10, 0, 2, number));
+        assert_eq!(host[0] & 1, 0, "one station");
     }
 }

@@ -1,0 +1,35 @@
+//! Benchmarks of whole machines, each beside a peer in the same run.
+
+mod first_byte;
+mod memory;
+mod trap;
+
+use std::process::ExitCode;
+
+/// Rounds of a benchmark; medians need an odd number.
+const ROUNDS: usize = 15;
+
+fn median<T: Copy + PartialOrd>(values: &mut [T]) -> T {
+    values.sort_by(|a, b| a.partial_cmp(b).expect("measured values are ordered"));
+    values[values.len() / 2]
+}
+
+fn main() -> ExitCode {
+    let wanted: Vec<String> = std::env::args().skip(1).collect();
+    let all: [(&str, fn()); 3] = [
+        ("first-byte", first_byte::run),
+        ("trap", trap::run),
+        ("memory", memory::run),
+    ];
+    if let Some(unknown) = wanted.iter().find(|w| all.iter().all(|a| a.0 != **w)) {
+        eprintln!("no benchmark is called {unknown}");
+        return ExitCode::from(2);
+    }
+    for (name, run) in all {
+        if wanted.is_empty() || wanted.iter().any(|w| w == name) {
+            println!("== {name}");
+            run();
+        }
+    }
+    ExitCode::SUCCESS
+}

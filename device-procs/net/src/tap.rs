@@ -1,0 +1,175 @@
+//! A tap device: what is written to it the host's network stack receives, and
+//! the other way round. Every frame has the header of virtio-net before it, which
+//! the kernel makes and understands, so nothing is translated here. See
+//! Documentation/networking/tuntap.rst of the kernel.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use anyhow::Context as _;
+use device_core::fd::set_nonblocking;
+use outrigger_sandbox::{Check, Rule};
+use rustix::fs::{Mode, OFlags};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6,
+};
+
+use crate::interface;
+
+/// Length of `struct virtio_net_hdr_v1` in bytes (virtio 1.2 section 5.1.6).
+pub const HEADER: usize = 12;
+
+/// What moving frames takes beyond the serve loop: readv and writev are there,
+/// and the offloads change with the driver.
+pub const SYSCALLS: &[Rule] = &[Rule::when(
+    libc::SYS_ioctl,
+    &[Check::OneOf(1, &[libc::TUNSETOFFLOAD as u32])],
+)];
+
+/// An attached tap device.
+pub struct Tap {
+    fd: OwnedFd,
+    name: String,
+}
+
+impl Tap {
+    /// Attaches to the tap device `name`; makes it if there is none.
+    ///
+    /// # Errors
+    /// When the caller may not, or somebody else is attached to it.
+    pub fn create(name: &str) -> anyhow::Result<Self> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let fd = rustix::fs::open("/dev/net/tun", flags, Mode::empty()).context("/dev/net/tun")?;
+        let mut request = interface::request(name)?;
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        request.ifr_ifru.ifru_flags = flags as libc::c_short;
+        // SAFETY: TUNSETIFF takes a `struct ifreq`.
+        if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &mut request) } < 0 {
+            return Err(io::Error::last_os_error()).context("attaching to it");
+        }
+        let name = interface::name_of(&request);
+        Ok(Tap { fd, name }.with_header()?)
+    }
+
+    /// Takes over a tap device that somebody else has attached to `fd`.
+    ///
+    /// # Errors
+    /// When it is no tap device, or one whose frames have no header.
+    pub fn adopt(fd: OwnedFd) -> io::Result<Self> {
+        // Any name: the kernel fills in the right one.
+        let mut request = interface::request("tap")?;
+        // SAFETY: TUNGETIFF fills in a `struct ifreq`.
+        if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF, &mut request) } < 0 {
+            return Err(io::Error::other("not an attached tap device"));
+        }
+        // SAFETY: TUNGETIFF has filled this field in.
+        let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+        let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        if flags & wanted != wanted {
+            return Err(io::Error::other(
+                "not attached with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR",
+            ));
+        }
+        set_nonblocking(&fd)?;
+        let name = interface::name_of(&request);
+        Tap { fd, name }.with_header()
+    }
+
+    fn with_header(self) -> io::Result<Self> {
+        let size = HEADER as libc::c_int;
+        // SAFETY: TUNSETVNETHDRSZ reads an int.
+        if unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TUNSETVNETHDRSZ, &size) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.set_offload(0)?;
+        Ok(self)
+    }
+
+    /// The name of its interface.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Lets the host's stack send what a driver with these feature bits can
+    /// receive: frames without a checksum, and segments that are still to be cut.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn set_offload(&self, features: u64) -> io::Result<()> {
+        let mut offload = 0;
+        for (feature, flag) in [
+            (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
+            (VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
+            (VIRTIO_NET_F_GUEST_TSO6, libc::TUN_F_TSO6),
+            (VIRTIO_NET_F_GUEST_ECN, libc::TUN_F_TSO_ECN),
+        ] {
+            if features & 1 << feature != 0 {
+                offload |= flag;
+            }
+        }
+        // Segments need checksums; without, the kernel takes none of it.
+        if offload & libc::TUN_F_CSUM == 0 {
+            offload = 0;
+        }
+        let offload = libc::c_ulong::from(offload);
+        // SAFETY: TUNSETOFFLOAD takes its argument as a number.
+        if unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TUNSETOFFLOAD, offload) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Reads a frame with its header into `iovecs`; returns the length of what
+    /// went there. The end of a frame that is too long is lost.
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is none, or the kernel's.
+    ///
+    /// # Safety
+    /// The iovecs describe memory that may be written for the length of the call.
+    pub unsafe fn read(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+        // SAFETY: the caller vouches for the memory.
+        unsafe { self.transfer(libc::readv, iovecs) }
+    }
+
+    /// Writes a frame with its header.
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is no room, or the kernel's, which may dislike
+    /// header or length.
+    ///
+    /// # Safety
+    /// The iovecs describe memory that may be read for the length of the call.
+    pub unsafe fn write(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
+        // SAFETY: the caller vouches for the memory.
+        unsafe { self.transfer(libc::writev, iovecs) }
+    }
+
+    /// # Safety
+    /// As for [`Tap::read`] and [`Tap::write`].
+    unsafe fn transfer(
+        &self,
+        call: unsafe extern "C" fn(libc::c_int, *const libc::iovec, libc::c_int) -> libc::ssize_t,
+        iovecs: &[libc::iovec],
+    ) -> io::Result<usize> {
+        let count = libc::c_int::try_from(iovecs.len()).unwrap_or(libc::c_int::MAX);
+        loop {
+            // SAFETY: the caller vouches for the memory; `count` iovecs are there.
+            let done = unsafe { call(self.fd.as_raw_fd(), iovecs.as_ptr(), count) };
+            if let Ok(done) = usize::try_from(done) {
+                return Ok(done);
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+}
+
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
