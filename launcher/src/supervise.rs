@@ -152,11 +152,11 @@ impl Group {
         Ok(())
     }
 
-    /// Waits for the runner. A device that dies ends the runner, which notices by
-    /// itself; one that ends on its own account (the console's way out) ends the
-    /// machine as the user wished.
+    /// Waits for the runner, which ends by itself when it loses a device. Devices
+    /// leave when the runner does; a console that leaves first has taken its way
+    /// out (Ctrl-A x), so the end of the machine is what the user wished.
     fn wait_runner(&mut self, runner: usize) -> anyhow::Result<u8> {
-        let mut quit = false;
+        let (mut quit, mut died) = (false, false);
         let mut deadline: Option<Instant> = None;
         loop {
             let limit = deadline.map_or(Duration::MAX, |at| {
@@ -165,19 +165,17 @@ impl Group {
             match self.next(limit) {
                 Ok(Event::Ended(index, status)) if index == runner => {
                     self.processes[index].ended = Some(status);
-                    return Ok(if quit {
-                        exit::POWERED_OFF
-                    } else {
-                        exit_code(status)
-                    });
+                    let code = exit_code(status);
+                    let wished = quit && !died && code == exit::DEVICE_LOST;
+                    return Ok(if wished { exit::POWERED_OFF } else { code });
                 }
                 Ok(Event::Ended(index, status)) => {
                     self.processes[index].ended = Some(status);
                     let Process { id, name, .. } = &self.processes[index];
-                    if status.success() && id.starts_with("console") {
-                        quit = true;
-                        self.signal(runner, Signal::TERM);
+                    if status.success() {
+                        quit |= id.starts_with("console");
                     } else {
+                        died = true;
                         eprintln!("outrigger: {id}: {name} died: {}", describe(status));
                     }
                     deadline.get_or_insert(Instant::now() + GRACE);

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Builds the test guest's kernel: build-kernel.sh WORK OUT
 #   WORK  empty directory for the source tree and the objects (2 GB)
-#   OUT   existing directory; gets vmlinux, bzImage, config and gen_init_cpio
+#   OUT   existing directory; gets vmlinux, bzImage, config, System.map and gen_init_cpio
 # build.sh calls this with the packages installed and keeps the result.
 set -euo pipefail
 
@@ -32,5 +32,5 @@ done < <(grep ^CONFIG_ "$here/kernel.config")
 
 kmake bzImage
 strip -s -o "$out/vmlinux" "$objects/vmlinux"
-cp "$objects/arch/x86/boot/bzImage" "$objects/usr/gen_init_cpio" "$out/"
+cp "$objects/arch/x86/boot/bzImage" "$objects/System.map" "$objects/usr/gen_init_cpio" "$out/"
 cp "$objects/.config" "$out/config"

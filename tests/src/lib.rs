@@ -11,6 +11,7 @@
 //! deadline: this crate is for tests only.
 
 pub mod binaries;
+pub mod console;
 pub mod disk;
 pub mod guest;
 pub mod machine;

@@ -174,6 +174,14 @@ impl Process {
         self.directory.path()
     }
 
+    /// Takes the directory, which outlives the process then.
+    pub fn keep_directory(&mut self) -> TempDir {
+        let log = self.directory.path().join("log");
+        let other = tempfile::tempdir().unwrap();
+        std::fs::copy(log, other.path().join("log")).unwrap();
+        std::mem::replace(&mut self.directory, other)
+    }
+
     /// A file of `/proc/PID`.
     pub fn proc(&self, name: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/{name}", self.pid))

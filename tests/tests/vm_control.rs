@@ -95,6 +95,9 @@ fn reset_by_command_boots_again_also_when_paused() {
         wait_until("it has booted again", || {
             machine.serial().matches("idle").count() == round
         });
+        let status = machine.control("status").status.unwrap();
+        assert_eq!(status.state, MachineState::Running);
+        assert_eq!(status.devices[0].state, SlotState::Running);
     }
     assert_eq!(machine.control("status").status.unwrap().resets, 4);
 }

@@ -61,6 +61,55 @@ fn ram_with_transparent_huge_pages() {
     ram("256M,hugepages=thp", 256);
 }
 
+/// Huge pages that the host sets aside for as long as this lives.
+struct HugePages(String);
+
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+impl HugePages {
+    /// `None` when the host has none to give, or not to us.
+    fn reserve(count: u64) -> Option<Self> {
+        let before = std::fs::read_to_string(POOL).ok()?;
+        let had: u64 = before.trim().parse().ok()?;
+        std::fs::write(POOL, (had + count).to_string()).ok()?;
+        let reserved = HugePages(before);
+        let now: u64 = std::fs::read_to_string(POOL).ok()?.trim().parse().ok()?;
+        (now >= had + count).then_some(reserved)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = std::fs::write(POOL, self.0.trim());
+    }
+}
+
+#[test]
+fn ram_of_huge_pages() {
+    if skip_kvm() {
+        return;
+    }
+    let Some(_pages) = HugePages::reserve(64) else {
+        eprintln!("skipped: this host gives no huge pages");
+        return;
+    };
+    ram("128M,hugepages=2M", 128);
+}
+
+#[test]
+fn sixty_four_vcpus_start() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=ram").args(["--cpus", "64"]).start();
+    machine.expect(0);
+    let threads = machine.events();
+    assert!(
+        threads.contains(&Event::Started { vcpus: 64 }),
+        "{threads:?}"
+    );
+}
+
 #[test]
 fn ram_is_sealed_shared_and_allocated_only_when_touched() {
     if skip_kvm() {

@@ -24,6 +24,10 @@ impl Launcher {
     }
 
     fn start_in(directory: tempfile::TempDir, arguments: &[&str]) -> Self {
+        Self::start_with(directory, arguments, Stdio::null())
+    }
+
+    fn start_with(directory: tempfile::TempDir, arguments: &[&str], stdin: Stdio) -> Self {
         for name in [
             "vcpu-runner",
             "device-disk",
@@ -38,7 +42,7 @@ impl Launcher {
         command
             .args(arguments)
             .current_dir(directory.path())
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(output("stdout"))
             .stderr(output("stderr"));
         // SAFETY: setsid(2) is async-signal-safe.
@@ -265,6 +269,58 @@ fn signals_end_all_of_it() {
         );
         launcher.expect_nobody_left();
     }
+}
+
+/// Types on a terminal that the launcher runs in.
+#[test]
+fn ctrl_a_x_on_a_stdio_console_ends_the_machine() {
+    use std::io::Write;
+    if skip_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let flags = rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY;
+    let terminal = rustix::pty::openpt(flags).unwrap();
+    rustix::pty::unlockpt(&terminal).unwrap();
+    let name = rustix::pty::ptsname(&terminal, Vec::new()).unwrap();
+    let slave = File::options()
+        .read(true)
+        .write(true)
+        .open(name.to_str().unwrap())
+        .unwrap();
+    let before = rustix::termios::tcgetattr(&slave).unwrap();
+    let guest = embedded_guest().display().to_string();
+    let arguments = [
+        "run",
+        "--kernel",
+        &guest,
+        "--cmdline",
+        "job=echo",
+        "--memory",
+        "64M",
+        "--console",
+        "stdio",
+    ];
+    let mut launcher =
+        Launcher::start_with(directory, &arguments, slave.try_clone().unwrap().into());
+    // The guest's driver is at work once it has said its size.
+    wait_file(&launcher, "stdout", "size ");
+    let raw = rustix::termios::tcgetattr(&slave).unwrap();
+    assert!(
+        !raw.local_modes
+            .contains(rustix::termios::LocalModes::ICANON)
+    );
+    let mut terminal = File::from(terminal);
+    terminal.write_all(b"typed\r").unwrap();
+    wait_file(&launcher, "stdout", "typed");
+    terminal.write_all(b"\x01x").unwrap();
+    assert_eq!(launcher.wait(), 0, "{}", launcher.read("stderr"));
+    let after = rustix::termios::tcgetattr(&slave).unwrap();
+    assert_eq!(
+        after.local_modes, before.local_modes,
+        "the terminal is as it was"
+    );
+    launcher.expect_nobody_left();
 }
 
 #[test]

@@ -71,7 +71,10 @@ impl Listener {
 
 /// Binds `path`. A socket that a dead process left behind is replaced; one that
 /// somebody serves is not.
-fn bind(path: &Path) -> io::Result<UnixListener> {
+///
+/// # Errors
+/// bind(2)'s own.
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
     match UnixListener::bind(path) {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
             let stale = path.symlink_metadata()?.file_type().is_socket()

@@ -1,6 +1,7 @@
 //! A split virtqueue from the device's side (virtio 1.2 section 2.7), with the
 //! descriptors through which driver and device wake each other.
 
+use std::fmt::Display;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
 
@@ -14,6 +15,10 @@ use crate::{Chain, Error, GuestMemory};
 /// Chains that one batch takes from one ring at most, so that other rings and
 /// the control thread get their turn.
 const BATCH: u32 = 256;
+
+/// Complaints about the guest that are logged from one start of a ring to the
+/// next: a hostile guest must not fill the log.
+const COMPLAINTS: u32 = 10;
 
 /// Ring addresses as SET_VRING_ADDR gives them: front-end user addresses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,6 +58,7 @@ pub struct Ring {
     pushed: bool,
     /// Used index up to which the driver has been told.
     announced: u16,
+    complaints: u32,
 }
 
 impl Ring {
@@ -80,6 +86,7 @@ impl Ring {
             starved: false,
             pushed: false,
             announced: 0,
+            complaints: 0,
         })
     }
 
@@ -186,6 +193,7 @@ impl Ring {
     pub(crate) fn start(&mut self, kick: OwnedFd) -> Option<OwnedFd> {
         self.state = State::Started;
         self.pending = true;
+        self.complaints = 0;
         self.kick.replace(kick)
     }
 
@@ -310,7 +318,7 @@ impl Ring {
             match Chain::parse(self.index, position, next, memory) {
                 Ok(chain) => return Some(chain),
                 Err(error) => {
-                    tracing::warn!("{error}");
+                    self.complain(&error);
                     self.push(memory, head, 0);
                 }
             }
@@ -323,6 +331,12 @@ impl Ring {
     pub fn unpop(&mut self, chain: &Chain<'_>) {
         self.queue.set_next_avail(chain.position);
         self.starved = false;
+    }
+
+    /// The device has done enough for one batch: it wants to be called again
+    /// although nothing new may have come.
+    pub fn serve_again(&mut self) {
+        self.pending = true;
     }
 
     /// Completes the request with head `head`, into whose writable buffers
@@ -362,6 +376,16 @@ impl Ring {
         memory
             .store(next.to_le(), GuestAddress(used + 2), Ordering::Release)
             .map_err(virtio_queue::Error::GuestMemory)
+    }
+
+    /// Logs what is wrong with a request, unless there was too much of it already.
+    pub fn complain(&mut self, what: &dyn Display) {
+        match self.complaints {
+            0..COMPLAINTS => tracing::warn!("{what}"),
+            COMPLAINTS => tracing::warn!("{what}; no more is logged of this queue"),
+            _ => return,
+        }
+        self.complaints += 1;
     }
 
     fn corrupt(&mut self, error: &virtio_queue::Error) {

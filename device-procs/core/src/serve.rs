@@ -109,7 +109,9 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
     } = build()?;
 
     let mut layers = vec![BASE, SOCKET, VHOST_USER, SERVE, syscalls];
-    if listener.is_listening() {
+    // A device may listen, too, and a call has one rule.
+    let accepts = |rule: &Rule| rule.syscall == libc::SYS_accept4;
+    if listener.is_listening() && !syscalls.iter().any(accepts) {
         layers.push(LISTENER);
     }
     let policy = Policy {

@@ -80,4 +80,5 @@ contract! {
     disk: Disk<1>,
     disk_with_queues: Disk<4>,
     net: Net,
+    console: Console,
 }

@@ -1,13 +1,15 @@
 //! The devices under test, as far as the contract needs to know them.
 
+use std::io::{Read, Write};
 use std::net::Ipv4Addr;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use outrigger_tests::guest::Guest;
 use outrigger_tests::process::{Launch, Process};
 use outrigger_tests::queue::Buffer;
 use outrigger_tests::ram::Ram;
-use outrigger_tests::{disk, net};
+use outrigger_tests::{DEADLINE, console, disk, net};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_IN};
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU};
 
@@ -37,7 +39,6 @@ pub trait Subject: Sized {
 /// A running device.
 pub struct Device<S> {
     pub process: Process,
-    #[allow(dead_code)]
     pub subject: S,
 }
 
@@ -129,5 +130,51 @@ impl Subject for Net {
         net::post(guest, 2, 2048);
         let host = net::resolve(guest, Ipv4Addr::new(10, 0, 2, number));
         assert_eq!(host[0] & 1, 0, "one station");
+    }
+}
+
+/// device-console with a unix socket, and its client.
+pub struct Console(Option<UnixStream>);
+
+impl Subject for Console {
+    const NAME: &'static str = "device-console";
+    const QUEUES: usize = 2;
+    const REQUESTS: usize = console::TX;
+    const FEATURES: u64 = 0;
+    const TYPE: &'static str = "console";
+
+    fn prepare() -> (Launch, Self) {
+        let launch = Launch::new(Self::NAME);
+        let socket = launch.directory().join("console");
+        let launch = launch.args(["--unix".as_ref(), socket.as_os_str()]);
+        (launch, Console(None))
+    }
+
+    fn request(ram: &Ram) -> Vec<Buffer> {
+        vec![Buffer::readable(ram.put(&[b'.'; 100]), 100)]
+    }
+
+    fn round_trip(device: &mut Device<Self>, guest: &mut Guest) {
+        static SAYING: AtomicU8 = AtomicU8::new(0);
+        let number = SAYING.fetch_add(1, Ordering::Relaxed);
+        let client = device.subject.0.get_or_insert_with(|| {
+            let path = device.process.directory().join("console");
+            let client = UnixStream::connect(path).unwrap();
+            client.set_read_timeout(Some(DEADLINE)).unwrap();
+            client
+        });
+        // The client also finds what requests have left there.
+        let text = format!("guest {number}\n");
+        console::send(guest, text.as_bytes());
+        let mut heard = Vec::new();
+        while !heard.ends_with(text.as_bytes()) {
+            let mut byte = [0];
+            client.read_exact(&mut byte).unwrap();
+            heard.extend(byte);
+        }
+        let text = format!("client {number}\n");
+        console::post(guest, 1, 64);
+        client.write_all(text.as_bytes()).unwrap();
+        assert_eq!(console::receive(guest), text.as_bytes());
     }
 }

@@ -315,6 +315,9 @@ impl Thread {
             Message::Stop(done) => {
                 let result = self.stop_all();
                 self.paused = false;
+                if self.session.is_some() {
+                    self.slot.set_state(SlotState::Running);
+                }
                 let _ = done.send(());
                 result
             }

@@ -56,3 +56,20 @@ pub fn open() -> Result<Kvm, Error> {
         None => Ok(kvm),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_named_with_its_purpose() {
+        for &Need { name, why, .. } in NEEDS {
+            let text = Error::KvmCapability { name, why }.to_string();
+            assert!(name.starts_with("KVM_CAP_"), "{text}");
+            assert!(
+                text.contains(name) && text.ends_with(why) && why.len() > 15,
+                "{text}"
+            );
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! device-console as its guest sees it, and as whoever sits at the other end.
+
+mod pty;
+mod stdio;
+mod unix;
+
+use std::io::Read;
+use std::path::PathBuf;
+
+use outrigger_tests::console::send;
+use outrigger_tests::guest::{EVENT_IDX, Guest};
+use outrigger_tests::process::{Launch, Process};
+use outrigger_tests::queue::Buffer;
+use outrigger_tests::ram::Ram;
+use outrigger_tests::{console, wait_until};
+
+/// Chains in the transmit queue when the guest writes as much as it can.
+const CHAINS: usize = 64;
+/// Bytes of one such chain.
+const CHAIN: usize = 16 * 1024;
+
+fn boot(process: &Process) -> Guest {
+    let ram = Ram::new(&[(0, 1 << 20), (1 << 32, 16 << 20)]);
+    let mut guest = Guest::new(process.connect(), ram);
+    guest.negotiate(EVENT_IDX | 1);
+    guest.share_memory();
+    guest.add_queue(64);
+    guest.add_queue(CHAINS as u16);
+    guest
+}
+
+/// Every byte there is, and more.
+fn text(len: usize) -> Vec<u8> {
+    (0..len).map(|at| (at ^ at >> 8 ^ at >> 16) as u8).collect()
+}
+
+/// Reads exactly `len` bytes.
+fn hear(mut from: impl Read, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    from.read_exact(&mut bytes).unwrap();
+    bytes
+}
+
+/// A guest that writes until the device takes no more, to a reader that reads
+/// nothing: the device waits, in memory that is bounded. Then the reader reads, and
+/// everything comes, in order. `read` reads exactly so many bytes.
+fn slow_reader_gets_it_all(
+    process: &Process,
+    guest: &mut Guest,
+    mut read: impl FnMut(usize) -> Vec<u8>,
+) {
+    let text = text(CHAINS * CHAIN);
+    let at = guest.ram.put(&text);
+    let queue = &mut guest.queues[console::TX];
+    let before = process.resident();
+    for from in (0..text.len()).step_by(CHAIN) {
+        queue.add(&[Buffer::readable(at + from as u64, CHAIN as u32)]);
+    }
+    queue.kick();
+    // It settles: what the kernel holds is full, and nothing moves any more.
+    let mut last = (u16::MAX, u64::MAX);
+    wait_until("nothing moves any more", || {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let now = (queue.device_used_index(), process.ticks());
+        std::mem::replace(&mut last, now) == now
+    });
+    assert_ne!(last.0, queue.avail_index, "all of it went somewhere");
+    assert!(process.resident() < before + (4 << 20), "it hoards");
+    // A stop does not wait for the reader, and after it the guest goes on.
+    let base = guest.stop(console::TX);
+    guest.start(console::TX, base);
+    assert!(read(text.len()) == text, "bytes are lost or changed");
+    assert_eq!(guest.queues[console::TX].wait_all().len(), CHAINS);
+}
+
+#[test]
+fn file_gets_all_output_and_keeps_what_it_has() {
+    let launch = Launch::new("device-console");
+    let path = launch.directory().join("output");
+    std::fs::write(&path, "before\n").unwrap();
+    let process = launch
+        .args(["--file".as_ref(), path.as_os_str()])
+        .listening();
+    let mut guest = boot(&process);
+    let text = text(300_000);
+    for piece in text.chunks(70_000) {
+        send(&mut guest, piece);
+    }
+    let file = std::fs::read(&path).unwrap();
+    assert!(file == [b"before\n", &text[..]].concat());
+}
+
+#[test]
+fn full_disk_does_not_stop_the_guest() {
+    let process = Launch::new("device-console")
+        .args(["--file", "/dev/full"])
+        .listening();
+    let mut guest = boot(&process);
+    for _ in 0..10 {
+        send(&mut guest, &text(50_000));
+    }
+    assert!(process.log().contains("writing the file"));
+}
+
+#[test]
+fn console_without_a_size_offers_none() {
+    use vhost::VhostBackend;
+    let (process, _path) = unix::start();
+    let guest = boot(&process);
+    assert_eq!(guest.frontend.get_features().unwrap() & 1, 0);
+}
+
+#[test]
+fn odd_requests_are_harmless() {
+    let (process, path) = unix::start();
+    let mut client = unix::connect(&path);
+    let mut guest = boot(&process);
+    let at = guest.ram.put(b"abcdefgh");
+    let transmit = &mut guest.queues[console::TX];
+    // Nothing to read, something to write, all in pieces.
+    transmit.run(&[Buffer::readable(at, 0)]);
+    transmit.run(&[Buffer::writable(at, 8)]);
+    let pieces: Vec<_> = (0..8).map(|i| Buffer::readable(at + i, 1)).collect();
+    transmit.run(&pieces);
+    assert_eq!(hear(&client, 8), b"abcdefgh");
+
+    // Buffers for input that have no room; the input waits for one that has.
+    let receive = &mut guest.queues[console::RX];
+    receive.add(&[Buffer::readable(at, 8)]);
+    receive.add(&[Buffer::writable(at, 0)]);
+    receive.kick();
+    std::io::Write::write_all(&mut client, b"input").unwrap();
+    assert_eq!(console::receive(&mut guest), b"");
+    assert_eq!(console::receive(&mut guest), b"");
+    for expected in [&b"in"[..], b"pu", b"t"] {
+        console::post(&mut guest, 1, 2);
+        assert_eq!(console::receive(&mut guest), expected);
+    }
+}
+
+#[test]
+fn refuses_options_that_make_no_sense() {
+    for args in [
+        &["--stdio", "--pty"][..],
+        &["--file", "/x", "--unix", "/y"],
+        &["--stdio", "--pty-link", "/x"],
+        &[],
+    ] {
+        let process = Launch::new("device-console").args(args).spawn();
+        assert_eq!(
+            process.wait().code(),
+            Some(2),
+            "{args:?}: {}",
+            process.log()
+        );
+    }
+    for args in [
+        ["--file", "/nonexistent/file"],
+        ["--unix", "/nonexistent/socket"],
+    ] {
+        let launch = Launch::new("device-console");
+        let path: PathBuf = launch.directory().join("socket");
+        let process = launch
+            .args(["--socket-path".as_ref(), path.as_os_str()])
+            .args(args)
+            .spawn();
+        assert_eq!(process.wait().code(), Some(1));
+        assert_eq!(process.log().lines().count(), 1, "{}", process.log());
+    }
+}

@@ -1,0 +1,262 @@
+//! `--stdio`: over pipes, and with a terminal.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+
+use outrigger_tests::console::{post, receive_all, send};
+use outrigger_tests::process::{Launch, Process};
+use outrigger_tests::{DEADLINE, wait_until};
+use rustix::fs::{OFlags, fcntl_getfl};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::Signal;
+use rustix::termios::{LocalModes, OutputModes, Termios, Winsize, tcgetattr, tcsetwinsize};
+use vhost::vhost_user::VhostUserFrontend;
+
+use crate::{boot, hear, slow_reader_gets_it_all, text};
+
+/// A process between two pipes: what it reads, what it writes, and its own ends.
+struct Piped {
+    process: Process,
+    input: File,
+    output: File,
+    theirs: [OwnedFd; 2],
+}
+
+fn piped() -> Piped {
+    let (stdin, input) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+    let (output, stdout) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+    let theirs = [stdin.try_clone().unwrap(), stdout.try_clone().unwrap()];
+    let mut launch = Launch::new("device-console").args(["--stdio"]);
+    launch.command().stdin(stdin).stdout(stdout);
+    Piped {
+        process: launch.listening(),
+        input: input.into(),
+        output: output.into(),
+        theirs,
+    }
+}
+
+#[test]
+fn pipes_pass_all_bytes_as_they_are() {
+    let mut piped = piped();
+    let mut guest = boot(&piped.process);
+    let bytes = text(50_000);
+    for piece in bytes.chunks(3000) {
+        send(&mut guest, piece);
+        assert!(hear(&piped.output, piece.len()) == piece);
+    }
+    post(&mut guest, 8, 512);
+    // No key is special: there is nobody who could have pressed it.
+    for piece in [&bytes[..], b"\x01x\x01\x01\x03"] {
+        for piece in piece.chunks(3000) {
+            piped.input.write_all(piece).unwrap();
+            assert!(receive_all(&mut guest, piece.len()) == piece);
+        }
+    }
+    // Whether to block is for those to say who share these files.
+    for fd in &piped.theirs {
+        assert!(!fcntl_getfl(fd).unwrap().contains(OFlags::NONBLOCK));
+    }
+}
+
+#[test]
+fn end_of_input_does_not_end_output() {
+    let mut piped = piped();
+    let mut guest = boot(&piped.process);
+    post(&mut guest, 2, 64);
+    piped.input.write_all(b"last words").unwrap();
+    drop(piped.input);
+    assert_eq!(receive_all(&mut guest, 10), b"last words");
+    for _ in 0..3 {
+        send(&mut guest, b"still talking");
+        assert_eq!(hear(&piped.output, 13), b"still talking");
+    }
+}
+
+#[test]
+fn guest_goes_on_when_nobody_reads_any_more() {
+    let Piped {
+        process,
+        output,
+        theirs,
+        ..
+    } = piped();
+    drop((output, theirs));
+    let mut guest = boot(&process);
+    for _ in 0..20 {
+        send(&mut guest, &text(50_000));
+    }
+    assert!(process.is_running());
+    assert!(process.resident() < 64 << 20);
+}
+
+#[test]
+fn slow_reader_costs_little_and_loses_nothing() {
+    let piped = piped();
+    let mut guest = boot(&piped.process);
+    slow_reader_gets_it_all(&piped.process, &mut guest, |len| hear(&piped.output, len));
+}
+
+#[test]
+fn input_from_a_file_is_read_to_its_end() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let bytes = text(30_000);
+    std::fs::write(file.path(), &bytes).unwrap();
+    let mut launch = Launch::new("device-console").args(["--stdio"]);
+    launch.command().stdin(File::open(file.path()).unwrap());
+    let process = launch.listening();
+    let mut guest = boot(&process);
+    post(&mut guest, 4, 1024);
+    assert!(receive_all(&mut guest, bytes.len()) == bytes);
+}
+
+/// A process with a terminal of its own, at the other end of which we sit.
+struct Terminal {
+    process: Process,
+    keyboard: File,
+    slave: OwnedFd,
+}
+
+fn terminal() -> Terminal {
+    let (mut master, mut slave) = (-1, -1);
+    let size = Winsize {
+        ws_row: 30,
+        ws_col: 100,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    let none = std::ptr::null_mut();
+    // SAFETY: makes two descriptors that nobody else owns.
+    let (master, slave) = unsafe {
+        assert_eq!(
+            libc::openpty(&mut master, &mut slave, none, none.cast(), none.cast()),
+            0
+        );
+        libc::fcntl(master, libc::F_SETFD, libc::FD_CLOEXEC);
+        libc::fcntl(slave, libc::F_SETFD, libc::FD_CLOEXEC);
+        (File::from_raw_fd(master), OwnedFd::from_raw_fd(slave))
+    };
+    tcsetwinsize(&master, size).unwrap();
+    let mut launch = Launch::new("device-console").args(["--stdio"]);
+    let command = launch.command();
+    command.stdin(slave.try_clone().unwrap());
+    command.stdout(slave.try_clone().unwrap());
+    let own = || {
+        rustix::process::setsid()?;
+        rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+        Ok(())
+    };
+    // SAFETY: makes system calls only, and allocates nothing.
+    unsafe { command.pre_exec(own) };
+    Terminal {
+        process: launch.listening(),
+        keyboard: master,
+        slave,
+    }
+}
+
+impl Terminal {
+    fn mode(&self) -> Termios {
+        tcgetattr(&self.slave).unwrap()
+    }
+
+    fn is_raw(&self) -> bool {
+        let mode = self.mode();
+        !mode
+            .local_modes
+            .intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG)
+            && !mode.output_modes.contains(OutputModes::OPOST)
+    }
+
+    fn is_as_it_was(&self) -> bool {
+        let mode = self.mode();
+        let wanted = LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG;
+        mode.local_modes.contains(wanted) && mode.output_modes.contains(OutputModes::OPOST)
+    }
+}
+
+#[test]
+fn guest_has_the_terminal_while_its_driver_is_there() {
+    let mut terminal = terminal();
+    assert!(terminal.is_as_it_was(), "nobody has it yet");
+    for _ in 0..2 {
+        let mut guest = boot(&terminal.process);
+        assert!(terminal.is_raw());
+        let bytes: Vec<u8> = (0..=255).collect();
+        send(&mut guest, &bytes);
+        assert_eq!(hear(&terminal.keyboard, 256), bytes);
+        // All keys, Ctrl-C as well; only Ctrl-A is to be pressed twice.
+        post(&mut guest, 8, 300);
+        let typed: Vec<u8> = [&[1], &bytes[..]].concat();
+        assert_eq!(typed[1..3], [0, 1]);
+        terminal.keyboard.write_all(&typed[2..]).unwrap();
+        assert_eq!(receive_all(&mut guest, 255), bytes[1..]);
+        terminal.keyboard.write_all(b"\x01\x01.").unwrap();
+        assert_eq!(receive_all(&mut guest, 2), b"\x01.");
+        drop(guest);
+        wait_until("the terminal is as it was", || terminal.is_as_it_was());
+    }
+    let log = terminal.process.log();
+    assert_eq!(log.matches("Ctrl-A x").count(), 1, "said once: {log}");
+}
+
+#[test]
+fn way_out_works_although_the_guest_reads_nothing() {
+    let mut terminal = terminal();
+    let _guest = boot(&terminal.process);
+    assert!(terminal.is_raw());
+    terminal
+        .keyboard
+        .write_all(b"does anybody hear me?\x01")
+        .unwrap();
+    terminal.keyboard.write_all(b"x").unwrap();
+    assert_eq!(terminal.process.wait().code(), Some(0));
+    assert!(terminal.is_as_it_was());
+}
+
+#[test]
+fn terminal_is_restored_whatever_ends_the_process() {
+    for signal in [Signal::TERM, Signal::HUP, Signal::INT] {
+        let terminal = terminal();
+        let _guest = boot(&terminal.process);
+        assert!(terminal.is_raw());
+        terminal.process.signal(signal);
+        assert_eq!(terminal.process.wait().code(), Some(0));
+        assert!(terminal.is_as_it_was(), "{signal:?}");
+    }
+}
+
+#[test]
+fn guest_is_told_of_the_size_at_once() {
+    let terminal = terminal();
+    let mut guest = boot(&terminal.process);
+    assert_eq!(guest.config(0, 4), [100, 0, 30, 0]);
+    let (mut channel, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    channel.set_read_timeout(Some(DEADLINE)).unwrap();
+    guest.frontend.set_backend_request_fd(&theirs).unwrap();
+    for (columns, rows) in [(132, 43), (80, 25)] {
+        let size = Winsize {
+            ws_row: rows,
+            ws_col: columns,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        // The kernel sends SIGWINCH to whoever has the terminal.
+        tcsetwinsize(terminal.keyboard.as_fd(), size).unwrap();
+        let mut message = [0; 12];
+        channel.read_exact(&mut message).unwrap();
+        assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(guest.config(0, 4), [columns as u8, 0, rows as u8, 0]);
+    }
+}
+
+#[test]
+fn slow_terminal_costs_little_and_loses_nothing() {
+    let terminal = terminal();
+    let mut guest = boot(&terminal.process);
+    slow_reader_gets_it_all(&terminal.process, &mut guest, |len| {
+        hear(&terminal.keyboard, len)
+    });
+}
