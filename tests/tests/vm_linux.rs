@@ -90,12 +90,16 @@ fn md5(data: &[u8]) -> String {
 }
 
 /// Reads from the console's socket until `text` has come.
-fn read_until(stream: &mut UnixStream, seen: &mut String, text: &str) {
+fn read_until(machine: &Running, stream: &mut UnixStream, seen: &mut String, text: &str) {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut buffer = [0; 512];
     while !seen.contains(text) {
         let count = stream.read(&mut buffer).unwrap();
-        assert!(count > 0, "the console closed; seen: {seen}");
+        let serial = machine.serial();
+        assert!(
+            count > 0,
+            "the console closed; seen: {seen}\nserial: {serial}"
+        );
         seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
     }
 }
@@ -121,13 +125,13 @@ fn linux_with_two_cpus_uses_all_four_device_processes() {
     let console = machine.directory().join("console");
     wait_until("the console's socket is there", || console.exists());
     let mut stream = UnixStream::connect(console).unwrap();
-    wait_serial(&machine, "STEP net: ");
+    wait_serial(&machine, "STEP net: pass");
     let mut seen = String::new();
-    read_until(&mut stream, &mut seen, "CONSOLE ready");
+    read_until(&machine, &mut stream, &mut seen, "CONSOLE ready");
     for word in ["hello", "caf\u{e9}", "end"] {
         writeln!(stream, "{word}").unwrap();
         if word != "end" {
-            read_until(&mut stream, &mut seen, &format!("ECHO {word}"));
+            read_until(&machine, &mut stream, &mut seen, &format!("ECHO {word}"));
         }
     }
     wait_end(&machine, 0);

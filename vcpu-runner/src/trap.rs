@@ -27,9 +27,10 @@ use crate::layout::IOAPIC_PINS;
 use crate::vcpu::state::Control;
 use crate::vm::irq::{Gsi, Interrupts};
 
-/// How long a vCPU looks for an answer before it sleeps. A platform that is awake
-/// answers within microseconds, and waking a sleeper costs tens of them.
-const SPIN: Duration = Duration::from_micros(100);
+/// How long a vCPU looks for an answer before it sleeps, if the platform is awake:
+/// then it answers within microseconds, and being woken costs tens of them. If it
+/// sleeps, looking would only keep its CPU busy.
+const SPIN: Duration = Duration::from_micros(50);
 /// How often a lost platform's socket is tried again.
 const RETRY: Duration = Duration::from_millis(5);
 /// How long a platform may take for its handshake and for a reset.
@@ -205,16 +206,21 @@ impl TrapChannel {
         }
     }
 
-    /// Waits for the slot's request to be done. The vCPU can be told to stand
+    /// Waits for the slot's request to be done, looking first. The vCPU can be told to stand
     /// still meanwhile and goes on waiting afterwards.
     fn wait(&self, slot: &Slot, control: &Control) -> bool {
         let start = Instant::now();
-        while start.elapsed() < SPIN {
-            if slot.is_done() {
-                return true;
+        let header = self.region.header();
+        while !slot.is_done() {
+            if header.asleep.load(Ordering::Relaxed) != 0 || start.elapsed() >= SPIN {
+                return self.sleep(slot, control);
             }
             std::hint::spin_loop();
         }
+        true
+    }
+
+    fn sleep(&self, slot: &Slot, control: &Control) -> bool {
         loop {
             let (word, seen) = slot.prepare_wait();
             if slot.is_done() {

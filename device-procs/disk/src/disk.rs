@@ -142,7 +142,9 @@ impl Device for Disk {
         while let Some(chain) = ring.pop(memory) {
             let head = chain.head;
             let Some(request) = Request::parse(chain, &geometry) else {
-                tracing::warn!("queue {queue}: request {head} has no status byte");
+                ring.complain(&format_args!(
+                    "queue {queue}: request {head} has no status byte"
+                ));
                 ring.push(memory, head, 0);
                 continue;
             };
@@ -150,12 +152,14 @@ impl Device for Disk {
                 Ok(Ok(())) => VIRTIO_BLK_S_OK,
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Unsupported => VIRTIO_BLK_S_UNSUPP,
                 Ok(Err(error)) => {
-                    tracing::error!("queue {queue}: request {head}: {error}");
+                    ring.complain(&format_args!("queue {queue}: request {head}: {error}"));
                     VIRTIO_BLK_S_IOERR
                 }
                 Err(Refusal::Unsupported) => VIRTIO_BLK_S_UNSUPP,
                 Err(Refusal::Invalid(why)) => {
-                    tracing::warn!("queue {queue}: request {head} refused: {why}");
+                    ring.complain(&format_args!(
+                        "queue {queue}: request {head} refused: {why}"
+                    ));
                     VIRTIO_BLK_S_IOERR
                 }
             };

@@ -1,2 +1,139 @@
-//! .
-fn main() {}
+//! `device-platform`: what a PC has besides PCI devices, in a process of its own.
+//!
+//! The runner passes on the port and memory accesses that nobody else claims
+//! over the trap channel (`outrigger_protocol::trap`). [`board`] knows which port
+//! belongs to which of the [`devices`]; [`session`] serves a runner, with [`pace`]
+//! telling it when to sleep; [`output`] and [`input`] are the serial line's other
+//! end. Nothing is lost when the process is killed at any moment: all that counts
+//! is the [`state`], which lives in the runner's [`region`].
+
+mod board;
+mod devices;
+mod error;
+mod input;
+mod output;
+mod pace;
+mod region;
+mod session;
+mod state;
+mod wait;
+
+use std::os::fd::AsFd;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::Parser;
+use device_core::cli::Common;
+use device_core::listen::Listener;
+use device_core::serve::{Ready, confine};
+use outrigger_sandbox::{BASE, LISTENER, Policy, Rule, SOCKET};
+
+use crate::input::Input;
+use crate::output::{Output, Target};
+use crate::session::{Console, End, Session};
+use crate::wait::Woken;
+
+const NAME: &str = "device-platform";
+/// Standard streams, outputs, and the few that a session brings.
+const MAX_FILES: u64 = 64;
+
+/// Serves a virtual machine's serial port, clock, keyboard controller, power
+/// registers, and debug and exit ports.
+#[derive(Parser)]
+#[command(name = NAME, version)]
+struct Options {
+    #[command(flatten)]
+    common: Common,
+
+    /// The serial port's other end: stdio, file=PATH (appended to), or null
+    ///
+    /// A terminal stays in the mode it is in: input arrives line by line, and
+    /// Ctrl-C ends this program.
+    #[arg(long, value_name = "stdio|file=PATH|null", default_value = "stdio",
+          value_parser = Target::serial)]
+    serial: Target,
+
+    /// Where bytes written to ports 0xe9, 0x402 and 0xf1 go: stderr, file=PATH
+    /// (appended to), or null [default: where the serial port's go]
+    #[arg(long, value_name = "stderr|file=PATH|null", value_parser = Target::debug)]
+    debug_console: Option<Target>,
+}
+
+/// What is needed beyond the tables that the processes share.
+const SYSCALLS: &[Rule] = &[
+    // The sizes of the runner's region and of an output file.
+    Rule::any(libc::SYS_fstat),
+    Rule::any(libc::SYS_pwrite64),
+];
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    let capabilities = serde_json::json!({ "type": "platform" });
+    device_core::run_with(NAME, &options.common, &capabilities, || serve(&options))
+}
+
+fn serve(options: &Options) -> anyhow::Result<()> {
+    let common = &options.common;
+    let mut listener = Listener::new(common)?;
+    let ready = Ready::new(common)?;
+    let mut console = console(options)?;
+    let signals = wait::ending_signals().context("signalfd")?;
+
+    let mut layers = vec![BASE, SOCKET, SYSCALLS];
+    if listener.is_listening() {
+        layers.push(LISTENER);
+    }
+    let policy = Policy {
+        process: NAME,
+        syscalls: layers.leak(), // lives as long as the process
+        keep_network: false,
+        max_files: MAX_FILES,
+    };
+    confine(&policy, common.sandbox)?;
+    outrigger_sandbox::seal(&policy, common.sandbox)?;
+    ready.announce();
+
+    loop {
+        if let Listener::Listening(socket) = &listener
+            && wait::for_input(socket, &signals, None)? == Woken::Signal
+        {
+            return Ok(());
+        }
+        let Some(stream) = listener.accept().context("accepting a runner")? else {
+            return Ok(());
+        };
+        let end = match Session::greet(stream, signals.as_fd(), &mut console) {
+            Ok(mut session) => {
+                let end = session.serve();
+                session.finish();
+                end
+            }
+            Err(end) => end,
+        };
+        match end {
+            End::Signal => return Ok(()),
+            End::Left => tracing::debug!("the runner left"),
+            End::Failed(error) if listener.is_listening() => {
+                tracing::warn!("runner dropped: {error}");
+            }
+            End::Failed(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn console(options: &Options) -> anyhow::Result<Console> {
+    let mut outputs = vec![Output::open("serial", &options.serial)?];
+    if let Some(target) = &options.debug_console {
+        let debug = Output::open("debug-console", target)?;
+        if debug.is_same_file(&outputs[0]) {
+            anyhow::bail!("--debug-console names the file of --serial: leave it out to share");
+        }
+        outputs.push(debug);
+    }
+    let input = match options.serial {
+        // Without standard input there is nothing to read, which is no error.
+        Target::Stdio => Input::stdin().unwrap_or_else(|_| Input::none()),
+        _ => Input::none(),
+    };
+    Ok(Console { outputs, input })
+}

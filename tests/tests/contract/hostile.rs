@@ -229,6 +229,18 @@ pub fn chain_that_no_driver_may_build<S: Subject>() {
     device.must_serve();
 }
 
+pub fn fills_no_log<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let mut guest = device.boot(EVENT_IDX);
+    let queue = &mut guest.queues[S::REQUESTS];
+    for _ in 0..1000 {
+        queue.run(&[Buffer::readable(NOWHERE, 1)]);
+    }
+    let lines = device.process.log().lines().count();
+    assert!(lines < 50, "{lines} lines");
+    device.round_trip(&mut guest);
+}
+
 pub fn buffer_outside_memory<S: Subject>() {
     let mut device = Device::<S>::listening();
     let hole = 1 << 20; // ends the first region

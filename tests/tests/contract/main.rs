@@ -49,6 +49,7 @@ macro_rules! contract {
                     rings_outside_memory
                     chain_that_no_driver_may_build
                     buffer_outside_memory
+                    fills_no_log
                     available_index_that_jumps
                     head_out_of_range
                     message_that_makes_no_sense

@@ -106,7 +106,7 @@ pub fn ends_with_the_front_end_of_a_connected_socket<S: Subject>() {
 
 pub fn sleeps_when_there_is_nothing_to_do<S: Subject>() {
     let mut device = Device::<S>::listening();
-    let mut guest = device.boot(EVENT_IDX);
+    let mut guest = device.boot(EVENT_IDX | S::FEATURES);
     device.round_trip(&mut guest);
     // A second in which no tick is used, once what was begun has settled.
     wait_until("it sleeps", || {

@@ -1,0 +1,256 @@
+//! Which port belongs to which device.
+//!
+//! An access of more than one byte is carried out as on the ISA bus, byte by
+//! byte from the lowest port, so registers may be accessed in any size. What
+//! nobody claims reads as ones, and writing it does nothing.
+
+use std::time::SystemTime;
+
+use outrigger_protocol::trap::{Access, Space};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+use crate::devices::i8042::{self, I8042};
+use crate::devices::power::{self, Power};
+use crate::devices::rtc::{self, Rtc};
+use crate::devices::uart::{self, Uart};
+use crate::devices::{Event, uart::Effect};
+
+/// Debug consoles: Bochs' and QEMU's, OVMF's, and one more.
+const DEBUG_PORTS: [u16; 3] = [0xe9, 0x402, 0xf1];
+/// What tells a program that there is a debug console.
+const DEBUG_ANSWER: u8 = 0xe9;
+/// Ends the machine with the code written.
+const EXIT_PORT: u16 = 0xf4;
+
+/// All registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Board {
+    pub uart: Uart,
+    rtc: Rtc,
+    i8042: I8042,
+    power: Power,
+}
+
+/// What an access does outside the registers. The ports are so far apart that
+/// one access reaches each of these once at most.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// The value, if it was a read.
+    pub value: u64,
+    /// A byte for the serial line.
+    pub serial: Option<u8>,
+    /// A byte for the debug console.
+    pub debug: Option<u8>,
+    /// The serial port's interrupt line goes up.
+    pub interrupt: bool,
+    /// Something for the runner to do.
+    pub event: Option<Event>,
+}
+
+impl Board {
+    /// As the power comes on.
+    pub fn power_on() -> Self {
+        Board {
+            uart: Uart::power_on(),
+            rtc: Rtc::power_on(),
+            i8042: I8042::power_on(),
+            power: Power::power_on(),
+        }
+    }
+
+    /// The machine's reset.
+    pub fn reset(&mut self) {
+        let mut rtc = self.rtc;
+        rtc.reset();
+        *self = Board {
+            rtc,
+            ..Board::power_on()
+        };
+    }
+
+    /// Carries out `access`.
+    pub fn access(&mut self, access: &Access) -> Outcome {
+        let mut outcome = Outcome::default();
+        let mut value = [0; 8];
+        // More than 8 bytes make no sense; the runner does not ask for them.
+        for (at, byte) in value.iter_mut().enumerate().take(access.size.into()) {
+            let port = match access.space {
+                Space::Port => access.address.checked_add(at as u64),
+                Space::Memory => None,
+            };
+            let port = port.and_then(|port| u16::try_from(port).ok());
+            match (port, access.write) {
+                (Some(port), Some(data)) => self.write(port, data.to_le_bytes()[at], &mut outcome),
+                (Some(port), None) => *byte = self.read(port, &mut outcome),
+                (None, Some(_)) => {}
+                (None, None) => *byte = !0,
+            }
+        }
+        outcome.value = u64::from_le_bytes(value);
+        outcome
+    }
+
+    fn read(&mut self, port: u16, outcome: &mut Outcome) -> u8 {
+        if let Some(offset) = offset(port, uart::PORT, 8) {
+            let effect = self.uart.read(offset as u8);
+            outcome.note(effect);
+            effect.value
+        } else if let Some(offset) = offset(port, power::PM1_PORT, power::PM1_SIZE) {
+            self.power.read_pm1(offset)
+        } else {
+            match port {
+                rtc::DATA_PORT => self.rtc.read(SystemTime::now()),
+                i8042::DATA_PORT => self.i8042.read_data(),
+                i8042::COMMAND_PORT => self.i8042.status(),
+                power::RESET_PORT => self.power.read_reset(),
+                _ if DEBUG_PORTS.contains(&port) => DEBUG_ANSWER,
+                _ => !0,
+            }
+        }
+    }
+
+    fn write(&mut self, port: u16, value: u8, outcome: &mut Outcome) {
+        let event = if let Some(offset) = offset(port, uart::PORT, 8) {
+            outcome.note(self.uart.write(offset as u8, value));
+            None
+        } else if let Some(offset) = offset(port, power::PM1_PORT, power::PM1_SIZE) {
+            self.power.write_pm1(offset, value)
+        } else {
+            let reset = |asked: bool| asked.then_some(Event::Reset);
+            match port {
+                rtc::INDEX_PORT => {
+                    self.rtc.select(value);
+                    None
+                }
+                rtc::DATA_PORT => {
+                    self.rtc.write(value);
+                    None
+                }
+                i8042::DATA_PORT => reset(self.i8042.write_data(value)),
+                i8042::COMMAND_PORT => reset(self.i8042.command(value)),
+                power::RESET_PORT => self.power.write_reset(value),
+                EXIT_PORT => Some(Event::Exit(value)),
+                _ => {
+                    if DEBUG_PORTS.contains(&port) {
+                        outcome.debug = Some(value);
+                    }
+                    None
+                }
+            }
+        };
+        outcome.event = outcome.event.or(event);
+    }
+}
+
+impl Outcome {
+    fn note(&mut self, effect: Effect) {
+        self.serial = self.serial.or(effect.sent);
+        self.interrupt |= effect.interrupt;
+    }
+}
+
+/// Where `port` lies in a block of `size` ports from `first`, if it does.
+fn offset(port: u16, first: u16, size: u16) -> Option<u16> {
+    port.checked_sub(first).filter(|&offset| offset < size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn access(
+        board: &mut Board,
+        space: Space,
+        address: u64,
+        size: u8,
+        write: Option<u64>,
+    ) -> Outcome {
+        let access = Access {
+            space,
+            address,
+            size,
+            write,
+        };
+        board.access(&access)
+    }
+
+    fn read(board: &mut Board, port: u64, size: u8) -> u64 {
+        access(board, Space::Port, port, size, None).value
+    }
+
+    fn write(board: &mut Board, port: u64, size: u8, value: u64) -> Outcome {
+        access(board, Space::Port, port, size, Some(value))
+    }
+
+    #[test]
+    fn what_nobody_claims_reads_as_ones_in_every_size() {
+        let mut board = Board::power_on();
+        let before = board;
+        for (space, address) in [
+            (Space::Port, 0x3e8),
+            (Space::Port, 0xfffd),
+            (Space::Port, 0x1_0000),
+            (Space::Port, u64::MAX - 1),
+            (Space::Memory, 0x3f8),
+            (Space::Memory, 0xfed0_0000),
+        ] {
+            for size in [1, 2, 4, 8] {
+                let value = access(&mut board, space, address, size, None).value;
+                assert_eq!(value, !0 >> (64 - 8 * u32::from(size)));
+                let outcome = access(&mut board, space, address, size, Some(!0));
+                assert_eq!(outcome, Outcome::default());
+            }
+        }
+        assert_eq!(board, before);
+        // Sizes that no guest can make do no harm either.
+        for size in [0, 3, 9, 255] {
+            read(&mut board, 0x3f8, size);
+            write(&mut board, 0x3f8, size, 0);
+        }
+    }
+
+    #[test]
+    fn registers_may_be_accessed_in_any_size() {
+        let mut board = Board::power_on();
+        assert_eq!(read(&mut board, 0x604, 2), 1);
+        assert_eq!(read(&mut board, 0x600, 8), 0xffff_0001_0000_0000);
+        let off = write(&mut board, 0x604, 2, 0x2000);
+        assert_eq!(off.event, Some(Event::PowerOff));
+        let off = write(&mut board, 0x605, 1, 0x20);
+        assert_eq!(off.event, Some(Event::PowerOff));
+        write(&mut board, 0x3fb, 1, 0x80);
+        write(&mut board, 0x3f8, 2, 0x1234);
+        assert_eq!(read(&mut board, 0x3f8, 2), 0x1234);
+        write(&mut board, 0x70, 2, 0x5a40);
+        write(&mut board, 0x70, 1, 0x40);
+        assert_eq!(read(&mut board, 0x71, 1), 0x5a);
+    }
+
+    #[test]
+    fn debug_and_exit_ports_do_their_work() {
+        let mut board = Board::power_on();
+        for port in DEBUG_PORTS {
+            assert_eq!(read(&mut board, port.into(), 1), 0xe9);
+            let outcome = write(&mut board, port.into(), 1, 0x41);
+            assert_eq!((outcome.debug, outcome.serial), (Some(0x41), None));
+        }
+        // The exit port's neighbours take the upper bytes.
+        let outcome = write(&mut board, 0xf4, 4, 0x1122_3344);
+        assert_eq!(outcome.event, Some(Event::Exit(0x44)));
+    }
+
+    #[test]
+    fn a_reset_leaves_only_what_the_battery_keeps() {
+        let mut board = Board::power_on();
+        write(&mut board, 0x3ff, 1, 0x55);
+        write(&mut board, 0x70, 1, 0x40);
+        write(&mut board, 0x71, 1, 0xaa);
+        write(&mut board, 0x602, 2, 0x0120);
+        board.reset();
+        assert_eq!(read(&mut board, 0x3ff, 1), 0);
+        assert_eq!(read(&mut board, 0x602, 2), 0);
+        write(&mut board, 0x70, 1, 0x40);
+        assert_eq!(read(&mut board, 0x71, 1), 0xaa);
+    }
+}

@@ -1,0 +1,318 @@
+//! Where output goes: `--serial` and `--debug-console`.
+//!
+//! A regular file that this program opens gets every byte exactly once: each has
+//! its place there, so writing it again after a kill does no harm. Elsewhere, what
+//! was being written when the process was killed is written again.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::PollFlags;
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
+
+use crate::state::Stream;
+use crate::wait::is_ready;
+
+/// Most bytes of one write: what a pipe that is writable takes without blocking
+/// (pipe(7)).
+pub const CHUNK: usize = 4096;
+/// A file that could not be written to is tried again after this time.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// A value of `--serial` or `--debug-console`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Standard output, and for the serial line standard input.
+    Stdio,
+    /// Standard error.
+    Stderr,
+    /// A file, which is created or appended to.
+    File(PathBuf),
+    /// Nowhere.
+    Null,
+}
+
+impl Target {
+    /// Parses `stdio|file=PATH|null`.
+    ///
+    /// # Errors
+    /// What would have been right.
+    pub fn serial(text: &str) -> Result<Self, String> {
+        match text {
+            "stdio" => Ok(Target::Stdio),
+            _ => Self::common(text).ok_or_else(|| "must be stdio, file=PATH or null".into()),
+        }
+    }
+
+    /// Parses `stderr|file=PATH|null`.
+    ///
+    /// # Errors
+    /// What would have been right.
+    pub fn debug(text: &str) -> Result<Self, String> {
+        match text {
+            "stderr" => Ok(Target::Stderr),
+            _ => Self::common(text).ok_or_else(|| "must be stderr, file=PATH or null".into()),
+        }
+    }
+
+    fn common(text: &str) -> Option<Self> {
+        match text.split_once('=') {
+            None if text == "null" => Some(Target::Null),
+            Some(("file", path)) if !path.is_empty() => Some(Target::File(path.into())),
+            _ => None,
+        }
+    }
+}
+
+enum Sink {
+    Null,
+    /// A regular file that we have opened, and which one it is.
+    File(File, [u64; 2]),
+    /// Anything else.
+    Stream(OwnedFd),
+}
+
+/// What keeps output from being written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Blocked {
+    /// It is full: epoll says when it takes more.
+    Full,
+    /// It failed and is tried again at this time.
+    Until(Instant),
+}
+
+/// One sink with its troubles.
+pub struct Output {
+    name: &'static str,
+    sink: Sink,
+    blocked: Option<Blocked>,
+    dropped: u64,
+}
+
+impl Output {
+    /// Opens `target`.
+    ///
+    /// # Errors
+    /// One line that names the option and the file.
+    pub fn open(name: &'static str, target: &Target) -> anyhow::Result<Self> {
+        let sink = match target {
+            Target::Null => Ok(Sink::Null),
+            Target::Stdio => reopen("/proc/self/fd/1", rustix::stdio::stdout()).map(Sink::Stream),
+            Target::Stderr => reopen("/proc/self/fd/2", rustix::stdio::stderr()).map(Sink::Stream),
+            Target::File(path) => open(path),
+        };
+        let sink = sink.map_err(|error| match target {
+            Target::File(path) => anyhow::anyhow!("--{name} file={}: {error}", path.display()),
+            _ => anyhow::anyhow!("--{name}: {error}"),
+        })?;
+        Ok(Output {
+            name,
+            sink,
+            blocked: None,
+            dropped: 0,
+        })
+    }
+
+    /// Whether both write to the same regular file.
+    pub fn is_same_file(&self, other: &Output) -> bool {
+        matches!((&self.sink, &other.sink), (Sink::File(_, a), Sink::File(_, b)) if a == b)
+    }
+
+    /// Makes `stream` fit the file before the first byte of a session: a new
+    /// stream, one that began in another file, and one whose file was truncated or
+    /// written to by others go on at its end.
+    ///
+    /// # Errors
+    /// fstat(2)'s.
+    pub fn settle(&mut self, stream: &mut Stream) -> io::Result<()> {
+        self.blocked = None;
+        if let Sink::File(file, identity) = &self.sink {
+            let size = rustix::fs::fstat(file)?.st_size as u64;
+            // A predecessor may have written what it did not live to take off the
+            // ring. Anything else there, or less, is others' work.
+            let written = size.wrapping_sub(stream.base.wrapping_add(stream.tail));
+            if stream.file != *identity || written > stream.pending() {
+                stream.base = size.wrapping_sub(stream.tail);
+                stream.file = *identity;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes some of `bytes`, which stand at `stream.tail`; returns how many are
+    /// done with. 0 means that it is blocked.
+    pub fn write(&mut self, stream: &Stream, bytes: &[u8]) -> usize {
+        if self.blocked.is_some() {
+            return 0;
+        }
+        let written = match &self.sink {
+            Sink::Null => return bytes.len(),
+            Sink::File(file, _) => {
+                rustix::io::pwrite(file, bytes, stream.base.wrapping_add(stream.tail))
+            }
+            Sink::Stream(fd) if !is_ready(fd, PollFlags::OUT) => Err(Errno::AGAIN),
+            Sink::Stream(fd) => rustix::io::write(fd, bytes),
+        };
+        match (written, &self.sink) {
+            (Ok(len), _) => return len,
+            (Err(Errno::INTR), _) => {}
+            (Err(Errno::AGAIN), _) => self.blocked = Some(Blocked::Full),
+            (Err(error), Sink::File(..)) => {
+                tracing::warn!("{}: writing: {error}; trying again each second", self.name);
+                self.blocked = Some(Blocked::Until(Instant::now() + RETRY));
+            }
+            (Err(error), _) => {
+                tracing::warn!("{}: writing: {error}; no more output", self.name);
+                self.sink = Sink::Null;
+                return bytes.len();
+            }
+        }
+        0
+    }
+
+    /// A byte found no room. Said once until [`Output::is_drained`].
+    pub fn drop_byte(&mut self) {
+        if self.dropped == 0 {
+            tracing::warn!("{}: output is not taken; dropping what is new", self.name);
+        }
+        self.dropped += 1;
+    }
+
+    /// All there was is written.
+    pub fn is_drained(&mut self) {
+        let dropped = std::mem::take(&mut self.dropped);
+        if dropped > 0 {
+            tracing::warn!("{}: output goes on; {dropped} bytes were lost", self.name);
+        }
+    }
+
+    /// What keeps it from writing.
+    pub fn blocked(&self) -> Option<Blocked> {
+        self.blocked
+    }
+
+    /// It may be tried again.
+    pub fn unblock(&mut self) {
+        self.blocked = None;
+    }
+
+    /// What can be waited for.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        match &self.sink {
+            Sink::Stream(fd) => Some(fd.as_fd()),
+            _ => None,
+        }
+    }
+}
+
+/// A standard stream as a file of our own: not to block is a property of an open
+/// file, and the one that we inherited is others' as well. Where that is not
+/// possible (a socket, somebody else's terminal) small writes after a look with
+/// poll(2) must do.
+fn reopen(path: &str, inherited: BorrowedFd) -> io::Result<OwnedFd> {
+    // Regular files are not opened again: where to write next is such a
+    // property, too, and it is good to share.
+    let kind = FileType::from_raw_mode(rustix::fs::fstat(inherited)?.st_mode);
+    if kind != FileType::RegularFile
+        && let Ok(file) = options().open(path)
+    {
+        return Ok(file.into());
+    }
+    inherited.try_clone_to_owned()
+}
+
+fn options() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+    options.write(true).custom_flags(flags.bits() as i32);
+    options
+}
+
+fn open(path: &Path) -> io::Result<Sink> {
+    let file = options().create(true).open(path)?;
+    let stat = rustix::fs::fstat(&file)?;
+    Ok(match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => Sink::File(file, [stat.st_dev, stat.st_ino]),
+        _ => Sink::Stream(file.into()),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write_all(output: &mut Output, stream: &mut Stream, bytes: &[u8]) {
+        stream.head += bytes.len() as u64;
+        output.settle(stream).unwrap();
+        let len = output.write(stream, bytes);
+        assert_eq!(len, bytes.len());
+        stream.tail += len as u64;
+    }
+
+    #[test]
+    fn targets_parse() {
+        assert_eq!(Target::serial("stdio"), Ok(Target::Stdio));
+        assert_eq!(Target::debug("file=a=b"), Ok(Target::File("a=b".into())));
+        assert_eq!(Target::debug("null"), Ok(Target::Null));
+        for wrong in ["", "stderr", "file", "file=", "null=", "pty"] {
+            assert!(Target::serial(wrong).is_err(), "{wrong}");
+        }
+        assert!(Target::debug("stdio").is_err());
+    }
+
+    #[test]
+    fn a_file_is_appended_to_and_bytes_written_twice_are_there_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        std::fs::write(&path, "old ").unwrap();
+        let target = Target::File(path.clone());
+        let mut output = Output::open("serial", &target).unwrap();
+        let mut stream = Stream::default();
+        write_all(&mut output, &mut stream, b"one ");
+        // A successor that does not know that "two " is written.
+        let mut copy = stream;
+        write_all(&mut output, &mut stream, b"two ");
+        let mut successor = Output::open("serial", &target).unwrap();
+        write_all(&mut successor, &mut copy, b"two three ");
+        assert_eq!(std::fs::read(&path).unwrap(), b"old one two three ");
+        // Truncated, and a new file: both go on at the end, without a hole.
+        std::fs::write(&path, "").unwrap();
+        write_all(&mut successor, &mut copy, b"four ");
+        assert_eq!(std::fs::read(&path).unwrap(), b"four ");
+        let other = dir.path().join("other");
+        let mut output = Output::open("serial", &Target::File(other.clone())).unwrap();
+        write_all(&mut output, &mut copy, b"five");
+        assert_eq!(std::fs::read(&other).unwrap(), b"five");
+        assert!(!output.is_same_file(&successor));
+    }
+
+    #[test]
+    fn a_full_pipe_blocks_and_a_broken_one_swallows() {
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let mut output = Output {
+            name: "test",
+            sink: Sink::Stream(writer),
+            blocked: None,
+            dropped: 0,
+        };
+        let stream = Stream::default();
+        let mut total = 0;
+        loop {
+            match output.write(&stream, &[0; CHUNK]) {
+                0 => break,
+                len => total += len,
+            }
+        }
+        assert!(total >= CHUNK);
+        assert!(output.blocked() == Some(Blocked::Full));
+        drop(reader);
+        output.unblock();
+        assert_eq!(output.write(&stream, b"xy"), 2);
+        assert!(output.fd().is_none());
+    }
+}

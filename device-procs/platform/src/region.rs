@@ -1,0 +1,316 @@
+//! The runner's shared region, and in it the platform's own area, which makes
+//! this process replaceable. All offsets from `trap::STATE_OFFSET`:
+//!
+//! | offset | size | what |
+//! |---|---|---|
+//! | 0 | 12 | magic, version, selector (32 bits each) |
+//! | 1 KiB | 1 KiB | one copy of [`State`] |
+//! | 2 KiB | 1 KiB | the other copy |
+//! | 4 KiB | 16 KiB | ring of the serial line's output |
+//! | 20 KiB | 4 KiB | ring of the debug console's output |
+//!
+//! The selector says which copy counts. A request is carried out in this order:
+//! its new state goes into the other copy, the selector changes (one store: now
+//! it has happened), the slot is completed. A successor thus finds either all of
+//! the request's effects or none, and knows which: the state names the last
+//! request carried out and its answer. Bytes of a ring count once the state's
+//! `head` includes them.
+
+use std::cell::Cell;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use outrigger_protocol::trap::{
+    Header, MAGIC, MAX_VCPUS, REGION_SIZE, SLOTS_OFFSET, STATE_OFFSET, STATE_SIZE, Slot, VERSION,
+};
+use rustix::fs::SealFlags;
+use rustix::mm::{MapFlags, ProtFlags};
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::error::Error;
+use crate::state::{STREAMS, State, Stream};
+
+/// "ORPS" in little-endian order.
+const AREA_MAGIC: u32 = 0x5350_524f;
+/// Version of the area and of [`State`].
+const AREA_VERSION: u32 = 1;
+
+const COPIES: [usize; 2] = [1024, 2048];
+const COPY_WORDS: usize = size_of::<State>() / 8;
+/// Offset and size of the rings.
+const RINGS: [(usize, usize); STREAMS] = [(4096, 16 * 1024), (20 * 1024, 4096)];
+/// Sizes of the rings in bytes.
+pub const RING_SIZES: [usize; STREAMS] = [RINGS[0].1, RINGS[1].1];
+
+const _: () = assert!(size_of::<State>().is_multiple_of(8));
+const _: () = assert!(size_of::<State>() <= COPIES[1] - COPIES[0]);
+const _: () = assert!(COPIES[1] + size_of::<State>() <= RINGS[0].0);
+const _: () = assert!(RINGS[0].0 + RINGS[0].1 <= RINGS[1].0);
+const _: () = assert!(RINGS[1].0 + RINGS[1].1 <= STATE_SIZE);
+
+#[repr(C)]
+struct Root {
+    magic: AtomicU32,
+    version: AtomicU32,
+    selector: AtomicU32,
+}
+
+/// The region, mapped.
+pub struct Region {
+    start: *mut u8,
+    vcpus: usize,
+    /// Which copy counts.
+    current: Cell<usize>,
+}
+
+impl Region {
+    /// Maps what the runner sent with its greeting, for `vcpus` vCPUs.
+    ///
+    /// # Errors
+    /// When it is not what it should be.
+    pub fn map(fd: &OwnedFd, vcpus: u32) -> Result<Self, Error> {
+        let count = vcpus as usize;
+        if count == 0 || count > MAX_VCPUS {
+            return Err(Error::Region(format!("{vcpus} vCPUs, but 1 to 64 fit")));
+        }
+        let size = rustix::fs::fstat(fd)
+            .map_err(Error::io("the region's size"))?
+            .st_size;
+        if size != REGION_SIZE as i64 {
+            return Err(Error::Region(format!(
+                "{size} bytes instead of {REGION_SIZE}"
+            )));
+        }
+        // Without it, whoever holds the file could shrink it under our feet.
+        let sealed =
+            rustix::fs::fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+        if !sealed {
+            return Err(Error::Region("not a memfd sealed against shrinking".into()));
+        }
+        // SAFETY: a new shared mapping wherever the kernel likes.
+        let start = unsafe {
+            rustix::mm::mmap(
+                std::ptr::null_mut(),
+                REGION_SIZE,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                fd,
+                0,
+            )
+        }
+        .map_err(Error::io("mapping the region"))?;
+        let region = Region {
+            start: start.cast(),
+            vcpus: count,
+            current: Cell::new(0),
+        };
+        let header = region.header();
+        let found = [&header.magic, &header.version, &header.vcpus]
+            .map(|field| field.load(Ordering::Acquire));
+        if found != [MAGIC, VERSION, vcpus] {
+            return Err(Error::Region(format!(
+                "its header says magic {:#x}, version {}, {} vCPUs",
+                found[0], found[1], found[2]
+            )));
+        }
+        Ok(region)
+    }
+
+    /// The first page.
+    pub fn header(&self) -> &Header {
+        self.at(0)
+    }
+
+    /// One slot for each vCPU.
+    pub fn slots(&self) -> &[Slot] {
+        let first: *const Slot = self.at(SLOTS_OFFSET);
+        // SAFETY: `map` has seen to it that all slots lie within the region,
+        // which stays mapped; they are made of atomics.
+        unsafe { std::slice::from_raw_parts(first, self.vcpus) }
+    }
+
+    /// What a predecessor left behind; `None` in a region that is new.
+    ///
+    /// # Errors
+    /// When there is something that no version of this program could have left,
+    /// or another version.
+    pub fn load(&self) -> Result<Option<State>, Error> {
+        let root = self.root();
+        if root.magic.load(Ordering::Acquire) != AREA_MAGIC {
+            return Ok(None);
+        }
+        let version = root.version.load(Ordering::Relaxed);
+        if version != AREA_VERSION {
+            return Err(Error::Region(format!(
+                "registers of version {version}, this program knows {AREA_VERSION}"
+            )));
+        }
+        let current = root.selector.load(Ordering::Acquire) as usize;
+        let Some(&copy) = COPIES.get(current) else {
+            return Err(Error::Region(format!("there is no copy {current}")));
+        };
+        let mut words = [0u64; COPY_WORDS];
+        for (word, kept) in words.iter_mut().zip(self.copy(copy)) {
+            *word = kept.load(Ordering::Relaxed);
+        }
+        let state = State::read_from_bytes(words.as_bytes())
+            .map_err(|_| Error::Region("the registers do not fit".into()))?;
+        state
+            .check(RING_SIZES)
+            .map_err(|why| Error::Region(why.into()))?;
+        self.current.set(current);
+        Ok(Some(state))
+    }
+
+    /// Puts a first state into a new region.
+    pub fn initialise(&self, state: &State) {
+        self.commit(state);
+        let root = self.root();
+        root.version.store(AREA_VERSION, Ordering::Relaxed);
+        root.magic.store(AREA_MAGIC, Ordering::Release);
+    }
+
+    /// Makes `state` the one that counts, at one stroke.
+    pub fn commit(&self, state: &State) {
+        let next = 1 - self.current.get();
+        for (bytes, word) in state
+            .as_bytes()
+            .chunks_exact(8)
+            .zip(self.copy(COPIES[next]))
+        {
+            let mut value = [0; 8];
+            value.copy_from_slice(bytes);
+            word.store(u64::from_ne_bytes(value), Ordering::Relaxed);
+        }
+        self.root().selector.store(next as u32, Ordering::Release);
+        self.current.set(next);
+    }
+
+    /// Adds a byte to ring `at`, whose `stream` takes note; false when it is full.
+    pub fn push(&self, at: usize, stream: &mut Stream, byte: u8) -> bool {
+        let ring = self.ring(at);
+        if stream.pending() >= ring.len() as u64 {
+            return false;
+        }
+        ring[stream.head as usize % ring.len()].store(byte, Ordering::Relaxed);
+        stream.head = stream.head.wrapping_add(1);
+        true
+    }
+
+    /// Copies the first bytes of ring `at` that are not written out; returns how
+    /// many.
+    pub fn peek(&self, at: usize, stream: &Stream, buffer: &mut [u8]) -> usize {
+        let ring = self.ring(at);
+        let len = (stream.pending() as usize).min(buffer.len());
+        for (i, byte) in buffer[..len].iter_mut().enumerate() {
+            let position = (stream.tail as usize).wrapping_add(i);
+            *byte = ring[position % ring.len()].load(Ordering::Relaxed);
+        }
+        len
+    }
+
+    fn root(&self) -> &Root {
+        self.at(STATE_OFFSET)
+    }
+
+    fn copy(&self, offset: usize) -> &[AtomicU64; COPY_WORDS] {
+        self.at(STATE_OFFSET + offset)
+    }
+
+    fn ring(&self, at: usize) -> &[AtomicU8] {
+        let (offset, size) = RINGS[at];
+        let first: *const AtomicU8 = self.at(STATE_OFFSET + offset);
+        // SAFETY: the rings lie within the region (see the assertions above).
+        unsafe { std::slice::from_raw_parts(first, size) }
+    }
+
+    /// What lies at `offset`: something made of atomics that fits there.
+    fn at<T>(&self, offset: usize) -> &T {
+        debug_assert!(offset + size_of::<T>() <= REGION_SIZE);
+        // SAFETY: private to this module, where all offsets are constants that are
+        // aligned for their types and lie within the region; it stays mapped as
+        // long as `self` lives. Others change it only while we use atomics.
+        unsafe { &*self.start.add(offset).cast::<T>() }
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: nothing borrowed from the region outlives it. A failure would
+        // leave it mapped, which does no harm.
+        let _ = unsafe { rustix::mm::munmap(self.start.cast(), REGION_SIZE) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::SERIAL;
+    use rustix::fs::MemfdFlags;
+
+    fn region() -> (OwnedFd, Region) {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let fd = rustix::fs::memfd_create("test", flags).unwrap();
+        rustix::fs::ftruncate(&fd, REGION_SIZE as u64).unwrap();
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
+        rustix::io::pwrite(&fd, [MAGIC, VERSION, 2].as_bytes(), 0).unwrap();
+        let region = Region::map(&fd, 2).unwrap();
+        (fd, region)
+    }
+
+    #[test]
+    fn what_was_committed_last_is_found() {
+        let (fd, region) = region();
+        assert!(region.load().unwrap().is_none());
+        let mut state = State::power_on();
+        region.initialise(&state);
+        for seq in 0..5 {
+            state.set_applied(1, seq, u64::from(seq));
+            region.commit(&state);
+            let successor = Region::map(&fd, 2).unwrap();
+            assert_eq!(successor.load().unwrap(), Some(state));
+            // What is not committed is not seen, however far it got.
+            let other = COPIES[1 - region.current.get()];
+            for word in region.copy(other) {
+                word.store(u64::MAX, Ordering::Relaxed);
+            }
+            assert_eq!(successor.load().unwrap(), Some(state));
+        }
+    }
+
+    #[test]
+    fn garbage_is_refused() {
+        let (fd, region) = region();
+        region.initialise(&State::power_on());
+        assert!(Region::map(&fd, 3).is_err());
+        let put = |offset: usize, value: u32| {
+            rustix::io::pwrite(&fd, value.as_bytes(), offset as u64).unwrap();
+        };
+        put(STATE_OFFSET + 8, 2);
+        assert!(region.load().is_err());
+        put(STATE_OFFSET + 8, 1);
+        put(STATE_OFFSET + 4, 77);
+        assert!(region.load().unwrap_err().to_string().contains("77"));
+        put(4, 9);
+        assert!(Region::map(&fd, 2).is_err());
+    }
+
+    #[test]
+    fn a_ring_takes_as_much_as_fits_and_gives_it_back_in_order() {
+        let (_fd, region) = region();
+        // Close to where positions wrap.
+        let mut stream = Stream {
+            head: u64::MAX - 5,
+            tail: u64::MAX - 5,
+            ..Stream::default()
+        };
+        let mut taken = 0;
+        while region.push(SERIAL, &mut stream, taken as u8) {
+            taken += 1;
+        }
+        assert_eq!(taken, RING_SIZES[SERIAL]);
+        let mut buffer = vec![0; taken + 1];
+        assert_eq!(region.peek(SERIAL, &stream, &mut buffer), taken);
+        assert!((0..taken).all(|i| buffer[i] == i as u8));
+    }
+}
