@@ -9,7 +9,7 @@ const KIB: u64 = 1024;
 const LIMIT: u64 = 2048 * KIB;
 
 pub fn run() {
-    let machine = Machine::embedded("job=reset-reinit count=1000000")
+    let machine = Machine::embedded("job=reset-reinit count=30")
         .args(["--memory", "64M"])
         .disk(64 << 20)
         .net()
@@ -19,6 +19,8 @@ pub fn run() {
         let devices = machine.control("status").status.expect("status").devices;
         devices.iter().all(|device| device.active_queues > 0)
     });
+    // Standing still with all rings in use.
+    assert!(machine.control("pause").ok);
     println!("process           private     threads  binary, stripped");
     for (name, process) in [
         ("vcpu-runner", &machine.runner),

@@ -90,10 +90,9 @@ mke2fs_list() {
     done
 }
 
-# The kernel's gen_init_cpio makes device nodes without being root. A fixed time keeps the result
-# the same from run to run.
+# The kernel's gen_init_cpio makes device nodes without being root.
 make_cpio() {
-    "$kernel/gen_init_cpio" -t 0 - >"$1"
+    "$kernel/gen_init_cpio" - >"$1"
 }
 
 build_guest() {

@@ -70,7 +70,9 @@ impl FromStr for Mac {
         let mut mac = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut mac {
-            let part = parts.next().filter(|part| part.len() == 2).ok_or(wrong)?;
+            let digits =
+                |part: &&str| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+            let part = parts.next().filter(digits).ok_or(wrong)?;
             *byte = u8::from_str_radix(part, 16).map_err(|_| wrong)?;
         }
         if parts.next().is_some() {

@@ -97,8 +97,10 @@ pub fn rings_outside_memory<S: Subject>() {
             let _ = guest.frontend.set_vring_addr(index, &addresses);
             let start = guest.frontend.set_vring_kick(index, &queue.kick);
             assert!(start.is_err(), "ring {ring} at {bad:#x}");
-            let base = queue.avail_index;
-            guest.start(index, base);
+            // With the same doorbell, which must not be in its own way.
+            guest.frontend.set_vring_addr(index, &good).unwrap();
+            guest.frontend.set_vring_kick(index, &queue.kick).unwrap();
+            guest.frontend.set_vring_call(index, &queue.call).unwrap();
         }
     }
     device.round_trip(&mut guest);
