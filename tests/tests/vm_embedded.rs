@@ -61,6 +61,63 @@ fn ram_with_transparent_huge_pages() {
     ram("256M,hugepages=thp", 256);
 }
 
+/// A file as a block device, for as long as this lives.
+struct Loop(String);
+
+impl Loop {
+    /// `None` when this host or user has none.
+    fn new(file: &std::path::Path) -> Option<Self> {
+        let output = std::process::Command::new("losetup")
+            .args(["--find", "--show"])
+            .arg(file)
+            .output()
+            .ok()?;
+        let name = String::from_utf8(output.stdout).ok()?;
+        output
+            .status
+            .success()
+            .then(|| Loop(name.trim().to_owned()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("losetup")
+            .args(["--detach", &self.0])
+            .status();
+    }
+}
+
+#[test]
+fn a_block_device_is_a_disk() {
+    if skip_kvm() {
+        return;
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(16 * MIB).unwrap();
+    let Some(device) = Loop::new(file.path()) else {
+        eprintln!("skipped: no loop devices on this host");
+        return;
+    };
+    let machine = Machine::embedded("job=main need=block")
+        .args(["--memory", "64M"])
+        .device("disk0", "block", "device-disk", ["--blk-file", &device.0])
+        .start();
+    machine.expect(0);
+    let serial = machine.serial();
+    assert!(
+        serial.contains(&format!("{} sectors", 16 * MIB / 512)),
+        "{serial}"
+    );
+    drop(machine);
+    drop(device);
+    let image = std::fs::read(file.path()).unwrap();
+    assert!(
+        image[..4096].iter().any(|&b| b != 0),
+        "the guest's data is on it"
+    );
+}
+
 /// Huge pages that the host sets aside for as long as this lives.
 struct HugePages(String);
 
