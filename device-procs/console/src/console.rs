@@ -1,0 +1,186 @@
+//! The two queues of the console (virtio 1.2 section 5.3), without multiport.
+
+use std::io;
+
+use device_core::{ConfigSpace, Context, Device, Poller};
+
+use crate::backend::{Backend, Size, Written};
+use crate::backlog::Backlog;
+use crate::stream::CHUNK;
+
+/// receiveq and transmitq of port 0 (virtio 1.2 section 5.3.2).
+pub const RX: usize = 0;
+pub const TX: usize = 1;
+
+/// Most output of one batch, in bytes: a chain may be as long as guest memory.
+const ALLOWANCE: usize = 256 * CHUNK;
+
+/// The bytes of `struct virtio_console_config`.
+pub fn config_space((columns, rows): Size) -> Vec<u8> {
+    let mut space = columns.to_le_bytes().to_vec();
+    space.extend(rows.to_le_bytes());
+    space.extend([0; 8]); // max_nr_ports and emerg_wr: not offered
+    space
+}
+
+/// The console. Input waits at its source until the guest has room for it, and
+/// output in the guest's ring until it is read; only what nobody is there to
+/// read is kept here, and not all of it.
+pub struct Console {
+    backend: Box<dyn Backend>,
+    config: ConfigSpace,
+    /// Read, but not yet in a buffer of the guest's: at most [`CHUNK`] bytes.
+    input: Vec<u8>,
+    backlog: Backlog,
+    /// Of the first chain in the transmit queue, so much is written.
+    sent: usize,
+    was_absent: bool,
+}
+
+impl Console {
+    /// A console before any driver.
+    pub fn new(backend: Box<dyn Backend>, config: ConfigSpace) -> Self {
+        Console {
+            backend,
+            config,
+            input: Vec::new(),
+            backlog: Backlog::default(),
+            sent: 0,
+            was_absent: false,
+        }
+    }
+
+    fn update_size(&self) {
+        if let Some(size) = self.backend.size() {
+            self.config.update(config_space(size));
+        }
+    }
+
+    fn receive(&mut self, cx: &mut Context<'_>) {
+        let (memory, poller) = (cx.memory, cx.poller);
+        let Some(ring) = cx.ring(RX) else { return };
+        loop {
+            if self.input.is_empty() {
+                let mut buf = [0; CHUNK];
+                let len = self.backend.read(&mut buf, poller);
+                if len == 0 {
+                    return;
+                }
+                self.input.extend(&buf[..len]);
+            }
+            let Some(chain) = ring.pop(memory) else {
+                return;
+            };
+            let len = chain.writable.copy_from(&self.input);
+            self.input.drain(..len);
+            ring.push(memory, chain.head, len as u32);
+        }
+    }
+
+    fn transmit(&mut self, cx: &mut Context<'_>) {
+        let (memory, poller) = (cx.memory, cx.poller);
+        if !self.catch_up(poller) {
+            return;
+        }
+        let Some(ring) = cx.ring(TX) else { return };
+        let mut allowance = ALLOWANCE;
+        while let Some(chain) = ring.pop(memory) {
+            let mut rest = chain.readable.clone();
+            rest.take(self.sent);
+            while !rest.is_empty() {
+                if allowance == 0 {
+                    ring.unpop(&chain);
+                    ring.serve_again();
+                    return;
+                }
+                let mut buf = [0; CHUNK];
+                let Some(piece) = rest.clone().take(rest.len().min(CHUNK)) else {
+                    break; // cannot be: it is no longer than what there is
+                };
+                let len = piece.copy_to(&mut buf);
+                let len = match self.write(&buf[..len], poller) {
+                    Some(len) => len,
+                    None => {
+                        // Whoever reads is slow: the guest waits.
+                        ring.unpop(&chain);
+                        return;
+                    }
+                };
+                rest.take(len);
+                self.sent += len;
+                allowance = allowance.saturating_sub(len);
+            }
+            self.sent = 0;
+            ring.push(memory, chain.head, 0);
+        }
+    }
+
+    /// Writes some of `bytes`, or keeps them if nobody is there; `None` when there
+    /// is no room.
+    fn write(&mut self, bytes: &[u8], poller: &Poller) -> Option<usize> {
+        match self.backend.write(bytes, poller) {
+            Written::Some(len) => {
+                self.was_absent = false;
+                Some(len)
+            }
+            Written::Full => None,
+            Written::Absent => {
+                if !std::mem::replace(&mut self.was_absent, true) {
+                    tracing::debug!("nobody reads; the last output is kept");
+                }
+                self.backlog.keep(bytes);
+                Some(bytes.len())
+            }
+        }
+    }
+
+    /// Writes what was kept; false if it is still in the way of what is new.
+    fn catch_up(&mut self, poller: &Poller) -> bool {
+        while !self.backlog.oldest().is_empty() {
+            match self.backend.write(self.backlog.oldest(), poller) {
+                Written::Some(len) => self.backlog.take(len),
+                Written::Full => return false,
+                Written::Absent => return true,
+            }
+        }
+        let lost = self.backlog.take_lost();
+        if lost > 0 {
+            tracing::warn!("{lost} bytes of output were discarded while nobody read");
+        }
+        true
+    }
+}
+
+impl Device for Console {
+    fn attach(&mut self, poller: &Poller) -> io::Result<()> {
+        self.backend.attach(poller)
+    }
+
+    fn negotiated(&mut self, _features: u64) {
+        self.sent = 0;
+        self.backend.opened();
+    }
+
+    fn kicked(&mut self, queue: usize, cx: &mut Context<'_>) {
+        self.update_size();
+        match queue {
+            RX => self.receive(cx),
+            TX => self.transmit(cx),
+            _ => {}
+        }
+    }
+
+    fn ready(&mut self, token: u64, cx: &mut Context<'_>) {
+        self.backend.ready(token, cx.poller);
+        self.update_size();
+        self.receive(cx);
+        self.transmit(cx);
+    }
+
+    fn closed(&mut self) {
+        // What was typed for one guest is not for the next.
+        self.input.clear();
+        self.sent = 0;
+        self.backend.closed();
+    }
+}

@@ -1,0 +1,112 @@
+//! A pseudo-terminal (pty(7)): we hold the master, and whoever likes opens the
+//! slave, any number of times.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use device_core::Poller;
+use rustix::fs::{Mode, OFlags, inotify};
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{OptionalActions, tcgetattr, tcgetwinsize, tcsetattr};
+
+use crate::backend::{Backend, Size, Written};
+use crate::stream::Stream;
+
+const MASTER: u64 = 0;
+const OPENED: u64 = 1;
+
+/// A pseudo-terminal's master.
+pub struct Pty {
+    master: Stream,
+    path: PathBuf,
+    /// Readable when somebody opens the slave, of which the master knows nothing
+    /// (inotify(7)).
+    opened: OwnedFd,
+}
+
+impl Pty {
+    /// Makes a pseudo-terminal whose slave passes all bytes on as they are.
+    ///
+    /// # Errors
+    /// The kernel's, for lack of pseudo-terminals.
+    pub fn open() -> io::Result<Self> {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let master = openpt(flags)?;
+        grantpt(&master)?;
+        unlockpt(&master)?;
+        let name = ptsname(&master, Vec::new())?;
+        let path = PathBuf::from(std::ffi::OsStr::from_bytes(name.as_bytes()));
+        // Its mode stays when it is closed again; and that somebody has had it
+        // makes its master tell from now on whether somebody has.
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let slave = rustix::fs::open(&path, flags, Mode::empty())?;
+        let mut mode = tcgetattr(&slave)?;
+        mode.make_raw();
+        tcsetattr(&slave, OptionalActions::Now, &mode)?;
+        let opened = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+        inotify::add_watch(&opened, &path, inotify::WatchFlags::OPEN)?;
+        Ok(Pty {
+            master: Stream::own(master)?,
+            path,
+            opened,
+        })
+    }
+
+    /// Where the slave is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes `link` a symbolic link to the slave. One that is there already, as a
+    /// process before this left it, is replaced, and nothing else.
+    ///
+    /// # Errors
+    /// symlink(2)'s own.
+    pub fn link(&self, link: &Path) -> io::Result<()> {
+        if link.symlink_metadata().is_ok_and(|it| it.is_symlink()) {
+            std::fs::remove_file(link)?;
+        }
+        std::os::unix::fs::symlink(&self.path, link)
+    }
+}
+
+impl Backend for Pty {
+    fn attach(&mut self, poller: &Poller) -> io::Result<()> {
+        poller.add(&self.master, MASTER)?;
+        poller.add_readable(&self.opened, OPENED)
+    }
+
+    fn ready(&mut self, token: u64, _poller: &Poller) {
+        if token == OPENED {
+            // What it says is known; now is the time for what was kept.
+            let mut events = [0; 1024];
+            while rustix::io::read(&self.opened, &mut events).is_ok() {}
+        }
+    }
+
+    fn read(&mut self, buf: &mut [u8], _poller: &Poller) -> usize {
+        // EIO: nobody has the slave.
+        self.master.read(buf).unwrap_or(0)
+    }
+
+    fn write(&mut self, bytes: &[u8], _poller: &Poller) -> Written {
+        if self.master.is_hung_up() {
+            return Written::Absent;
+        }
+        match self.master.write(bytes) {
+            Ok(0) => Written::Full,
+            Ok(len) => Written::Some(len),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Written::Full,
+            Err(_) => Written::Absent,
+        }
+    }
+
+    /// The kernel tells the slave's users of a change, and not the master: it is
+    /// seen when there is something to do.
+    fn size(&self) -> Option<Size> {
+        let size = tcgetwinsize(self.master.as_fd()).ok()?;
+        Some((size.ws_col, size.ws_row))
+    }
+}
