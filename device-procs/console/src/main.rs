@@ -2,7 +2,7 @@
 //!
 //! [`console`] is the device and its two queues. What it is connected to is a
 //! [`backend`]: the process's own [`stdio`], a [`pty`], a [`unix`] socket or a
-//! [`file`]; all of them work on a [`stream`] that never waits. [`backlog`] keeps
+//! [`mod@file`]; all of them work on a [`stream`] that never waits. [`backlog`] keeps
 //! output for a reader to come, [`escape`] finds the way out in what is typed.
 
 mod backend;
