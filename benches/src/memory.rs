@@ -1,26 +1,22 @@
 //! What the processes of a machine weigh.
 
+use outrigger_tests::binaries;
 use outrigger_tests::machine::Machine;
 use outrigger_tests::process::Process;
-use outrigger_tests::{binaries, wait_until};
 
 const KIB: u64 = 1024;
 /// Reach for the private memory of each process.
 const LIMIT: u64 = 2048 * KIB;
 
 pub fn run() {
-    let machine = Machine::embedded("job=reset-reinit count=30")
+    let machine = Machine::embedded("job=main need=block,net,console end=idle")
         .args(["--memory", "64M"])
         .disk(64 << 20)
         .net()
         .console()
         .start();
-    wait_until("all drivers are at work", || {
-        let devices = machine.control("status").status.expect("status").devices;
-        devices.iter().all(|device| device.active_queues > 0)
-    });
-    // Standing still with all rings in use.
-    assert!(machine.control("pause").ok);
+    // All rings have been used, and nothing goes on.
+    machine.wait_serial("idle");
     println!("process           private     threads  binary, stripped");
     for (name, process) in [
         ("vcpu-runner", &machine.runner),

@@ -75,6 +75,14 @@ fn read_memory<'a>(address: u64, length: usize) -> Option<&'a [u8]> {
 /// # Errors
 /// What went wrong, in one line.
 pub fn run(guest: &Guest) -> Result<(), String> {
+    job(guest)?;
+    if guest.options.get("end") == Some("idle") {
+        power::idle();
+    }
+    Ok(())
+}
+
+fn job(guest: &Guest) -> Result<(), String> {
     match guest.options.get("job").unwrap_or("main") {
         "main" => main::run(guest),
         "first-byte" => first_byte(),

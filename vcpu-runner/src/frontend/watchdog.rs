@@ -20,6 +20,9 @@ pub struct Watchdog {
 struct State {
     next: u64,
     watched: BTreeMap<u64, (Instant, UnixStream)>,
+    /// When the thread looks again by itself. It is woken only for a deadline
+    /// before that: messages are many, and almost all are answered in time.
+    looks_at: Option<Instant>,
 }
 
 /// While it lives, its socket has a deadline.
@@ -61,8 +64,11 @@ impl Watchdog {
         let mut state = self.lock();
         let key = state.next;
         state.next += 1;
-        state.watched.insert(key, (Instant::now() + limit, socket));
-        self.changed.notify_one();
+        let deadline = Instant::now() + limit;
+        state.watched.insert(key, (deadline, socket));
+        if state.looks_at.is_none_or(|at| deadline < at) {
+            self.changed.notify_one();
+        }
         Ok(Guard {
             watchdog: Arc::clone(self),
             key,
@@ -81,6 +87,7 @@ impl Watchdog {
                 *deadline > now
             });
             let next = state.watched.values().map(|(deadline, _)| *deadline).min();
+            state.looks_at = next;
             state = match next {
                 None => self
                     .changed
