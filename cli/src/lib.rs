@@ -1,8 +1,13 @@
-//! What all programs of outrigger share at their edges: how they log, and how
-//! they take over descriptors that somebody else opened.
+//! What all programs of outrigger share at their edges: how they log, listen and
+//! end, and how they take over descriptors that somebody else opened.
 
 pub mod fd;
 pub mod logging;
 pub mod signals;
+pub mod socket;
 
 pub use logging::LogFormat;
+
+/// Exit code of a console whose user left by its way out (Ctrl-A x), for a
+/// launcher that ends the machine then.
+pub const USER_LEFT: u8 = 10;

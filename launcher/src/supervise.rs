@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use outrigger_cli::signals;
+use outrigger_cli::{USER_LEFT, signals};
 use outrigger_protocol::exit;
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -152,11 +152,10 @@ impl Group {
         Ok(())
     }
 
-    /// Waits for the runner, which ends by itself when it loses a device. Devices
-    /// leave when the runner does; a console that leaves first has taken its way
-    /// out (Ctrl-A x), so the end of the machine is what the user wished.
+    /// Waits for the runner, which ends by itself when it loses a device. If that
+    /// is a console whose user left (Ctrl-A x), the end is what the user wished.
     fn wait_runner(&mut self, runner: usize) -> anyhow::Result<u8> {
-        let (mut quit, mut died) = (false, false);
+        let mut quit = false;
         let mut deadline: Option<Instant> = None;
         loop {
             let limit = deadline.map_or(Duration::MAX, |at| {
@@ -166,16 +165,15 @@ impl Group {
                 Ok(Event::Ended(index, status)) if index == runner => {
                     self.processes[index].ended = Some(status);
                     let code = exit_code(status);
-                    let wished = quit && !died && code == exit::DEVICE_LOST;
+                    let wished = quit && code == exit::DEVICE_LOST;
                     return Ok(if wished { exit::POWERED_OFF } else { code });
                 }
                 Ok(Event::Ended(index, status)) => {
                     self.processes[index].ended = Some(status);
                     let Process { id, name, .. } = &self.processes[index];
-                    if status.success() {
-                        quit |= id.starts_with("console");
-                    } else {
-                        died = true;
+                    if status.code() == Some(USER_LEFT.into()) {
+                        quit = true;
+                    } else if !status.success() {
                         eprintln!("outrigger: {id}: {name} died: {}", describe(status));
                     }
                     deadline.get_or_insert(Instant::now() + GRACE);

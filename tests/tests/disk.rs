@@ -161,6 +161,31 @@ fn writes_zeroes() {
     assert!(disk.file() == expected);
 }
 
+/// tmpfs cannot zero a range; then the process writes zeroes.
+#[test]
+fn writes_zeroes_where_the_file_system_does_not_help() {
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let image = directory.path().join("image");
+    std::fs::write(&image, pattern_of(0, SIZE)).unwrap();
+    let process = Launch::new("device-disk")
+        .args(["--blk-file".as_ref(), image.as_os_str()])
+        .listening();
+    let guest = Guest::boot(process.connect(), FLUSH | EVENT_IDX, 1);
+    let mut disk = Disk {
+        image,
+        process,
+        guest,
+    };
+    let ranges = range(1, 300, 0);
+    assert_eq!(
+        disk.send(VIRTIO_BLK_T_WRITE_ZEROES, 0, &ranges),
+        VIRTIO_BLK_S_OK
+    );
+    let mut expected = pattern_of(0, SIZE);
+    expected[SECTOR..301 * SECTOR].fill(0);
+    assert!(disk.file() == expected);
+}
+
 #[test]
 fn refuses_ranges_that_make_no_sense() {
     let mut disk = Disk::new(&[]);

@@ -103,6 +103,36 @@ fn reset_by_command_boots_again_also_when_paused() {
 }
 
 #[test]
+fn commands_in_quick_succession_lose_no_reset() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=idle").start();
+    for command in [
+        "pause", "resume", "reset", "pause", "resume", "reset", "reset", "pause", "resume",
+    ] {
+        assert!(machine.control(command).ok, "{command}");
+    }
+    let boots = || machine.serial().matches("idle").count();
+    wait_until("the guest is up", || boots() > 0);
+    assert!(machine.control("stop").ok);
+    machine.expect(0);
+}
+
+#[test]
+fn a_stale_control_socket_is_replaced() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=idle");
+    let path = machine.directory().join("control");
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let machine = machine.start();
+    machine.wait_serial("idle");
+    assert!(machine.control("status").ok);
+}
+
+#[test]
 fn nonsense_gets_an_error_and_changes_nothing() {
     if skip_kvm() {
         return;

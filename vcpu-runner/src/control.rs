@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use outrigger_cli::fd::set_nonblocking;
+use outrigger_cli::socket;
 use outrigger_protocol::control::{Command, MAX_LINE, Reply};
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -17,6 +18,9 @@ use crate::Error;
 /// Longest time that the machine may take to answer: all deadlines of a reset
 /// together.
 const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Clients at a time; others wait.
+const MAX_CLIENTS: usize = 16;
 
 /// A command and where its answer goes.
 pub struct Order {
@@ -39,7 +43,7 @@ struct Client {
 /// When the path cannot be bound.
 pub fn start(path: &Path, orders: impl Fn(Order) + Send + 'static) -> Result<(), Error> {
     let what = format!("--control {}", path.display());
-    let listener = UnixListener::bind(path).map_err(Error::io(what.clone()))?;
+    let listener = socket::bind(path).map_err(Error::io(what.clone()))?;
     set_nonblocking(&listener).map_err(Error::io(what))?;
     std::thread::Builder::new()
         .name("control".into())
@@ -51,7 +55,13 @@ pub fn start(path: &Path, orders: impl Fn(Order) + Send + 'static) -> Result<(),
 fn serve(listener: &UnixListener, orders: &impl Fn(Order)) {
     let mut clients: Vec<Client> = Vec::new();
     loop {
-        let mut fds = vec![PollFd::new(listener, PollFlags::IN)];
+        // Full, the listener is not listened to.
+        let accepting = if clients.len() < MAX_CLIENTS {
+            PollFlags::IN
+        } else {
+            PollFlags::empty()
+        };
+        let mut fds = vec![PollFd::new(listener, accepting)];
         fds.extend(
             clients
                 .iter()

@@ -57,6 +57,14 @@ pub enum Error {
         /// What went wrong.
         why: String,
     },
+    /// A device's process said no, and goes on.
+    #[error("device {id}: {operation}: refused")]
+    Refused {
+        /// The device's name.
+        id: String,
+        /// What was asked.
+        operation: String,
+    },
     /// The platform process did not do what it must.
     #[error("platform: {operation}: {why}")]
     Platform {

@@ -33,8 +33,12 @@ impl Events {
                 .open(target)
                 .map_err(error)?,
         };
-        // A reader that sleeps must not hold the machine up.
-        fd::set_nonblocking(&file).map_err(Error::io("--events"))?;
+        // A reader that sleeps must not hold the machine up. Standard output and
+        // its like belong to others as well.
+        let own = !matches!(target.parse::<RawFd>(), Ok(0..=2));
+        if own {
+            fd::set_nonblocking(&file).map_err(Error::io("--events"))?;
+        }
         Ok(Events(Mutex::new(Some(file))))
     }
 

@@ -16,6 +16,7 @@
 pub mod boot;
 pub mod control;
 pub mod error;
+pub mod eventfd;
 pub mod events;
 pub mod frontend;
 pub mod layout;

@@ -183,8 +183,7 @@ impl Machine {
         self.events.emit(&Event::Started {
             vcpus: self.vcpus.len(),
         });
-        // All registers start from what a reset sets.
-        self.order(Order::Reset);
+        self.start_vcpus()?;
         loop {
             // The sender is ours as well, so the channel never closes.
             let Ok(notice) = self.notices.recv() else {
@@ -193,9 +192,7 @@ impl Machine {
             if let Some(end) = self.notice(notice)? {
                 self.state = MachineState::Stopped;
                 self.order(Order::Stop);
-                for (vcpu, control) in self.vcpus.iter().enumerate() {
-                    control.wait_still(vcpu, PARK_DEADLINE)?;
-                }
+                self.wait_still()?;
                 self.events.emit(&Event::Stopped {
                     code: end.code,
                     reason: end.reason.clone(),
@@ -302,29 +299,50 @@ impl Machine {
         }
     }
 
-    fn park(&self) -> Result<(), Error> {
-        self.order(Order::Park);
+    fn wait_still(&self) -> Result<(), Error> {
         for (vcpu, control) in self.vcpus.iter().enumerate() {
             control.wait_still(vcpu, PARK_DEADLINE)?;
         }
         Ok(())
     }
 
+    fn park(&self) -> Result<(), Error> {
+        self.order(Order::Park);
+        self.wait_still()
+    }
+
+    /// Sets all registers to their start values and runs. No vCPU runs before
+    /// all are ready: the first one starts the others.
+    fn start_vcpus(&self) -> Result<(), Error> {
+        self.order(Order::Reset);
+        self.wait_still()?;
+        self.order(Order::Run);
+        Ok(())
+    }
+
     /// Gives every slot an order and waits for all of them. A process that does
-    /// not answer is cut off by the watchdog, which counts as an answer.
-    fn order_slots(&self, order: impl Fn(&Slot) -> Receiver<()>) {
+    /// not keep its deadlines is cut off, and its slot then answers.
+    fn order_slots(&self, order: impl Fn(&Slot) -> Receiver<()>) -> Result<(), Error> {
         let waits: Vec<_> = self.slots.iter().map(|slot| order(slot)).collect();
         for (slot, wait) in self.slots.iter().zip(waits) {
             if wait.recv_timeout(2 * DEADLINE).is_err() {
-                tracing::error!("device {}: its slot does not answer", slot.id());
+                slot.cut_off();
+                wait.recv_timeout(DEADLINE)
+                    .map_err(|_| Error::device(slot.id(), "stopping", "its slot hangs"))?;
             }
         }
+        Ok(())
     }
 
     fn pause(&mut self) -> Result<(), Error> {
         if self.state == MachineState::Running {
-            self.park()?;
-            self.order_slots(Slot::pause);
+            let stopped = self.park().and_then(|()| self.order_slots(Slot::pause));
+            if stopped.is_err() {
+                // Half a pause is none.
+                self.order_slots(Slot::resume)?;
+                self.order(Order::Run);
+                return stopped;
+            }
             self.state = MachineState::Paused;
             self.events.emit(&Event::Paused);
         }
@@ -333,7 +351,7 @@ impl Machine {
 
     fn resume(&mut self) -> Result<(), Error> {
         if self.state == MachineState::Paused {
-            self.order_slots(Slot::resume);
+            self.order_slots(Slot::resume)?;
             self.order(Order::Run);
             self.state = MachineState::Running;
             self.events.emit(&Event::Resumed);
@@ -353,7 +371,7 @@ impl Machine {
     /// runs afterwards.
     fn reset(&mut self, by: &str) -> Result<(), Error> {
         self.park()?;
-        self.order_slots(Slot::stop);
+        self.order_slots(Slot::stop)?;
         self.shared.io.bus.reset();
         if let Some(trap) = &self.shared.io.trap {
             trap.reset();
@@ -366,7 +384,7 @@ impl Machine {
             .entry
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = entry;
-        self.order(Order::Reset);
+        self.start_vcpus()?;
         self.state = MachineState::Running;
         self.resets += 1;
         self.events.emit(&Event::Reset { by: by.to_owned() });

@@ -61,6 +61,8 @@ const OWN: &[Rule] = &[
         &[Check::OneOf(0, &[libc::AF_UNIX as u32])],
     ),
     Rule::any(libc::SYS_connect),
+    // Eventfds that must not block.
+    Rule::any(libc::SYS_preadv2),
     // Control clients.
     Rule::any(libc::SYS_accept4),
     // The signal thread.

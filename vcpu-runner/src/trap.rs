@@ -21,11 +21,11 @@ use rustix::mm::{MapFlags, ProtFlags};
 use rustix::thread::futex;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::Error;
 use crate::frontend::spec::{Endpoint, socket_path};
 use crate::layout::IOAPIC_PINS;
 use crate::vcpu::state::Control;
 use crate::vm::irq::{Gsi, Interrupts};
+use crate::{Error, eventfd};
 
 /// How long a vCPU looks for an answer before it sleeps, if the platform is awake:
 /// then it answers within microseconds, and being woken costs tens of them. If it
@@ -201,8 +201,7 @@ impl TrapChannel {
         let header = self.region.header();
         slot.publish(header, access);
         if header.asleep.load(Ordering::Relaxed) != 0 {
-            // EAGAIN: it rings already.
-            let _ = self.doorbell.write(1);
+            eventfd::signal(&self.doorbell);
         }
     }
 

@@ -144,7 +144,7 @@ impl Terminal {
             self.typed.extend(typed);
         } else if self.escape.filter(typed, &mut self.typed) {
             signals::finish();
-            std::process::exit(0);
+            std::process::exit(outrigger_cli::USER_LEFT.into());
         }
         let excess = self.typed.len().saturating_sub(TYPED);
         if excess > 0 {

@@ -5,7 +5,8 @@ use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use device_core::{Poller, listen};
+use device_core::Poller;
+use outrigger_cli::socket;
 use rustix::net::{SocketFlags, accept_with};
 
 use crate::backend::{Backend, Written};
@@ -38,7 +39,7 @@ impl Unix {
     /// # Errors
     /// bind(2)'s own.
     pub fn bind(path: &Path) -> io::Result<Self> {
-        let listener = OwnedFd::from(listen::bind(path)?);
+        let listener = OwnedFd::from(socket::bind(path)?);
         device_core::fd::set_nonblocking(&listener)?;
         Ok(Unix {
             listener,

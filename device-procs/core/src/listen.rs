@@ -3,10 +3,9 @@
 
 use std::io;
 use std::os::fd::RawFd;
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 
+use outrigger_cli::socket;
 use rustix::net::sockopt;
 
 use crate::cli::Common;
@@ -27,8 +26,8 @@ impl Listener {
     /// One line that names the socket and what is wrong with it.
     pub fn new(common: &Common) -> anyhow::Result<Self> {
         if let Some(path) = &common.socket_path {
-            let listener =
-                bind(path).map_err(|e| anyhow::anyhow!("--socket-path {}: {e}", path.display()))?;
+            let listener = socket::bind(path)
+                .map_err(|e| anyhow::anyhow!("--socket-path {}: {e}", path.display()))?;
             return Ok(Listener::Listening(listener));
         }
         if let Some(fd) = common.fd {
@@ -66,45 +65,5 @@ impl Listener {
             Listener::Listening(listener) => listener.accept().map(|(stream, _)| Some(stream)),
             Listener::Connected(stream) => Ok(stream.take()),
         }
-    }
-}
-
-/// Binds `path`. A socket that a dead process left behind is replaced; one that
-/// somebody serves is not.
-///
-/// # Errors
-/// bind(2)'s own.
-pub fn bind(path: &Path) -> io::Result<UnixListener> {
-    match UnixListener::bind(path) {
-        Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
-            let stale = path.symlink_metadata()?.file_type().is_socket()
-                && matches!(UnixStream::connect(path),
-                    Err(e) if e.kind() == io::ErrorKind::ConnectionRefused);
-            if !stale {
-                return Err(e);
-            }
-            std::fs::remove_file(path)?;
-            UnixListener::bind(path)
-        }
-        result => result,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_stale_socket_is_replaced_and_a_served_one_is_not() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s");
-        let first = bind(&path).unwrap();
-        assert!(bind(&path).is_err());
-        drop(first);
-        bind(&path).unwrap();
-        let file = dir.path().join("file");
-        std::fs::write(&file, "x").unwrap();
-        assert!(bind(&file).is_err());
-        assert_eq!(std::fs::read(&file).unwrap(), b"x");
     }
 }

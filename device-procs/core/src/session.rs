@@ -54,6 +54,7 @@ impl Session {
         for worker in self.workers.iter() {
             worker.control(|state, poller| state.close(poller));
         }
+        self.table = MemoryTable::default();
         self.description.config.set_channel(None);
     }
 

@@ -165,7 +165,12 @@ impl Device for Disk {
             };
             request.status.copy_from(&[status as u8]);
             // The status byte comes last, so all before it counts as written.
-            ring.push(memory, head, request.data_len as u32 + 1);
+            ring.push(memory, head, written(request.data_len));
         }
     }
+}
+
+/// Bytes that count as written: all before the status byte, and that.
+fn written(data_len: usize) -> u32 {
+    u32::try_from(data_len).map_or(u32::MAX, |len| len.saturating_add(1))
 }

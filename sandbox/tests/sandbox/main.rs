@@ -104,13 +104,30 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
 
+    // What test runners ask to learn which tests there are: each probe is one.
+    if words.iter().any(|word| word == "--list") {
+        if !words.iter().any(|word| word == "--ignored") {
+            for probe in probes() {
+                println!("{}: test", probe.name);
+            }
+        }
+        return ExitCode::SUCCESS;
+    }
+    let exact = words.iter().any(|word| word == "--exact");
     let root = rustix::process::geteuid().is_root();
     let wanted = |name: &str| {
         let mut filters = words
             .iter()
             .filter(|word| !word.starts_with('-'))
             .peekable();
-        filters.peek().is_none() || filters.any(|filter| name.contains(filter.as_str()))
+        filters.peek().is_none()
+            || filters.any(|filter| {
+                if exact {
+                    name == filter
+                } else {
+                    name.contains(filter.as_str())
+                }
+            })
     };
     let (mut done, mut failed) = (0, 0);
     for probe in probes().filter(|probe| wanted(probe.name)) {

@@ -1,6 +1,6 @@
 //! One connection to a device's process.
 
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,8 +9,8 @@ use std::time::Duration;
 use outrigger_protocol::memory::USER_ADDRESS_OFFSET;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
 use vhost::vhost_user::{
-    Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend, VhostUserFrontendReqHandler,
-    VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    Error as VhostUserError, Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend,
+    VhostUserFrontendReqHandler, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_config::{
@@ -38,7 +38,14 @@ const WITHHELD: u64 = 1 << VIRTIO_F_RING_PACKED
     | 1 << VIRTIO_F_SR_IOV
     | 1 << VIRTIO_F_NOTIFICATION_DATA
     | 1 << VIRTIO_F_NOTIF_CONFIG_DATA
+    | 1 << ADMIN_VQ
+    | 1 << LOG_ALL
     | PROTOCOL_FEATURES;
+
+/// VIRTIO_F_ADMIN_VQ of virtio 1.3.
+const ADMIN_VQ: u32 = 41;
+/// VHOST_F_LOG_ALL, which is between front end and process.
+const LOG_ALL: u32 = 26;
 
 /// A queue to start.
 pub struct QueueStart<'a> {
@@ -73,7 +80,13 @@ pub struct Session {
     /// All that the process offered, in its own terms.
     offered: u64,
     changes: Arc<ConfigChanges>,
-    channel: Option<FrontendReqHandler<ConfigChanges>>,
+    channel: Option<Channel>,
+}
+
+/// The back-end channel, and a handle to cut it off by.
+struct Channel {
+    handler: FrontendReqHandler<ConfigChanges>,
+    socket: UnixStream,
 }
 
 impl Session {
@@ -125,20 +138,23 @@ impl Session {
     }
 
     /// Sends a message under a deadline.
-    fn call<T, E: std::fmt::Display>(
+    fn call<T>(
         &mut self,
         operation: &str,
-        f: impl FnOnce(&mut Frontend) -> Result<T, E>,
+        f: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T, Error> {
         let guard = self.watchdog.guard(&self.socket, DEADLINE)?;
         let result = f(&mut self.frontend);
         let late = guard.finish();
-        result.map_err(|e| {
-            if late {
-                self.error(operation, format!("no answer in {DEADLINE:?}"))
-            } else {
-                self.error(operation, e)
+        result.map_err(|e| match e {
+            _ if late => self.error(operation, format!("no answer in {DEADLINE:?}")),
+            vhost::Error::VhostUserProtocol(VhostUserError::BackendInternalError) => {
+                Error::Refused {
+                    id: self.id.clone(),
+                    operation: operation.to_owned(),
+                }
             }
+            e => self.error(operation, e),
         })
     }
 
@@ -162,7 +178,16 @@ impl Session {
             channel.set_reply_ack_flag(protocol.contains(VhostUserProtocolFeatures::REPLY_ACK));
             let fd = channel.get_tx_raw_fd();
             self.call("SET_BACKEND_REQ_FD", |f| f.set_backend_request_fd(&fd))?;
-            self.channel = Some(channel);
+            // SAFETY: the handler keeps its descriptor open meanwhile.
+            let own = unsafe { BorrowedFd::borrow_raw(channel.as_raw_fd()) };
+            let socket = own
+                .try_clone_to_owned()
+                .map_err(Error::io("duplicating a socket"))?
+                .into();
+            self.channel = Some(Channel {
+                handler: channel,
+                socket,
+            });
         }
         Ok(())
     }
@@ -288,7 +313,9 @@ impl Session {
 
     /// The back-end channel, for polling.
     pub fn channel(&self) -> Option<RawFd> {
-        self.channel.as_ref().map(|channel| channel.as_raw_fd())
+        self.channel
+            .as_ref()
+            .map(|channel| channel.socket.as_raw_fd())
     }
 
     /// Handles one message of the back-end channel; true when it announced a new
@@ -297,10 +324,11 @@ impl Session {
     /// # Errors
     /// When the message makes no sense.
     pub fn handle_channel(&mut self) -> Result<bool, Error> {
-        if let Some(channel) = &mut self.channel
-            && let Err(error) = channel.handle_request()
-        {
-            return Err(self.error("back-end channel", error));
+        if let Some(channel) = &mut self.channel {
+            let guard = self.watchdog.guard(&channel.socket, DEADLINE)?;
+            let result = channel.handler.handle_request();
+            drop(guard);
+            result.map_err(|e| self.error("back-end channel", e))?;
         }
         Ok(self.changes.0.swap(false, Ordering::Relaxed))
     }

@@ -49,10 +49,19 @@ pub struct Slot {
     state: AtomicU8,
     active: AtomicUsize,
     device: OnceLock<Arc<VirtioPci>>,
+    socket: UnixStream,
 }
+
+/// Requests that may wait in a mailbox before writes to the configuration space
+/// are dropped: a driver waits for the effect of one, so only a hostile one gets
+/// this far.
+const MAILBOX: usize = 256;
 
 impl Backend for Slot {
     fn request(&self, request: Request) {
+        if matches!(request, Request::WriteConfig { .. }) && self.mailbox.len() >= MAILBOX {
+            return;
+        }
         self.send(Message::Request(request));
     }
 }
@@ -84,6 +93,10 @@ impl Slot {
             state: AtomicU8::new(0),
             active: AtomicUsize::new(0),
             device: OnceLock::new(),
+            socket: session
+                .socket()
+                .try_clone()
+                .map_err(Error::io("duplicating a socket"))?,
         });
         slot.set_state(SlotState::Running);
         Ok(Pending {
@@ -140,6 +153,12 @@ impl Slot {
     /// Goes on after [`Slot::pause`].
     pub fn resume(&self) -> Receiver<()> {
         self.order(Message::Resume)
+    }
+
+    /// Ends the connection, and with it whatever waits for the process.
+    pub fn cut_off(&self) {
+        // An error means that it is gone already.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }
 
     /// Stops the queues for a reset of the whole machine.
@@ -257,6 +276,8 @@ impl Thread {
         self.slot.active.store(0, Ordering::Relaxed);
         self.slot.set_state(SlotState::Lost);
         self.device.failed();
+        // There may be more in the mailbox, and somebody waits for it.
+        let _ = self.slot.wake.write(1);
         (self.notices)(Notice::Lost(self.slot.id().to_owned(), error.to_string()));
     }
 
@@ -326,10 +347,14 @@ impl Thread {
 
     fn request(&mut self, request: Request) -> Result<(), Error> {
         match request {
-            Request::Start { features, queues } => self.start(features, queues),
+            Request::Start { features, queues } => {
+                let result = self.start(features, queues);
+                self.fail_refused(result)
+            }
             Request::StartQueue(setup) => {
                 self.active.push(Active { setup, base: 0 });
-                self.start_from(self.active.len() - 1)
+                let result = self.start_from(self.active.len() - 1);
+                self.fail_refused(result)
             }
             Request::StopQueue(index) => {
                 let result = self.stop_queue(index);
@@ -348,13 +373,43 @@ impl Thread {
                 let written = session.write_config(offset, &data);
                 if let Err(error) = written {
                     // The driver wrote what the device does not take.
-                    tracing::warn!("{error}");
+                    tracing::debug!("{error}");
                 }
                 let config = session.read_config()?;
                 self.device.set_config(config);
                 Ok(())
             }
         }
+    }
+
+    /// What the driver set up cannot be: that is between it and its device, which
+    /// needs a reset now (virtio 1.2 section 2.1.2). The process goes on.
+    fn fail_refused(&mut self, result: Result<(), Error>) -> Result<(), Error> {
+        let Err(error @ Error::Refused { .. }) = result else {
+            return result;
+        };
+        tracing::warn!("{error}");
+        self.device.failed();
+        self.stop_all()
+    }
+
+    /// Whether the rings of `setup` are aligned and lie in guest memory (virtio
+    /// 1.2 section 2.7).
+    fn is_placed(&self, setup: &QueueSetup) -> bool {
+        let size = u64::from(setup.size);
+        let areas = [
+            (setup.descriptors, 16 * size, 16),
+            (setup.driver, 6 + 2 * size, 2),
+            (setup.device, 6 + 8 * size, 4),
+        ];
+        areas.iter().all(|&(start, length, alignment)| {
+            start.is_multiple_of(alignment)
+                && self.memory.iter().any(|region| {
+                    let end = region.guest_phys_addr + region.memory_size;
+                    start >= region.guest_phys_addr
+                        && start.checked_add(length).is_some_and(|last| last <= end)
+                })
+        })
     }
 
     fn start(&mut self, features: u64, queues: Vec<QueueSetup>) -> Result<(), Error> {
@@ -377,6 +432,16 @@ impl Thread {
     /// machine is paused: then they start with it.
     fn start_from(&mut self, first: usize) -> Result<(), Error> {
         self.slot.active.store(self.active.len(), Ordering::Relaxed);
+        let starting = &self.active[first..];
+        if let Some(bad) = starting.iter().find(|a| !self.is_placed(&a.setup)) {
+            let refused = Error::Refused {
+                id: self.slot.id().to_owned(),
+                operation: format!("queue {}: rings outside memory", bad.setup.index),
+            };
+            // None of them was started.
+            self.active.truncate(first);
+            return Err(refused);
+        }
         let Some(session) = &mut self.session else {
             return Ok(());
         };

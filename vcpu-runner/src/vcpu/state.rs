@@ -21,7 +21,8 @@ pub enum Order {
     Run,
     /// Stand still.
     Park,
-    /// Set all registers to their start values, then run.
+    /// Set all registers to their start values, then stand still. Owed until it
+    /// is done, whatever is ordered meanwhile.
     Reset,
     /// End.
     Stop,
@@ -41,16 +42,34 @@ pub enum State {
 struct Inner {
     order: Order,
     state: State,
+    reset_owed: bool,
 }
 
 impl Inner {
-    /// The transition that the thread makes under its order; `None` waits.
-    fn next(&self) -> Option<(State, Order)> {
+    /// What the thread does next under its orders; `None` waits.
+    fn next(&mut self) -> Option<Order> {
         match self.order {
-            Order::Park => None,
-            Order::Stop => Some((State::Stopped, Order::Stop)),
-            // A reset is carried out once; afterwards the order is to run.
-            Order::Run | Order::Reset => Some((State::Running, Order::Run)),
+            Order::Stop => {
+                self.state = State::Stopped;
+                Some(Order::Stop)
+            }
+            _ if std::mem::take(&mut self.reset_owed) => {
+                self.state = State::Running;
+                Some(Order::Reset)
+            }
+            Order::Run => {
+                self.state = State::Running;
+                Some(Order::Run)
+            }
+            Order::Park | Order::Reset => None,
+        }
+    }
+
+    fn is_still(&self) -> bool {
+        match self.state {
+            State::Running => false,
+            State::Parked => !self.reset_owed,
+            State::Stopped => true,
         }
     }
 }
@@ -72,6 +91,7 @@ impl Control {
             inner: Mutex::new(Inner {
                 order: Order::Park,
                 state: State::Parked,
+                reset_owed: false,
             }),
             changed: Condvar::new(),
             attention: AtomicBool::new(true),
@@ -125,15 +145,13 @@ impl Control {
         self.attention.load(Ordering::SeqCst)
     }
 
-    /// Stands still for as long as the order says so; returns the order that
-    /// ended it.
+    /// Stands still for as long as the orders say so; returns the one that is to
+    /// be carried out now: run, reset or stop.
     pub fn park(&self) -> Order {
         let mut inner = self.lock();
         loop {
-            if let Some((state, next)) = inner.next() {
-                let order = inner.order;
-                (inner.state, inner.order) = (state, next);
-                self.attention.store(next == Order::Stop, Ordering::SeqCst);
+            if let Some(order) = inner.next() {
+                self.attention.store(order != Order::Run, Ordering::SeqCst);
                 self.changed.notify_all();
                 return order;
             }
@@ -152,13 +170,17 @@ impl Control {
         let mut inner = self.lock();
         loop {
             match inner.order {
-                Order::Stop | Order::Reset => return false,
+                Order::Stop => return false,
+                _ if inner.reset_owed => {
+                    inner.state = State::Running;
+                    return false;
+                }
                 Order::Run => {
                     inner.state = State::Running;
                     self.attention.store(false, Ordering::SeqCst);
                     return true;
                 }
-                Order::Park => {}
+                Order::Park | Order::Reset => {}
             }
             inner.state = State::Parked;
             self.changed.notify_all();
@@ -184,7 +206,12 @@ impl Control {
     /// Gives an order; does not wait. Kicks the vCPU out of the guest.
     pub fn order(&self, order: Order) {
         let mut inner = self.lock();
-        inner.order = order;
+        if order == Order::Reset {
+            inner.reset_owed = true;
+            inner.order = Order::Park;
+        } else {
+            inner.order = order;
+        }
         self.attention.store(true, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         self.set_immediate_exit(1);
@@ -197,14 +224,14 @@ impl Control {
         self.changed.notify_all();
     }
 
-    /// Waits until the vCPU stands still or has ended.
+    /// Waits until the vCPU stands still, with no reset owed, or has ended.
     ///
     /// # Errors
     /// When that takes longer than `limit`.
     pub fn wait_still(&self, vcpu: usize, limit: Duration) -> Result<(), Error> {
         let deadline = Instant::now() + limit;
         let mut inner = self.lock();
-        while inner.state == State::Running {
+        while !inner.is_still() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let why = format!("did not stand still within {limit:?}");
@@ -300,9 +327,8 @@ mod tests {
         control.wait_still(0, LIMIT).unwrap();
         assert_eq!(control.state(), State::Parked);
         control.order(Order::Reset);
-        wait_for(&control, State::Running);
-        control.order(Order::Park);
         control.wait_still(0, LIMIT).unwrap();
+        assert_eq!(control.state(), State::Parked, "it stands still afterwards");
         assert_eq!(resets.load(Ordering::SeqCst), 1, "a reset happens once");
         control.order(Order::Run);
         wait_for(&control, State::Running);
@@ -312,6 +338,24 @@ mod tests {
         // Orders to one that has ended are harmless.
         control.order(Order::Run);
         control.wait_still(0, LIMIT).unwrap();
+    }
+
+    #[test]
+    fn no_reset_is_lost_whatever_comes_after_it() {
+        let flag = Box::leak(Box::new(0u8));
+        let control = Arc::new(Control::new(flag));
+        let resets = Arc::new(AtomicUsize::new(0));
+        let thread = spawn(&control, &resets);
+        for round in 1..=500 {
+            control.order(Order::Reset);
+            control.order(Order::Park);
+            control.order(Order::Run);
+            control.order(Order::Park);
+            control.wait_still(0, LIMIT).unwrap();
+            assert_eq!(resets.load(Ordering::SeqCst), round);
+        }
+        control.order(Order::Stop);
+        thread.join().unwrap();
     }
 
     #[test]

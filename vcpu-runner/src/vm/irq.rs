@@ -75,7 +75,7 @@ pub trait Interrupts: Send + Sync {
 }
 
 /// The routing table beyond the fixed lines.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub struct Routes(BTreeMap<Gsi, Message>);
 
 impl Routes {
@@ -118,12 +118,15 @@ fn line(gsi: Gsi, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
 impl Vm {
     fn change_routes(&self, change: impl FnOnce(&mut Routes)) -> Result<(), Error> {
         let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
-        change(&mut routes);
-        let table = KvmIrqRouting::from_entries(&routes.entries())
+        let mut changed = routes.clone();
+        change(&mut changed);
+        let table = KvmIrqRouting::from_entries(&changed.entries())
             .map_err(|e| Error::BootSetup(format!("interrupt routes: {e:?}")))?;
         self.fd()
             .set_gsi_routing(&table)
-            .map_err(Error::kvm("KVM_SET_GSI_ROUTING"))
+            .map_err(Error::kvm("KVM_SET_GSI_ROUTING"))?;
+        *routes = changed;
+        Ok(())
     }
 }
 

@@ -211,8 +211,20 @@ fn region(start: u64, size: u64, pages: Pages) -> Result<GuestRegionMmap<()>, St
         memfd.add_seal(seal).map_err(|e| format!("seal: {e}"))?;
     }
     let length = usize::try_from(size).map_err(|_| "too large".to_string())?;
-    let mapping = MmapRegion::from_file(FileOffset::new(memfd.into_file(), 0), length)
-        .map_err(|e| format!("mmap: {e}"))?;
+    // Huge pages are reserved now: a pool that runs dry later is a SIGBUS. Others
+    // are allocated when they are touched.
+    let reserve = if hugetlb.is_some() {
+        0
+    } else {
+        libc::MAP_NORESERVE
+    };
+    let mapping = MmapRegion::build(
+        Some(FileOffset::new(memfd.into_file(), 0)),
+        length,
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_SHARED | reserve,
+    )
+    .map_err(|e| format!("mmap: {e}"))?;
     if pages == Pages::Transparent {
         // SAFETY: the range is the mapping just made, and advice changes no content.
         unsafe { rustix::mm::madvise(mapping.as_ptr().cast(), length, Advice::LinuxHugepage) }

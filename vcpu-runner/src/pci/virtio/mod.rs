@@ -19,10 +19,10 @@ use super::Function;
 use super::config::{self, ConfigSpace, Identity, register};
 use super::intx::{Intx, Sink};
 use super::msix::{self, Table};
-use crate::Error;
 use crate::layout;
 use crate::pci::bus;
 use crate::vm::irq::Interrupts;
+use crate::{Error, eventfd};
 
 /// Vendor ID of virtio devices (section 4.1.2).
 const VENDOR: u16 = 0x1af4;
@@ -287,8 +287,7 @@ impl VirtioPci {
             NOTIFY..MSIX_TABLE => {
                 let queue = (offset - NOTIFY) / u64::from(NOTIFY_MULTIPLIER);
                 if let Some(kick) = self.kicks.get(queue as usize) {
-                    // EAGAIN: a doorbell is pending already.
-                    let _ = kick.write(1);
+                    eventfd::signal(kick);
                 }
             }
             MSIX_TABLE..MSIX_PENDING => {

@@ -2,14 +2,13 @@
 //! moment. A vector's pending bit is "its eventfd is readable": masking takes the
 //! irqfd away and events gather; unmasking attaches it again and KVM delivers.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Weak};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::common::{Common, NO_VECTOR};
 use super::{NOTIFY_MULTIPLIER, VirtioPci};
+use crate::eventfd;
 use crate::pci::intx::Intx;
 use crate::pci::msix::Table;
 use crate::vm::irq::{Gsi, Interrupts, Message};
@@ -182,8 +181,7 @@ impl Notifiers {
 
     /// Sends a configuration change notification.
     pub fn config_changed(&self) {
-        // EAGAIN: one is pending already.
-        let _ = self.sources[CONFIG].fd.write(1);
+        eventfd::signal(&self.sources[CONFIG].fd);
     }
 
     /// The INTx thread saw `source` notify. False when the pin is not in use any
@@ -192,7 +190,7 @@ impl Notifiers {
         let Some(Source { fd, attached }) = self.sources.get(source) else {
             return false;
         };
-        if *attached != Attachment::Pin || fd.read().is_err() {
+        if *attached != Attachment::Pin || !eventfd::take(fd) {
             return false;
         }
         self.isr |= if source == CONFIG {
@@ -215,7 +213,7 @@ impl Notifiers {
             let vector = usize::from(vector(common, index));
             if source.attached == Attachment::Nothing
                 && vector < self.routes.len()
-                && is_readable(&source.fd)
+                && eventfd::is_pending(&source.fd)
             {
                 bits[vector / 8] |= 1 << (vector % 8);
             }
@@ -227,8 +225,7 @@ impl Notifiers {
     pub fn forget(&mut self) {
         self.isr = 0;
         for source in &self.sources {
-            // EAGAIN: there was nothing.
-            let _ = source.fd.read();
+            eventfd::take(&source.fd);
         }
     }
 }
@@ -241,11 +238,3 @@ fn vector(common: &Common, source: usize) -> u16 {
 }
 
 const _: () = assert!(NO_VECTOR as usize > super::MAX_QUEUES);
-
-fn is_readable(fd: &EventFd) -> bool {
-    // SAFETY: the descriptor stays open for as long as `fd` is borrowed.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
-    let mut fds = [PollFd::from_borrowed_fd(fd, PollFlags::IN)];
-    let now = Timespec::default();
-    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
-}
