@@ -67,4 +67,4 @@ fi
 if [ "${OUTRIGGER_SKIP_KVM:-}" = 1 ]; then
     echo "skipped: all of tests/tests/vm_*.rs"
 fi
-exec cargo test --workspace --lib --bins --tests --locked --no-fail-fast -- --test-threads 2
+exec cargo test --workspace --lib --bins --tests --locked --no-fail-fast -- --test-threads=2

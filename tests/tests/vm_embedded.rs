@@ -265,6 +265,25 @@ fn a_device_is_reset_and_set_up_again_in_the_middle_of_io() {
 }
 
 #[test]
+fn rings_that_cannot_be_make_the_device_need_a_reset() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=bad-rings")
+        .args(["--memory", "64M"])
+        .disk(64 * MIB)
+        .start();
+    machine.expect(0);
+    let serial = machine.serial();
+    assert_eq!(serial.matches("needs a reset").count(), 3, "{serial}");
+    assert!(serial.contains("guest: pass"), "{serial}");
+    assert!(
+        machine.process("disk0").is_running(),
+        "it is the same process"
+    );
+}
+
+#[test]
 fn what_nobody_claims_reads_as_ones() {
     if skip_kvm() {
         return;

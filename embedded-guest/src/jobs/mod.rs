@@ -9,6 +9,7 @@ mod ports;
 mod power;
 mod ram;
 mod reinit;
+mod rings;
 mod serial;
 
 use crate::memory::pages::{self, Kind};
@@ -100,6 +101,7 @@ fn job(guest: &Guest) -> Result<(), String> {
         "spin" => power::spin(),
         "reset" => power::reset(guest),
         "reset-reinit" => reinit::run(guest),
+        "bad-rings" => rings::run(guest),
         "fail" => report::exit(guest.options.number("code", 1)? as u8),
         job => Err(format!("there is no job {job}")),
     }
