@@ -43,24 +43,28 @@ pub fn run() {
     }
 }
 
-/// Private memory in bytes, without that of guest RAM, which is shared, and of
-/// the programs' own files, which the page cache holds anyway.
+/// Private memory in bytes: without guest RAM, and of mapped files only what the
+/// process has made its own (pages of a file that was just written count as dirty
+/// until they are on the disk; see proc_pid_smaps(5)).
 fn private(process: &Process) -> u64 {
     let maps = std::fs::read_to_string(process.proc("smaps")).expect("smaps");
-    let mut anonymous = 0;
-    let mut is_ram = false;
+    let mut total = 0;
+    let mut counted = "";
     for line in maps.lines() {
-        let first = line.split_whitespace().next().unwrap_or_default();
-        if first.contains('-') && !first.ends_with(':') {
-            is_ram = line.contains("outrigger-ram");
-        } else if first == "Private_Dirty:" && !is_ram {
-            let value: u64 = line
-                .split_whitespace()
-                .nth(1)
-                .and_then(|v| v.parse().ok())
-                .unwrap_or(0);
-            anonymous += value * KIB;
+        let mut words = line.split_whitespace();
+        let first = words.next().unwrap_or_default();
+        if !first.ends_with(':') {
+            // Address, rights, offset, device, inode, path.
+            let path = words.nth(4).unwrap_or_default();
+            counted = match path {
+                _ if path.starts_with("/memfd:outrigger-ram") => "",
+                _ if path.starts_with('/') && !path.starts_with("/memfd:") => "Anonymous:",
+                _ => "Private_Dirty:",
+            };
+        } else if first == counted {
+            let value: u64 = words.next().and_then(|v| v.parse().ok()).unwrap_or(0);
+            total += value * KIB;
         }
     }
-    anonymous
+    total
 }
