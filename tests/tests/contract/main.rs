@@ -6,6 +6,7 @@ mod handshake;
 mod hostile;
 mod memory;
 mod process;
+mod requirements;
 mod rings;
 mod subject;
 
@@ -55,6 +56,12 @@ macro_rules! contract {
                     message_that_makes_no_sense
                     descriptors_without_end
                     random_descriptors
+                }
+                requirements {
+                    r2_7_5_3_2_direct_descriptors_before_an_indirect_table
+                    r2_7_5_3_2_the_write_flag_of_an_indirect_table_is_ignored
+                    r2_7_8_2_used_length_is_what_was_written
+                    r2_7_10_2_doorbells_without_buffers_are_harmless
                 }
                 process {
                     is_sandboxed
