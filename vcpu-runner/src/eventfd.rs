@@ -9,7 +9,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::ReadWriteFlags;
 use vmm_sys_util::eventfd::EventFd;
 
-fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
+/// For calls that take a borrowed descriptor.
+pub fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor stays open for as long as `fd` is borrowed.
     unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
 }

@@ -26,8 +26,6 @@ use outrigger_sandbox::{Check, Rule};
 use crate::backend::Backend;
 use crate::console::Console;
 
-/// Virtio device number of a console (virtio 1.2 section 5.3).
-const VIRTIO_ID: u16 = 3;
 const QUEUE_SIZE: u16 = 256;
 /// VIRTIO_CONSOLE_F_SIZE (virtio 1.2 section 5.3.3).
 const F_SIZE: u64 = 1 << 0;
@@ -154,7 +152,6 @@ fn build(options: &Options) -> anyhow::Result<Program> {
     Ok(Program {
         description: Description {
             name: "device-console",
-            virtio_id: VIRTIO_ID,
             features: if size.is_some() { F_SIZE } else { 0 },
             queues: vec![0, 0],
             queue_size: QUEUE_SIZE,

@@ -6,8 +6,6 @@ use crate::{ConfigSpace, Error, GuestMemory, Poller, Ring};
 pub struct Description {
     /// The program's name, for logs and errors.
     pub name: &'static str,
-    /// Virtio device number (virtio 1.2 section 5).
-    pub virtio_id: u16,
     /// The device's own feature bits; the core adds the transport's.
     pub features: u64,
     /// For each queue, the index of the worker thread that serves it.

@@ -3,10 +3,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use vm_memory::{
-    Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
-};
+use vm_memory::{Address, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::Error;
 
@@ -139,15 +136,11 @@ impl MemoryTable {
     }
 }
 
-/// Size of all regions together, in bytes.
-pub fn total_size(memory: &GuestMemory) -> u64 {
-    memory.iter().map(GuestMemoryRegion::len).sum()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::os::fd::FromRawFd;
+    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
     fn file(size: u64) -> File {
         // SAFETY: memfd_create returns a new descriptor that nobody else owns.
@@ -163,6 +156,11 @@ mod tests {
             user,
             offset: 0,
         }
+    }
+
+    /// Size of all regions together, in bytes.
+    fn total_size(memory: &GuestMemory) -> u64 {
+        memory.iter().map(GuestMemoryRegion::len).sum()
     }
 
     #[test]

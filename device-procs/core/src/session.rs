@@ -34,7 +34,6 @@ pub struct Session {
     workers: Arc<[Worker]>,
     table: MemoryTable,
     features: u64,
-    protocol_features: VhostUserProtocolFeatures,
 }
 
 impl Session {
@@ -45,7 +44,6 @@ impl Session {
             workers,
             table: MemoryTable::default(),
             features: 0,
-            protocol_features: VhostUserProtocolFeatures::empty(),
         }
     }
 
@@ -66,9 +64,7 @@ impl Session {
             | PROTOCOL_FEATURES
     }
 
-    /// The worker that serves queue `index`. Without MQ only the queues that
-    /// every device of the type has may be named, but a front end that asks for
-    /// more than we have is refused in either case.
+    /// The worker that serves queue `index`.
     fn worker(&self, index: usize) -> Result<&Worker> {
         let queues = self.description.queues.len();
         self.description
@@ -259,8 +255,8 @@ impl VhostUserBackendReqHandlerMut for Session {
             | VhostUserProtocolFeatures::REPLY_ACK)
     }
 
-    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
-        self.protocol_features = VhostUserProtocolFeatures::from_bits_truncate(features);
+    // Crate vhost keeps them and refuses what was not negotiated.
+    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
         Ok(())
     }
 

@@ -22,8 +22,6 @@ use outrigger_sandbox::Rule;
 use crate::disk::{Disk, Drive};
 use crate::image::{Image, raw::RawImage};
 
-/// Virtio device number of a block device (virtio 1.2 section 5.2).
-const VIRTIO_ID: u16 = 2;
 const QUEUE_SIZE: u16 = 256;
 
 /// Serves a disk image or block device to a virtual machine over vhost-user.
@@ -107,7 +105,6 @@ fn build(options: &Options) -> anyhow::Result<Program> {
     Ok(Program {
         description: Description {
             name: "device-disk",
-            virtio_id: VIRTIO_ID,
             features: config::features(&geometry, options.queues),
             queues: (0..queues).collect(),
             queue_size: QUEUE_SIZE,

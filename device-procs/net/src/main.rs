@@ -22,8 +22,6 @@ use crate::interface::{Interface, Network};
 use crate::net::Net;
 use crate::tap::Tap;
 
-/// Virtio device number of a network card (virtio 1.2 section 5.1).
-const VIRTIO_ID: u16 = 1;
 const QUEUE_SIZE: u16 = 256;
 /// What an interface has that was not asked (RFC 894), in bytes.
 const USUAL_MTU: u16 = 1500;
@@ -87,7 +85,6 @@ fn build(options: &Options) -> anyhow::Result<Program> {
     Ok(Program {
         description: Description {
             name: "device-net",
-            virtio_id: VIRTIO_ID,
             features: config::features(),
             queues: vec![0, 0],
             queue_size: QUEUE_SIZE,

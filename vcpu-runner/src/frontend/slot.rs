@@ -1,6 +1,6 @@
 //! A device's slot: what state it is in, and the thread that changes it.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -15,9 +15,9 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::session::{QueueStart, Session};
 use super::spec::{DeviceSpec, Endpoint};
 use super::watchdog::Watchdog;
-use crate::Error;
 use crate::pci::virtio::backend::{Backend, QueueSetup, Request};
 use crate::pci::virtio::{DeviceInfo, VirtioPci};
+use crate::{Error, eventfd};
 
 /// How long a socket's path may be served by nobody at the start.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
@@ -283,8 +283,7 @@ impl Thread {
 
     fn wait_and_serve(&mut self) -> Result<(), Error> {
         let io = |e: rustix::io::Errno| Error::io("poll")(e.into());
-        // SAFETY: the wake-up descriptor lives as long as the slot.
-        let wake = unsafe { BorrowedFd::borrow_raw(self.slot.wake.as_raw_fd()) };
+        let wake = eventfd::borrow(&self.slot.wake);
         let mut fds = vec![PollFd::from_borrowed_fd(wake, PollFlags::IN)];
         if let Some(session) = &self.session {
             fds.push(PollFd::new(session.socket(), PollFlags::IN));

@@ -3,7 +3,7 @@
 //! sees an I/O at all, and no driver that matters comes here.
 
 use std::collections::HashMap;
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::buffer::spare_capacity;
@@ -11,6 +11,7 @@ use rustix::event::epoll;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::Error;
+use crate::eventfd::borrow;
 use crate::layout::{INTX_COUNT, INTX_FIRST};
 use crate::vm::irq::{Gsi, Interrupts};
 
@@ -127,9 +128,4 @@ impl Intx {
             }
         }
     }
-}
-
-fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor stays open for as long as `fd` is borrowed.
-    unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
 }

@@ -40,16 +40,6 @@ impl Table {
         }
     }
 
-    /// Number of vectors.
-    pub fn len(&self) -> usize {
-        self.entries.len()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
     /// Takes over the message control register.
     pub fn set_control(&mut self, control: u16) {
         self.control = control;
