@@ -95,12 +95,23 @@ make_cpio() {
     "$kernel/gen_init_cpio" - >"$1"
 }
 
+# The same system as a disk: the kernel mounts it with root=/dev/vda init=/init.
+make_root() {
+    local root=$temporary/root
+    mkdir -p "$root"/{bin,dev,mnt,proc,tmp}
+    cp /bin/busybox "$root/bin/"
+    ln -s busybox "$root/bin/sh"
+    cp "$inputs/init" "$root/"
+    mke2fs -q -t ext4 -b 4096 -N 64 -J size=4 -E root_owner=0:0 -d "$root" "$1" 16M >&2
+}
+
 build_guest() {
     local out=$temporary/guest
     install_packages "${guest_packages[@]}"
     mkdir "$out"
     base_list | make_cpio "$out/initramfs-small.cpio"
     { base_list && mke2fs_list; } | make_cpio "$out/initramfs.cpio"
+    make_root "$out/root.ext4"
     ln "$kernel/vmlinux" "$kernel/bzImage" "$out/"
     publish "$out" "$guest"
 }
