@@ -14,12 +14,14 @@ pub mod binaries;
 pub mod console;
 pub mod disk;
 pub mod guest;
+pub mod linux;
 pub mod machine;
 pub mod net;
 pub mod process;
 pub mod queue;
 pub mod ram;
 pub mod raw;
+pub mod scripted;
 
 use std::time::{Duration, Instant};
 

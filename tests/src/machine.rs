@@ -54,12 +54,19 @@ pub fn embedded_guest() -> &'static Path {
     })
 }
 
+/// A device process, and what the runner is told of it.
+struct Device {
+    id: String,
+    option: String,
+    process: Process,
+}
+
 /// A machine in the making.
 pub struct Machine {
     kernel: PathBuf,
     cmdline: String,
     arguments: Vec<String>,
-    devices: Vec<(String, &'static str, Process)>,
+    devices: Vec<Device>,
     serial: bool,
     directory: tempfile::TempDir,
 }
@@ -85,7 +92,7 @@ impl Machine {
 
     /// The process that serves device `id`.
     pub fn process(&self, id: &str) -> &Process {
-        &self.devices.iter().find(|d| d.0 == id).unwrap().2
+        &self.devices.iter().find(|d| d.id == id).unwrap().process
     }
 
     /// Appends to the kernel command line.
@@ -113,14 +120,25 @@ impl Machine {
 
     /// Adds a device of `kind` served by `program` with `arguments`.
     pub fn device<S: AsRef<std::ffi::OsStr>>(
-        mut self,
+        self,
         id: &str,
-        kind: &'static str,
+        kind: &str,
         program: &str,
         arguments: impl IntoIterator<Item = S>,
     ) -> Self {
         let process = Launch::new(program).args(arguments).listening();
-        self.devices.push((id.to_owned(), kind, process));
+        let socket = process.directory().join("socket");
+        self.served(id, kind, process, &socket)
+    }
+
+    /// Adds a device of type `kind`, which may have further keys behind it, served
+    /// by a process that runs.
+    pub fn served(mut self, id: &str, kind: &str, process: Process, socket: &Path) -> Self {
+        self.devices.push(Device {
+            id: id.to_owned(),
+            option: format!("{id},socket={},type={kind}", socket.display()),
+            process,
+        });
         self
     }
 
@@ -173,10 +191,8 @@ impl Machine {
             "--control".as_ref(),
             control.as_os_str(),
         ]);
-        for (id, kind, process) in &self.devices {
-            let socket = process.directory().join("socket");
-            let device = format!("{id},type={kind},socket={}", socket.display());
-            launch = launch.args(["--device".to_owned(), device]);
+        for device in &self.devices {
+            launch = launch.args(["--device", &device.option]);
         }
         if platform.is_some() {
             let socket = self.directory.path().join("platform");
@@ -197,7 +213,7 @@ impl Machine {
 /// A machine whose device processes run and whose runner does not.
 pub struct Prepared {
     launch: Launch,
-    devices: Vec<(String, &'static str, Process)>,
+    devices: Vec<Device>,
     platform: Option<Process>,
     directory: tempfile::TempDir,
 }
@@ -235,7 +251,7 @@ fn start_platform(directory: &Path) -> Process {
 pub struct Running {
     /// The runner.
     pub runner: Process,
-    devices: Vec<(String, &'static str, Process)>,
+    devices: Vec<Device>,
     platform: Option<Process>,
     serial: PathBuf,
     directory: tempfile::TempDir,
@@ -247,7 +263,7 @@ impl Running {
         if id == "platform" {
             return self.platform.as_ref().unwrap();
         }
-        &self.devices.iter().find(|d| d.0 == id).unwrap().2
+        &self.devices.iter().find(|d| d.id == id).unwrap().process
     }
 
     /// The machine's directory.

@@ -40,8 +40,13 @@ pub struct Launch {
 impl Launch {
     /// The program of package `name`, built if need be.
     pub fn new(name: &str) -> Self {
+        Self::program(&binaries::binary(name))
+    }
+
+    /// Another program; without a slash in its name, one of those in PATH.
+    pub fn program(program: &Path) -> Self {
         Launch {
-            command: Command::new(binaries::binary(name)),
+            command: Command::new(program),
             directory: tempfile::tempdir().unwrap(),
             passed: Vec::new(),
         }
@@ -50,11 +55,7 @@ impl Launch {
     /// A program that is open, wherever it may lie.
     pub fn of(program: &File) -> Self {
         let path = format!("/proc/self/fd/{}", program.as_raw_fd());
-        Launch {
-            command: Command::new(path),
-            directory: tempfile::tempdir().unwrap(),
-            passed: Vec::new(),
-        }
+        Self::program(Path::new(&path))
     }
 
     /// Runs it as another user.
@@ -110,7 +111,12 @@ impl Launch {
             .env_remove("RUST_BACKTRACE")
             .stderr(log)
             .spawn()
-            .unwrap();
+            .unwrap_or_else(|e| {
+                panic!(
+                    "{:?}: {e}; ./test.sh installs it",
+                    self.command.get_program()
+                )
+            });
         let pid = child.id();
         let child = Arc::new(Mutex::new(child));
         let (sender, receiver) = channel();

@@ -7,48 +7,13 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use outrigger_tests::linux::{PATIENCE, guest, linux, wait_end, wait_serial};
 use outrigger_tests::machine::{Machine, Running, skip_kvm};
 use outrigger_tests::wait_until;
-
-/// Emulated guest kernels take their time.
-const PATIENCE: Duration = Duration::from_secs(240);
-
-fn guest(file: &str) -> PathBuf {
-    let directory = std::env::var_os("OUTRIGGER_LINUX_GUEST")
-        .expect("OUTRIGGER_LINUX_GUEST is not set: run ./test.sh, or set it to what tests/guest/build.sh prints");
-    Path::new(&directory).join(file)
-}
-
-fn linux(kernel: &str, options: &str) -> Machine {
-    let cmdline = format!("console=ttyS0 quiet {options}");
-    let initrd = guest("initramfs.cpio").display().to_string();
-    Machine::new(&guest(kernel), &cmdline).args(["--initrd", &initrd])
-}
-
-fn wait_serial(machine: &Running, text: &str) {
-    let start = Instant::now();
-    while !machine.serial().contains(text) {
-        assert!(
-            start.elapsed() < PATIENCE && machine.runner.is_running(),
-            "the guest never said {text:?}\nserial: {}\nlog: {}",
-            machine.serial(),
-            machine.runner.log()
-        );
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-fn wait_end(machine: &Running, code: i32) {
-    let start = Instant::now();
-    while machine.runner.is_running() && start.elapsed() < PATIENCE {
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    machine.expect(code);
-}
 
 /// Serves `body` by HTTP, once, at 10.0.2.1 in the network namespace of `pid`;
 /// returns the port.

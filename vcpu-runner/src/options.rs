@@ -42,7 +42,10 @@ pub struct Options {
     pub cpus: u8,
 
     /// A vhost-user device; may be given up to 32 times
-    #[arg(long = "device", value_name = "ID,type=T,socket=PATH|fd=N[,queues=N]")]
+    #[arg(
+        long = "device",
+        value_name = "ID,type=T,socket=PATH|fd=N[,queues=N][,queue-size=N]"
+    )]
     pub devices: Vec<DeviceSpec>,
 
     /// Process that answers port and memory accesses which nobody claims

@@ -2,6 +2,7 @@
 //! threads leave requests in the slot's mailbox and go on; the slot's thread
 //! talks to the device's process, and every message has a deadline.
 
+mod config_space;
 pub mod session;
 pub mod slot;
 pub mod spec;

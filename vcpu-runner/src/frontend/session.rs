@@ -19,16 +19,15 @@ use virtio_bindings::virtio_config::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
+use super::config_space;
 use super::spec::DeviceSpec;
 use super::watchdog::Watchdog;
 use crate::Error;
 use crate::pci::virtio::backend::QueueSetup;
-use crate::pci::virtio::{CONFIG_LENGTH, DeviceInfo, MAX_QUEUES};
+use crate::pci::virtio::{DeviceInfo, MAX_QUEUES};
 
 /// How long a process may take to answer one message.
 pub const DEADLINE: Duration = Duration::from_secs(5);
-/// Largest ring that the guest is offered.
-const QUEUE_SIZE: u16 = 256;
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
 /// Feature bits that need the transport's help and do not get it: whatever a
@@ -79,6 +78,9 @@ pub struct Session {
     protocol: VhostUserProtocolFeatures,
     /// All that the process offered, in its own terms.
     offered: u64,
+    /// Length of its configuration space; 0 until it is known.
+    config_length: usize,
+    queue_size: u16,
     changes: Arc<ConfigChanges>,
     channel: Option<Channel>,
 }
@@ -109,6 +111,8 @@ impl Session {
             watchdog: Arc::clone(watchdog),
             protocol: VhostUserProtocolFeatures::empty(),
             offered: 0,
+            config_length: 0,
+            queue_size: spec.queue_size,
             changes: Arc::default(),
             channel: None,
         };
@@ -127,7 +131,7 @@ impl Session {
             virtio_id: spec.virtio_id,
             features: (session.offered & !WITHHELD) | 1 << VIRTIO_F_RING_RESET,
             queues,
-            queue_size: QUEUE_SIZE,
+            queue_size: spec.queue_size,
             config,
         };
         Ok((session, info))
@@ -135,6 +139,10 @@ impl Session {
 
     fn error(&self, operation: &str, why: impl ToString) -> Error {
         Error::device(&self.id, operation, why)
+    }
+
+    fn late(&self, operation: &str) -> Error {
+        self.error(operation, format!("no answer in {DEADLINE:?}"))
     }
 
     /// Sends a message under a deadline.
@@ -147,7 +155,7 @@ impl Session {
         let result = f(&mut self.frontend);
         let late = guard.finish();
         result.map_err(|e| match e {
-            _ if late => self.error(operation, format!("no answer in {DEADLINE:?}")),
+            _ if late => self.late(operation),
             vhost::Error::VhostUserProtocol(VhostUserError::BackendInternalError) => {
                 Error::Refused {
                     id: self.id.clone(),
@@ -219,10 +227,14 @@ impl Session {
         if !self.protocol.contains(VhostUserProtocolFeatures::CONFIG) {
             return Ok(Vec::new());
         }
-        let (size, flags) = (CONFIG_LENGTH as u32, VhostUserConfigFlags::empty());
-        let (_, bytes) = self.call("GET_CONFIG", |f| {
-            f.get_config(0, size, flags, &[0; CONFIG_LENGTH])
-        })?;
+        let guard = self.watchdog.guard(&self.socket, DEADLINE)?;
+        let result = config_space::read(&self.socket, self.config_length);
+        if guard.finish() {
+            return Err(self.late("GET_CONFIG"));
+        }
+        let bytes = result.map_err(|e| self.error("GET_CONFIG", e))?;
+        // From here on the length is known.
+        self.config_length = bytes.len();
         Ok(bytes)
     }
 
@@ -266,7 +278,7 @@ impl Session {
             })
         };
         let addresses = VringConfigData {
-            queue_max_size: QUEUE_SIZE,
+            queue_max_size: self.queue_size,
             queue_size: size,
             flags: 0,
             desc_table_addr: user(start.setup.descriptors)?,

@@ -1,4 +1,4 @@
-//! `--device ID,type=…,socket=…|fd=…`.
+//! `--device ID,type=…,socket=…|fd=…[,queues=…][,queue-size=…]`.
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -24,7 +24,15 @@ pub struct DeviceSpec {
     pub endpoint: Endpoint,
     /// How many queues the guest sees; all that the process has if not given.
     pub queues: Option<usize>,
+    /// Largest ring that the guest is offered: a power of two. Processes cannot
+    /// be asked for theirs.
+    pub queue_size: u16,
 }
+
+/// Rings of this size suit every process that is known.
+const QUEUE_SIZE: u16 = 256;
+/// Largest split ring (virtio 1.2 section 2.7).
+const MAX_QUEUE_SIZE: u16 = 1 << 15;
 
 /// Names of common device types, their numbers, and how many queues a process
 /// without multi-queue support has.
@@ -49,7 +57,8 @@ impl FromStr for DeviceSpec {
         if id.is_empty() || id.contains('=') {
             return Err("it begins with the device's name: ID,type=…".into());
         }
-        let (mut virtio_id, mut endpoint, mut queues) = (None, None, None);
+        let (mut virtio_id, mut endpoint) = (None, None);
+        let (mut queues, mut queue_size) = (None, None);
         for part in parts {
             let (key, value) = part
                 .split_once('=')
@@ -63,7 +72,11 @@ impl FromStr for DeviceSpec {
                     .replace(Endpoint::Fd(number(key, value)?))
                     .is_some(),
                 "queues" => queues.replace(number(key, value)?).is_some(),
-                _ => return Err(format!("{key:?} is none of type, socket, fd, queues")),
+                "queue-size" => queue_size.replace(ring_size(value)?).is_some(),
+                _ => {
+                    let known = "type, socket, fd, queues, queue-size";
+                    return Err(format!("{key:?} is none of {known}"));
+                }
             };
             if given_before {
                 return Err(format!("{key} is given twice, or socket and fd both"));
@@ -74,6 +87,7 @@ impl FromStr for DeviceSpec {
             virtio_id: virtio_id.ok_or("type= is missing")?,
             endpoint: endpoint.ok_or("socket= or fd= is missing")?,
             queues,
+            queue_size: queue_size.unwrap_or(QUEUE_SIZE),
         })
     }
 }
@@ -89,6 +103,15 @@ fn device_type(text: &str) -> Result<u16, String> {
             "{text:?} is no device type: net, block, console, or a number from 1 to 63"
         )),
     }
+}
+
+fn ring_size(text: &str) -> Result<u16, String> {
+    let size: u16 = number("queue-size", text)?;
+    if !size.is_power_of_two() || size > MAX_QUEUE_SIZE {
+        let why = format!("queue-size={size} is no power of two up to {MAX_QUEUE_SIZE}");
+        return Err(why);
+    }
+    Ok(size)
 }
 
 fn number<T: FromStr>(key: &str, text: &str) -> Result<T, String> {
@@ -120,7 +143,8 @@ mod tests {
         let spec: DeviceSpec = "disk0,type=block,socket=/run/d,queues=4".parse().unwrap();
         assert_eq!((spec.virtio_id, spec.queues), (2, Some(4)));
         assert_eq!(spec.endpoint, Endpoint::Path("/run/d".into()));
-        let spec: DeviceSpec = "x,type=26,fd=7".parse().unwrap();
+        let spec: DeviceSpec = "x,type=26,fd=7,queue-size=64".parse().unwrap();
+        assert_eq!(spec.queue_size, 64);
         assert_eq!((spec.virtio_id, spec.default_queues()), (26, 1));
         for bad in [
             "",
@@ -134,6 +158,9 @@ mod tests {
             "a,type=block,fd=1,type=net",
             "a,type=block,fd=1,color=red",
             "a,type=block,socket=",
+            "a,type=block,fd=1,queue-size=100",
+            "a,type=block,fd=1,queue-size=0",
+            "a,type=block,fd=1,queue-size=65536",
         ] {
             assert!(bad.parse::<DeviceSpec>().is_err(), "{bad}");
         }
