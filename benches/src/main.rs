@@ -1,5 +1,6 @@
 //! Benchmarks of whole machines, each beside a peer in the same run.
 
+mod boot;
 mod first_byte;
 mod memory;
 mod trap;
@@ -16,7 +17,8 @@ fn median<T: Copy + PartialOrd>(values: &mut [T]) -> T {
 
 fn main() -> ExitCode {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
-    let all: [(&str, fn()); 3] = [
+    let all: [(&str, fn()); 4] = [
+        ("boot", boot::run),
         ("first-byte", first_byte::run),
         ("trap", trap::run),
         ("memory", memory::run),

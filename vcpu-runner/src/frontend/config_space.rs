@@ -53,7 +53,7 @@ fn ask(mut socket: &UnixStream, length: usize) -> io::Result<Option<Vec<u8>>> {
     socket.write_all(&message)?;
 
     let mut header = [0; HEADER];
-    socket.read_exact(&mut header)?;
+    receive(socket, &mut header)?;
     let [request, flags, size] = words(&header);
     if request != GET_CONFIG || flags & 3 != VERSION || flags & REPLY == 0 {
         let why = format!("answered with request {request}, flags {flags:#x}");
@@ -64,7 +64,7 @@ fn ask(mut socket: &UnixStream, length: usize) -> io::Result<Option<Vec<u8>>> {
         return Err(io::Error::other(format!("answered with {size} bytes")));
     }
     let mut body = vec![0; size];
-    socket.read_exact(&mut body)?;
+    receive(socket, &mut body)?;
     let Some((fixed, bytes)) = body.split_first_chunk::<FIXED>() else {
         return match size {
             0 => Ok(None),
@@ -81,6 +81,13 @@ fn ask(mut socket: &UnixStream, length: usize) -> io::Result<Option<Vec<u8>>> {
             bytes.len()
         ))),
     }
+}
+
+fn receive(mut socket: &UnixStream, bytes: &mut [u8]) -> io::Result<()> {
+    socket.read_exact(bytes).map_err(|e| match e.kind() {
+        io::ErrorKind::UnexpectedEof => io::Error::other("the process has left"),
+        _ => e,
+    })
 }
 
 fn words(bytes: &[u8; 12]) -> [u32; 3] {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use outrigger_protocol::memory::USER_ADDRESS_OFFSET;
+use rustix::net::RecvFlags;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
 use vhost::vhost_user::{
     Error as VhostUserError, Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend,
@@ -142,7 +143,7 @@ impl Session {
     }
 
     fn late(&self, operation: &str) -> Error {
-        self.error(operation, format!("no answer in {DEADLINE:?}"))
+        self.error(operation, format!("no complete answer in {DEADLINE:?}"))
     }
 
     /// Sends a message under a deadline.
@@ -321,6 +322,16 @@ impl Session {
     /// that the process has left or misbehaves.
     pub fn socket(&self) -> &UnixStream {
         &self.socket
+    }
+
+    /// Which of the two it is.
+    pub fn why_readable(&self) -> Error {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let why = match rustix::net::recv(&self.socket, &mut [0; 1][..], flags) {
+            Ok((1.., _)) => "the process sent what nobody asked for",
+            _ => "the process has left",
+        };
+        self.error("connection", why)
     }
 
     /// The back-end channel, for polling.

@@ -304,9 +304,8 @@ impl Thread {
         while let Ok(message) = self.messages.try_recv() {
             self.handle(message)?;
         }
-        if gone {
-            let id = self.slot.id();
-            return Err(Error::device(id, "connection", "the process has left"));
+        if gone && let Some(session) = &self.session {
+            return Err(session.why_readable());
         }
         if announced
             && let Some(session) = &mut self.session
