@@ -27,7 +27,7 @@ const QUEUE_SIZE: u16 = 256;
 /// Serves a disk image or block device to a virtual machine over vhost-user.
 #[derive(Parser)]
 #[command(name = "device-disk", version)]
-struct Options {
+pub struct Options {
     #[command(flatten)]
     common: Common,
 
@@ -70,8 +70,9 @@ const SYSCALLS: &[Rule] = &[
     Rule::any(libc::SYS_fallocate),
 ];
 
-fn main() -> ExitCode {
-    let options = Options::parse();
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let options: Options = outrigger_cli::parse();
     let capabilities = serde_json::json!({
         "type": "block",
         "features": ["read-only", "blk-file"],

@@ -25,7 +25,7 @@ use crate::plan::Plan;
 /// Runs virtual machines as sets of processes.
 #[derive(Parser)]
 #[command(name = "outrigger", version)]
-struct Options {
+pub struct Options {
     #[command(subcommand)]
     command: Command,
 }
@@ -133,8 +133,10 @@ impl Run {
     }
 }
 
-fn main() -> ExitCode {
-    let result = match Options::parse().command {
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let options: Options = outrigger_cli::parse();
+    let result = match options.command {
         Command::Run(run) => {
             let (machine, view) = run.into_machine();
             run_machine(&machine, view)
