@@ -14,6 +14,7 @@ pub mod binaries;
 pub mod console;
 pub mod disk;
 pub mod guest;
+pub mod launcher;
 pub mod linux;
 pub mod machine;
 pub mod net;
