@@ -19,6 +19,7 @@ pub mod linux;
 pub mod machine;
 pub mod net;
 pub mod process;
+pub mod qemu;
 pub mod queue;
 pub mod ram;
 pub mod raw;
