@@ -5,12 +5,19 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
+/// Bytes of sockaddr_un's path, less the one that ends it.
+const LONGEST: usize = 107;
+
 /// Binds `path`. A socket that a dead process left behind is replaced; one that
 /// somebody serves is not.
 ///
 /// # Errors
-/// bind(2)'s own.
+/// bind(2)'s own, and one for a path that is too long (unix(7)).
 pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    if path.as_os_str().len() > LONGEST {
+        let why = format!("longer than the {LONGEST} bytes that a socket's path may have");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    }
     match UnixListener::bind(path) {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
             let stale = path.symlink_metadata()?.file_type().is_socket()
@@ -42,5 +49,7 @@ mod tests {
         std::fs::write(&file, "x").unwrap();
         assert!(bind(&file).is_err());
         assert_eq!(std::fs::read(&file).unwrap(), b"x");
+        let long = bind(&dir.path().join("x".repeat(100))).unwrap_err();
+        assert!(long.to_string().contains("107 bytes"), "{long}");
     }
 }

@@ -1,26 +1,29 @@
 //! A virtual machine as the user describes it: the one schema of the VM file
 //! (TOML) and of the `key=value` options.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::Context;
+use clap::ValueEnum;
 use serde::Deserialize;
-
-/// A description that makes no sense.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct Invalid(pub String);
 
 /// A machine.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Machine {
     /// Kernel to boot.
-    pub kernel: PathBuf,
+    pub kernel: Option<PathBuf>,
     /// Initial RAM disk.
     pub initrd: Option<PathBuf>,
     /// Kernel command line.
     pub cmdline: Option<String>,
+    /// In place of a kernel: files and addresses as `vcpu-runner --load` takes them.
+    #[serde(default)]
+    pub load: Vec<String>,
+    /// How to start what was loaded, as `vcpu-runner --entry` takes it.
+    pub entry: Option<String>,
+    /// Print the registers before the run.
+    #[serde(default)]
+    pub show_regs: bool,
     /// Guest RAM as `vcpu-runner --memory` takes it.
     pub memory: Option<String>,
     /// Number of vCPUs.
@@ -36,12 +39,36 @@ pub struct Machine {
     pub console: Vec<Console>,
     /// Where the serial port goes; nowhere if not given.
     pub serial: Option<Serial>,
+    /// Where bytes to the debug ports go; where the serial port's go if not given.
+    pub debug_console: Option<DebugConsole>,
     /// Control socket to create.
     pub control: Option<PathBuf>,
-    /// `reset` or `exit`.
-    pub on_reset: Option<String>,
-    /// `on`, `log` or `off`.
-    pub sandbox: Option<String>,
+    /// What a guest's reset does.
+    pub on_reset: Option<OnReset>,
+    /// Confinement of all processes.
+    pub sandbox: Option<Sandbox>,
+}
+
+/// What a guest's reset does.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnReset {
+    /// The machine starts again
+    Reset,
+    /// The machine ends with code 3
+    Exit,
+}
+
+/// Whether processes are confined.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sandbox {
+    /// They are
+    On,
+    /// What would be forbidden is logged
+    Log,
+    /// They are not
+    Off,
 }
 
 /// A disk.
@@ -134,70 +161,30 @@ pub struct Serial {
     pub path: Option<PathBuf>,
 }
 
-/// Reads a VM file.
-///
-/// # Errors
-/// When it cannot be read or does not follow the schema.
-pub fn load(path: &Path) -> anyhow::Result<Machine> {
-    let text =
-        std::fs::read_to_string(path).with_context(|| format!("VM file {}", path.display()))?;
-    toml::from_str(&text).map_err(|error| {
-        Invalid(format!("VM file {}: {}", path.display(), one_line(&error))).into()
-    })
+/// Kinds of debug consoles.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum DebugConsoleKind {
+    /// Standard error.
+    Stderr,
+    /// Nowhere.
+    Null,
+    /// A file that is appended to.
+    File,
 }
 
-fn one_line(error: &toml::de::Error) -> String {
-    error.message().replace('\n', " ")
+/// The debug ports.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct DebugConsole {
+    /// Where it goes.
+    #[serde(rename = "type")]
+    pub kind: DebugConsoleKind,
+    /// The file.
+    pub path: Option<PathBuf>,
 }
 
 impl Machine {
-    /// What the schema cannot say.
-    ///
-    /// # Errors
-    /// Names the device and the option.
-    pub fn check(&self) -> Result<(), Invalid> {
-        let need = |what: &str, key: &str, given: bool, wanted: bool| match (given, wanted) {
-            (false, true) => Err(Invalid(format!("{what} needs {key}="))),
-            (true, false) => Err(Invalid(format!("{what} takes no {key}="))),
-            _ => Ok(()),
-        };
-        for net in &self.net {
-            let tap = net.kind == NetKind::Tap;
-            let what = if tap {
-                "a tap network"
-            } else {
-                "an isolated network"
-            };
-            need(what, "name", net.name.is_some(), tap)?;
-            if tap {
-                need(what, "address", net.address.is_some(), false)?;
-            }
-        }
-        for console in &self.console {
-            match console.kind {
-                ConsoleKind::Unix => need("a unix console", "path", console.path.is_some(), true)?,
-                ConsoleKind::File => need("a file console", "path", console.path.is_some(), true)?,
-                ConsoleKind::Stdio => {
-                    need("a stdio console", "path", console.path.is_some(), false)?
-                }
-                ConsoleKind::Pty => {}
-            }
-        }
-        if let Some(serial) = &self.serial {
-            let wanted = serial.kind == SerialKind::File;
-            need("the serial port", "path", serial.path.is_some(), wanted)?;
-        }
-        let on_stdin = self
-            .console
-            .iter()
-            .filter(|console| console.kind == ConsoleKind::Stdio)
-            .count();
-        if on_stdin > 1 {
-            return Err(Invalid("only one console can be on stdio".into()));
-        }
-        Ok(())
-    }
-
     /// Whether a console reads this terminal; the serial port then only writes.
     pub fn console_has_stdin(&self) -> bool {
         self.console.iter().any(|c| c.kind == ConsoleKind::Stdio)
@@ -215,6 +202,7 @@ mod tests {
             r#"
             kernel = "vmlinux"
             cpus = 2
+            on-reset = "exit"
             [[disk]]
             path = "a.img"
             readonly = true
@@ -226,6 +214,9 @@ mod tests {
             mtu = 1400
             [[console]]
             type = "pty"
+            [debug-console]
+            type = "file"
+            path = "debug"
             "#,
         )
         .unwrap();
@@ -235,24 +226,8 @@ mod tests {
         let net: Net = keyval::parse("isolated,address=10.1.0.1/24,mtu=1400").unwrap();
         assert_eq!(file.net[0], net);
         assert_eq!(file.console[0], keyval::parse("pty").unwrap());
-    }
-
-    #[test]
-    fn what_makes_no_sense_is_named() {
-        assert!(toml::from_str::<Machine>("kernel = 'k'\ncolour = 'red'").is_err());
-        let mut machine: Machine = toml::from_str("kernel = 'k'").unwrap();
-        machine.net = vec![keyval::parse("tap").unwrap()];
-        assert!(machine.check().unwrap_err().to_string().contains("name="));
-        machine.net.clear();
-        machine.console = vec![
-            keyval::parse("stdio").unwrap(),
-            keyval::parse("stdio").unwrap(),
-        ];
-        assert!(machine.check().is_err());
-        assert!(keyval::parse::<Disk>("path=a,path=b").is_err());
-        assert!(keyval::parse::<Disk>("path=a,readonly=perhaps").is_err());
-        assert!(keyval::parse::<Disk>("readonly=on").is_err());
-        assert!(keyval::parse::<Disk>("path=a,queues=many").is_err());
-        assert!(keyval::parse::<Net>("bridge").is_err());
+        let debug = keyval::parse("file,path=debug").unwrap();
+        assert_eq!(file.debug_console, Some(debug));
+        assert_eq!(file.on_reset, Some(OnReset::Exit));
     }
 }

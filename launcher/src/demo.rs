@@ -40,9 +40,12 @@ pub fn run(quiet: bool) -> anyhow::Result<u8> {
     let path = |file: &std::fs::File| PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
 
     let machine = Machine {
-        kernel: path(&kernel),
+        kernel: Some(path(&kernel)),
         initrd: None,
         cmdline: Some(CMDLINE.into()),
+        load: Vec::new(),
+        entry: None,
+        show_regs: false,
         memory: Some("64M".into()),
         cpus: None,
         disk: vec![Disk {
@@ -54,14 +57,15 @@ pub fn run(quiet: bool) -> anyhow::Result<u8> {
         net: vec![keyval::parse("isolated").map_err(anyhow::Error::msg)?],
         console: vec![keyval::parse("stdio").map_err(anyhow::Error::msg)?],
         serial: Some(keyval::parse("null").map_err(anyhow::Error::msg)?),
+        debug_console: None,
         control: None,
         on_reset: None,
         sandbox: None,
     };
-    let mut plan = Plan::new(&machine).context("planning the processes")?;
+    let mut plan = Plan::new(&machine);
     plan.runner.fds.push(kernel.into());
-    plan.devices[0].fds.push(disk.into());
-    plan.devices[0].summary = "64 MiB of memory".into();
+    plan.devices[0].program.fds.push(disk.into());
+    plan.devices[0].program.summary = "64 MiB of memory".into();
 
     let start = Instant::now();
     let code = supervise::run(plan, quiet)?;

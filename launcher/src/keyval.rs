@@ -2,10 +2,13 @@
 //! A first word without `=` is the value of `type`.
 
 use std::fmt::Display;
+use std::str::FromStr;
 
 use serde::de::value::{MapDeserializer, StrDeserializer};
 use serde::de::{self, DeserializeOwned, Deserializer, IntoDeserializer, Visitor};
 use serde::forward_to_deserialize_any;
+
+use crate::nearest;
 
 /// Parses `text`.
 ///
@@ -22,15 +25,18 @@ pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
         if pairs.iter().any(|pair| pair.0 == key) {
             return Err(format!("{key} is given twice"));
         }
-        pairs.push((key, Value(value)));
+        pairs.push((key, Value { key, text: value }));
     }
     T::deserialize(MapDeserializer::new(pairs.into_iter()))
-        .map_err(|error: de::value::Error| error.to_string())
+        .map_err(|error: de::value::Error| nearest::explain(&error.to_string()))
 }
 
 /// A value in text form; what it means depends on what is expected.
 #[derive(Clone, Copy)]
-struct Value<'a>(&'a str);
+struct Value<'a> {
+    key: &'a str,
+    text: &'a str,
+}
 
 impl<'de> IntoDeserializer<'de> for Value<'de> {
     type Deserializer = Self;
@@ -39,19 +45,21 @@ impl<'de> IntoDeserializer<'de> for Value<'de> {
     }
 }
 
-fn number<T: std::str::FromStr>(text: &str) -> Result<T, de::value::Error>
-where
-    T::Err: Display,
-{
-    text.parse()
-        .map_err(|error| de::Error::custom(format!("{text:?}: {error}")))
+impl Value<'_> {
+    fn number<T: FromStr<Err: Display>>(self) -> Result<T, de::value::Error> {
+        self.text.parse().map_err(|error| self.wrong(error))
+    }
+
+    fn wrong(self, why: impl Display) -> de::value::Error {
+        de::Error::custom(format!("{}={}: {why}", self.key, self.text))
+    }
 }
 
 impl<'de> Deserializer<'de> for Value<'de> {
     type Error = de::value::Error;
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
-        visitor.visit_borrowed_str(self.0)
+        visitor.visit_borrowed_str(self.text)
     }
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
@@ -59,21 +67,19 @@ impl<'de> Deserializer<'de> for Value<'de> {
     }
 
     fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
-        match self.0 {
+        match self.text {
             "on" | "true" => visitor.visit_bool(true),
             "off" | "false" => visitor.visit_bool(false),
-            other => Err(de::Error::custom(format!(
-                "{other:?} is neither on nor off"
-            ))),
+            _ => Err(self.wrong("neither on nor off")),
         }
     }
 
     fn deserialize_u8<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
-        visitor.visit_u8(number(self.0)?)
+        visitor.visit_u8(self.number()?)
     }
 
     fn deserialize_u16<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
-        visitor.visit_u16(number(self.0)?)
+        visitor.visit_u16(self.number()?)
     }
 
     fn deserialize_enum<V: Visitor<'de>>(
@@ -82,12 +88,37 @@ impl<'de> Deserializer<'de> for Value<'de> {
         variants: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, Self::Error> {
-        StrDeserializer::new(self.0).deserialize_enum(name, variants, visitor)
+        StrDeserializer::new(self.text).deserialize_enum(name, variants, visitor)
     }
 
     forward_to_deserialize_any! {
         i8 i16 i32 i64 u32 u64 f32 f64 char str string bytes byte_buf unit
         unit_struct newtype_struct seq tuple tuple_struct map struct identifier
         ignored_any
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Disk, Net};
+
+    #[test]
+    fn what_is_wrong_with_a_key_names_it() {
+        for (text, said) in [
+            ("path=a,path=b", "path is given twice"),
+            ("path=a,readonly", "\"readonly\" is not key=value"),
+            (
+                "path=a,readonly=perhaps",
+                "readonly=perhaps: neither on nor off",
+            ),
+            ("readonly=on", "missing field `path`"),
+        ] {
+            assert_eq!(parse::<Disk>(text).unwrap_err(), said);
+        }
+        let many = parse::<Disk>("path=a,queues=many").unwrap_err();
+        assert!(many.starts_with("queues=many: "), "{many}");
+        let long = parse::<Net>("isolated,mtu=70000").unwrap_err();
+        assert!(long.starts_with("mtu=70000: "), "{long}");
     }
 }

@@ -1,12 +1,17 @@
 //! From a machine to the programs that make it up: which arguments, and which
-//! descriptors each gets.
+//! descriptors each gets. How they meet is left open, so that the same plan can
+//! be run ([`Plan::connect`]) and be written down ([`mod@crate::script`]).
 
 use std::ffi::OsString;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
-use crate::config::{Console, ConsoleKind, Disk, Machine, Net, NetKind, Serial, SerialKind};
+use clap::ValueEnum;
+
+use crate::config::{
+    Console, ConsoleKind, DebugConsole, DebugConsoleKind, Disk, Machine, Net, NetKind, SerialKind,
+};
 
 /// One program to start.
 pub struct Program {
@@ -24,10 +29,32 @@ pub struct Program {
     pub summary: String,
 }
 
+/// A device process.
+pub struct Device {
+    /// The program, which lacks its socket.
+    pub program: Program,
+    /// What kind of virtio device it is; `None` for the platform.
+    kind: Option<&'static str>,
+}
+
+impl Device {
+    /// The runner's option that plugs it in, with its socket at `endpoint`:
+    /// `fd=N` or `socket=PATH`.
+    pub fn option(&self, endpoint: &str) -> (&'static str, String) {
+        match self.kind {
+            Some(kind) => (
+                "--device",
+                format!("{},type={kind},{endpoint}", self.program.id),
+            ),
+            None => ("--platform", endpoint.to_owned()),
+        }
+    }
+}
+
 /// All programs of a machine.
 pub struct Plan {
     /// Device processes, in the order of their slots, then the platform.
-    pub devices: Vec<Program>,
+    pub devices: Vec<Device>,
     /// The runner.
     pub runner: Program,
 }
@@ -62,66 +89,81 @@ impl Program {
 
 impl Plan {
     /// Plans `machine`, which has been checked.
+    pub fn new(machine: &Machine) -> Self {
+        let device = |kind, program| Device {
+            program,
+            kind: Some(kind),
+        };
+        let mut devices = Vec::new();
+        for (index, disk) in machine.disk.iter().enumerate() {
+            devices.push(device("block", plan_disk(format!("disk{index}"), disk)));
+        }
+        for (index, net) in machine.net.iter().enumerate() {
+            devices.push(device("net", plan_net(format!("net{index}"), net)));
+        }
+        for (index, console) in machine.console.iter().enumerate() {
+            let program = plan_console(format!("console{index}"), console);
+            devices.push(device("console", program));
+        }
+        devices.push(Device {
+            program: plan_platform(machine),
+            kind: None,
+        });
+        let mut runner = plan_runner(machine);
+        let programs = devices.iter_mut().map(|device| &mut device.program);
+        for program in programs.chain([&mut runner]) {
+            program.optional("--sandbox", machine.sandbox.map(word));
+            program.arg("--log-level", "warn");
+        }
+        Plan { devices, runner }
+    }
+
+    /// Connects each device process to the runner by a pair of sockets.
     ///
     /// # Errors
     /// When there are no descriptors left.
-    pub fn new(machine: &Machine) -> std::io::Result<Self> {
-        let mut devices = Vec::new();
-        let mut runner = Program::new("runner".into(), "vcpu-runner", summary(machine));
-        for (index, disk) in machine.disk.iter().enumerate() {
-            let mut program = plan_disk(format!("disk{index}"), disk);
-            connect(&mut runner, &mut program, "block")?;
-            devices.push(program);
+    pub fn connect(&mut self) -> std::io::Result<()> {
+        for device in &mut self.devices {
+            let (ours, theirs) = UnixStream::pair()?;
+            let (option, value) = device.option(&format!("fd={}", ours.as_raw_fd()));
+            self.runner.arg(option, value);
+            self.runner.fds.push(ours.into());
+            device.program.arg("--fd", theirs.as_raw_fd().to_string());
+            device.program.fds.push(theirs.into());
         }
-        for (index, net) in machine.net.iter().enumerate() {
-            let mut program = plan_net(format!("net{index}"), net);
-            connect(&mut runner, &mut program, "net")?;
-            devices.push(program);
-        }
-        for (index, console) in machine.console.iter().enumerate() {
-            let mut program = plan_console(format!("console{index}"), console);
-            connect(&mut runner, &mut program, "console")?;
-            devices.push(program);
-        }
-        let mut platform = plan_platform(machine);
-        let ours = socket(&mut platform)?;
-        runner.arg("--platform", format!("fd={}", ours.as_raw_fd()));
-        runner.fds.push(ours);
-        devices.push(platform);
-
-        runner.arg("--kernel", machine.kernel.as_os_str());
-        if let Some(initrd) = &machine.initrd {
-            runner.arg("--initrd", initrd.as_os_str());
-        }
-        runner.optional("--cmdline", machine.cmdline.as_ref());
-        runner.optional("--memory", machine.memory.as_ref());
-        runner.optional("--cpus", machine.cpus);
-        if let Some(control) = &machine.control {
-            runner.arg("--control", control.as_os_str());
-        }
-        runner.optional("--on-reset", machine.on_reset.as_ref());
-        for program in devices.iter_mut().chain([&mut runner]) {
-            program.optional("--sandbox", machine.sandbox.as_ref());
-            program.arg("--log-level", "warn");
-        }
-        Ok(Plan { devices, runner })
+        Ok(())
     }
 }
 
-/// Makes the socket between runner and `program`; returns the runner's end.
-fn socket(program: &mut Program) -> std::io::Result<OwnedFd> {
-    let (ours, theirs) = UnixStream::pair()?;
-    program.arg("--fd", theirs.as_raw_fd().to_string());
-    program.fds.push(theirs.into());
-    Ok(ours.into())
+/// A value as it is written.
+fn word(value: impl ValueEnum) -> String {
+    let value = value.to_possible_value();
+    value.map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
-fn connect(runner: &mut Program, program: &mut Program, kind: &str) -> std::io::Result<()> {
-    let ours = socket(program)?;
-    let device = format!("{},type={kind},fd={}", program.id, ours.as_raw_fd());
-    runner.arg("--device", device);
-    runner.fds.push(ours);
-    Ok(())
+fn plan_runner(machine: &Machine) -> Program {
+    let mut runner = Program::new("runner".into(), "vcpu-runner", summary(machine));
+    if let Some(kernel) = &machine.kernel {
+        runner.arg("--kernel", kernel.as_os_str());
+    }
+    if let Some(initrd) = &machine.initrd {
+        runner.arg("--initrd", initrd.as_os_str());
+    }
+    runner.optional("--cmdline", machine.cmdline.as_ref());
+    for load in &machine.load {
+        runner.arg("--load", load);
+    }
+    runner.optional("--entry", machine.entry.as_ref());
+    if machine.show_regs {
+        runner.args.push("--show-regs".into());
+    }
+    runner.optional("--memory", machine.memory.as_ref());
+    runner.optional("--cpus", machine.cpus);
+    if let Some(control) = &machine.control {
+        runner.arg("--control", control.as_os_str());
+    }
+    runner.optional("--on-reset", machine.on_reset.map(word));
+    runner
 }
 
 fn summary(machine: &Machine) -> String {
@@ -182,26 +224,34 @@ fn plan_console(id: String, console: &Console) -> Program {
     program
 }
 
+/// A file as `device-platform` takes it.
+fn file(path: Option<&PathBuf>) -> OsString {
+    let mut target = OsString::from("file=");
+    target.extend(path.map(|path| path.as_os_str()));
+    target
+}
+
 fn plan_platform(machine: &Machine) -> Program {
-    let mut program = Program::new("platform".into(), "device-platform", String::new());
-    let (summary, target): (&str, OsString) = match &machine.serial {
-        Some(Serial {
-            kind: SerialKind::Stdio,
-            ..
-        }) => ("serial port on stdio", "stdio".into()),
-        Some(Serial {
-            kind: SerialKind::File,
-            path,
-        }) => {
-            let mut target = OsString::from("file=");
-            target.push(path.clone().unwrap_or(PathBuf::new()));
-            ("serial port to a file", target)
-        }
-        _ => ("serial port to nowhere", "null".into()),
+    let serial = machine.serial.as_ref();
+    let (summary, target): (&str, OsString) = match serial.map(|serial| serial.kind) {
+        Some(SerialKind::Stdio) => ("serial port on stdio", "stdio".into()),
+        Some(SerialKind::File) => (
+            "serial port to a file",
+            file(serial.and_then(|serial| serial.path.as_ref())),
+        ),
+        Some(SerialKind::Null) | None => ("serial port to nowhere", "null".into()),
     };
-    program.summary = summary.into();
+    let mut program = Program::new("platform".into(), "device-platform", summary.into());
     program.needs_stdin = target == "stdio" && !machine.console_has_stdin();
     program.arg("--serial", target);
+    if let Some(DebugConsole { kind, path }) = &machine.debug_console {
+        let target = match kind {
+            DebugConsoleKind::Stderr => "stderr".into(),
+            DebugConsoleKind::Null => "null".into(),
+            DebugConsoleKind::File => file(path.as_ref()),
+        };
+        program.arg("--debug-console", target);
+    }
     program
 }
 
@@ -210,22 +260,55 @@ mod tests {
     use super::*;
     use crate::keyval;
 
-    #[test]
-    fn every_device_shares_a_socket_with_the_runner() {
-        let machine = Machine {
+    fn machine() -> Machine {
+        Machine {
             disk: vec![keyval::parse("path=a.img,readonly=on").unwrap()],
             net: vec![keyval::parse("isolated").unwrap()],
             console: vec![keyval::parse("stdio").unwrap()],
             serial: Some(keyval::parse("stdio").unwrap()),
-            ..toml::from_str("kernel = 'k'").unwrap()
-        };
-        let plan = Plan::new(&machine).unwrap();
-        let names: Vec<_> = plan.devices.iter().map(|d| d.id.as_str()).collect();
+            ..toml::from_str("kernel = 'k'\nsandbox = 'log'").unwrap()
+        }
+    }
+
+    /// Whether `words` are among the arguments, one behind the other.
+    fn has(program: &Program, words: &[&str]) -> bool {
+        program.args.windows(words.len()).any(|args| args == words)
+    }
+
+    #[test]
+    fn every_device_shares_a_socket_with_the_runner() {
+        let mut plan = Plan::new(&machine());
+        plan.connect().unwrap();
+        let programs: Vec<_> = plan.devices.iter().map(|d| &d.program).collect();
+        let names: Vec<_> = programs.iter().map(|program| program.id.as_str()).collect();
         assert_eq!(names, ["disk0", "net0", "console0", "platform"]);
         assert_eq!(plan.runner.fds.len(), 4);
-        assert!(plan.devices[0].args.contains(&"--read-only".into()));
-        assert!(plan.devices[2].needs_stdin && !plan.devices[3].needs_stdin);
+        assert!(has(programs[0], &["--read-only"]));
+        assert!(programs[2].needs_stdin && !programs[3].needs_stdin);
         let devices = plan.runner.args.iter().filter(|a| *a == "--device");
         assert_eq!(devices.count(), 3);
+        for program in programs.into_iter().chain([&plan.runner]) {
+            assert!(has(program, &["--sandbox", "log"]), "{}", program.id);
+        }
+    }
+
+    #[test]
+    fn what_is_for_the_runner_and_the_platform_reaches_them() {
+        let machine: Machine = toml::from_str(
+            "load = ['a.bin@0xf0000', 'b.bin@0x100000']\nentry = 'protected'\n\
+             show-regs = true\non-reset = 'exit'\n\
+             [debug-console]\ntype = 'file'\npath = 'debug'",
+        )
+        .unwrap();
+        machine.check().unwrap();
+        let plan = Plan::new(&machine);
+        let loads = ["--load", "a.bin@0xf0000", "--load", "b.bin@0x100000"];
+        assert!(has(&plan.runner, &loads));
+        assert!(has(&plan.runner, &["--entry", "protected"]));
+        assert!(has(&plan.runner, &["--show-regs"]));
+        assert!(has(&plan.runner, &["--on-reset", "exit"]));
+        assert!(!has(&plan.runner, &["--kernel"]));
+        let platform = &plan.devices[0].program;
+        assert!(has(platform, &["--debug-console", "file=debug"]));
     }
 }

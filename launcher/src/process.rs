@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use crate::plan::Program;
@@ -52,9 +52,13 @@ pub fn start(program: &Program, extra: &[&OwnedFd]) -> anyhow::Result<Child> {
             Ok(())
         });
     }
-    command
-        .spawn()
-        .map_err(|e| anyhow::anyhow!("{}: {}: {e}", program.id, path.display()))
+    command.spawn().map_err(|error| {
+        let Program { id, name, .. } = program;
+        if error.kind() == io::ErrorKind::NotFound && path == Path::new(name) {
+            return anyhow::anyhow!("{id}: {name} is neither beside outrigger nor in PATH");
+        }
+        anyhow::anyhow!("{id}: {}: {error}", path.display())
+    })
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {
@@ -65,7 +69,7 @@ fn check(result: libc::c_int) -> io::Result<()> {
 }
 
 /// The program beside our own, else from PATH.
-fn find(name: &str) -> PathBuf {
+pub fn find(name: &str) -> PathBuf {
     std::env::current_exe()
         .ok()
         .and_then(|own| Some(own.parent()?.join(name)))

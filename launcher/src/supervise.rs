@@ -17,7 +17,7 @@ use crate::plan::{Plan, Program};
 use crate::process;
 
 /// How long a device process may take until it serves.
-const READY: Duration = Duration::from_secs(10);
+pub const READY: Duration = Duration::from_secs(10);
 /// How long processes may take to end before they are killed.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -37,11 +37,13 @@ struct Process {
     ended: Option<ExitStatus>,
 }
 
-/// Runs `plan` to its end; returns the exit code.
+/// Runs `plan` to its end; returns the exit code. A process that ends before it is
+/// ready has said why, so its exit code is all that is added.
 ///
 /// # Errors
 /// When a process cannot be started or does not get ready.
-pub fn run(plan: Plan, quiet: bool) -> anyhow::Result<u8> {
+pub fn run(mut plan: Plan, quiet: bool) -> anyhow::Result<u8> {
+    plan.connect().context("connecting the processes")?;
     let set = signals::ending();
     signals::block(&set);
     let (sender, events) = channel();
@@ -76,10 +78,12 @@ impl Group {
     fn run(&mut self, plan: Plan) -> anyhow::Result<u8> {
         let Plan { devices, runner } = plan;
         let count = devices.len();
-        for program in devices {
-            self.start_device(program)?;
+        for device in devices {
+            self.start_device(device.program)?;
         }
-        self.wait_ready(count)?;
+        if let Some(code) = self.wait_ready(count)? {
+            return Ok(code);
+        }
         let child = process::start(&runner, &[])?;
         self.adopt(&runner, child);
         drop(runner);
@@ -130,7 +134,8 @@ impl Group {
         Ok(())
     }
 
-    fn wait_ready(&mut self, count: usize) -> anyhow::Result<()> {
+    /// Waits for all device processes; returns the exit code of one that gave up.
+    fn wait_ready(&mut self, count: usize) -> anyhow::Result<Option<u8>> {
         let deadline = Instant::now() + READY;
         let mut ready = vec![false; count];
         while let Some(waiting) = ready.iter().position(|&r| !r) {
@@ -139,6 +144,9 @@ impl Group {
                 Ok(Event::Ready(index)) => ready[index] = true,
                 Ok(Event::Ended(index, status)) => {
                     self.processes[index].ended = Some(status);
+                    if let Some(code @ (exit::FAILURE | exit::USAGE)) = code_of(status) {
+                        return Ok(Some(code));
+                    }
                     let Process { id, name, .. } = &self.processes[index];
                     bail!("{id}: {name} did not start: {}", describe(status));
                 }
@@ -149,7 +157,7 @@ impl Group {
                 }
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Waits for the runner, which ends by itself when it loses a device. If that
@@ -164,7 +172,7 @@ impl Group {
             match self.next(limit) {
                 Ok(Event::Ended(index, status)) if index == runner => {
                     self.processes[index].ended = Some(status);
-                    let code = exit_code(status);
+                    let code = code_of(status).unwrap_or(exit::FAILURE);
                     let wished = quit && code == exit::DEVICE_LOST;
                     return Ok(if wished { exit::POWERED_OFF } else { code });
                 }
@@ -251,9 +259,6 @@ fn describe(status: ExitStatus) -> String {
     }
 }
 
-fn exit_code(status: ExitStatus) -> u8 {
-    status
-        .code()
-        .and_then(|code| u8::try_from(code).ok())
-        .unwrap_or(exit::FAILURE)
+fn code_of(status: ExitStatus) -> Option<u8> {
+    status.code().and_then(|code| u8::try_from(code).ok())
 }

@@ -1,7 +1,12 @@
 //! The Linux test guest that `tests/guest/build.sh` makes; `test.sh` says where in
-//! OUTRIGGER_LINUX_GUEST.
+//! OUTRIGGER_LINUX_GUEST; and what its steps need on the host's side, and leave there.
 
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::machine::{Machine, Running};
@@ -53,4 +58,88 @@ pub fn wait_end(machine: &Running, code: i32) {
         std::thread::sleep(Duration::from_millis(20));
     }
     machine.expect(code);
+}
+
+/// What the guest fetches in its step `net`.
+pub fn body() -> Vec<u8> {
+    (0..12_000u32).flat_map(u32::to_le_bytes).collect()
+}
+
+/// The parameters of the step `net` for a peer that serves [`body`] at `port`.
+pub fn net_parameters(port: u16) -> String {
+    format!(
+        "outrigger.ip=10.0.2.15/24 outrigger.peer=10.0.2.1 outrigger.port={port} outrigger.sum={}",
+        md5(&body())
+    )
+}
+
+/// Serves [`body`] by HTTP, once, at 10.0.2.1 in the network namespace of `pid`;
+/// returns the port.
+pub fn serve_in_namespace(pid: u32) -> u16 {
+    let (sender, port) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // A network namespace is a thread's own matter.
+        let namespace = File::open(format!("/proc/{pid}/ns/net")).unwrap();
+        let kind = Some(rustix::thread::LinkNameSpaceType::Network);
+        rustix::thread::move_into_link_name_space(namespace.as_fd(), kind).unwrap();
+        let listener = TcpListener::bind("10.0.2.1:0").unwrap();
+        sender.send(listener.local_addr().unwrap().port()).unwrap();
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut request = BufReader::new(stream.try_clone().unwrap());
+        let mut line = String::new();
+        while request.read_line(&mut line).unwrap() > 2 {
+            line.clear();
+        }
+        let body = body();
+        let len = body.len();
+        write!(stream, "HTTP/1.0 200 OK\r\nContent-Length: {len}\r\n\r\n").unwrap();
+        stream.write_all(&body).unwrap();
+    });
+    port.recv_timeout(Duration::from_secs(10)).unwrap()
+}
+
+fn md5(data: &[u8]) -> String {
+    let mut child = Command::new("md5sum")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(data).unwrap();
+    let output = child.wait_with_output().unwrap();
+    String::from_utf8(output.stdout).unwrap()[..32].to_owned()
+}
+
+/// The host's view of what the step `disk` wrote: a clean file system whose files
+/// have the checksums that the guest noted.
+pub fn check_image(image: &Path) {
+    let check = Command::new("e2fsck")
+        .arg("-fn")
+        .arg(image)
+        .output()
+        .unwrap();
+    assert!(
+        check.status.success(),
+        "{}",
+        String::from_utf8_lossy(&check.stdout)
+    );
+    let directory = tempfile::tempdir().unwrap();
+    let dump = Command::new("debugfs")
+        .arg("-R")
+        .arg(format!("rdump / {}", directory.path().display()))
+        .arg(image)
+        .output()
+        .unwrap();
+    assert!(dump.status.success());
+    let sums = Command::new("md5sum")
+        .args(["--strict", "-c", "SUMS"])
+        .current_dir(directory.path())
+        .output()
+        .unwrap();
+    assert!(
+        sums.status.success(),
+        "{}{}",
+        String::from_utf8_lossy(&sums.stdout),
+        String::from_utf8_lossy(&sums.stderr)
+    );
+    assert!(sums.stdout.iter().filter(|&&b| b == b'\n').count() >= 6);
 }

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 
 use crate::{binaries, wait_until};
 
-/// No process under test lives longer, so that nothing that waits for one waits
+/// No process under test lives longer unless [`Launch::lifetime`] says so, so that nothing that waits for one waits
 /// for ever: a killed process closes its socket.
 const LIFETIME: Duration = Duration::from_secs(120);
 
@@ -35,6 +35,7 @@ pub struct Launch {
     command: Command,
     directory: TempDir,
     passed: Vec<OwnedFd>,
+    lifetime: Duration,
 }
 
 impl Launch {
@@ -49,6 +50,7 @@ impl Launch {
             command: Command::new(program),
             directory: tempfile::tempdir().unwrap(),
             passed: Vec::new(),
+            lifetime: LIFETIME,
         }
     }
 
@@ -56,6 +58,12 @@ impl Launch {
     pub fn of(program: &File) -> Self {
         let path = format!("/proc/self/fd/{}", program.as_raw_fd());
         Self::program(Path::new(&path))
+    }
+
+    /// Lets it live for so long at most.
+    pub fn lifetime(mut self, time: Duration) -> Self {
+        self.lifetime = time;
+        self
     }
 
     /// Runs it as another user.
@@ -121,7 +129,8 @@ impl Launch {
         let child = Arc::new(Mutex::new(child));
         let (sender, receiver) = channel();
         let watched = Arc::clone(&child);
-        let thread = std::thread::spawn(move || watch(&receiver, &watched));
+        let lifetime = self.lifetime;
+        let thread = std::thread::spawn(move || watch(&receiver, &watched, lifetime));
         Process {
             child,
             pid,
@@ -159,8 +168,8 @@ impl Launch {
     }
 }
 
-fn watch(done: &Receiver<()>, child: &Mutex<Child>) {
-    if done.recv_timeout(LIFETIME) == Err(RecvTimeoutError::Timeout) {
+fn watch(done: &Receiver<()>, child: &Mutex<Child>, lifetime: Duration) {
+    if done.recv_timeout(lifetime) == Err(RecvTimeoutError::Timeout) {
         let _ = child.lock().unwrap().kill();
     }
 }

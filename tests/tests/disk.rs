@@ -102,12 +102,26 @@ fn writes_the_image_and_flushes_it() {
     assert_eq!(disk.receive(VIRTIO_BLK_T_IN, 7, 3 * SECTOR).1, data);
 }
 
+/// As with QEMU, a file that ends within a sector makes a disk that ends with it.
 #[test]
-fn tells_its_capacity_in_whole_sectors() {
+fn pads_the_last_sector_of_a_file_of_odd_size() {
     let mut disk = Disk::start(10_000, &[], 1);
-    assert_eq!(disk.guest.config(0, 8), 19u64.to_le_bytes());
-    assert_eq!(disk.receive(VIRTIO_BLK_T_IN, 18, 512).0, VIRTIO_BLK_S_OK);
-    assert_eq!(disk.receive(VIRTIO_BLK_T_IN, 19, 512).0, VIRTIO_BLK_S_IOERR);
+    let log = disk.process.log();
+    assert!(log.contains("240 zero bytes"), "{log}");
+    assert_eq!(disk.guest.config(0, 8), 20u64.to_le_bytes());
+    let last = 19 * SECTOR;
+    let mut expected = pattern_of(last, 10_000 - last);
+    expected.resize(SECTOR, 0);
+    let (status, data) = disk.receive(VIRTIO_BLK_T_IN, 19, SECTOR);
+    assert_eq!((status, data), (VIRTIO_BLK_S_OK, expected));
+    assert_eq!(disk.receive(VIRTIO_BLK_T_IN, 20, 512).0, VIRTIO_BLK_S_IOERR);
+    // It stays as long as it is until the guest writes there.
+    let data = [0x5a; SECTOR];
+    assert_eq!(disk.send(VIRTIO_BLK_T_OUT, 18, &data), VIRTIO_BLK_S_OK);
+    assert_eq!(disk.file().len(), 10_000);
+    assert_eq!(disk.send(VIRTIO_BLK_T_OUT, 19, &data), VIRTIO_BLK_S_OK);
+    assert_eq!(disk.file()[18 * SECTOR..], [0x5a; 2 * SECTOR]);
+    assert_eq!(disk.receive(VIRTIO_BLK_T_IN, 0, 20 * SECTOR).1, disk.file());
 }
 
 #[test]

@@ -1,127 +1,12 @@
 //! The launcher: processes that come and go together.
 
 use std::fs::File;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
 
+use outrigger_tests::launcher::{self, Launcher};
 use outrigger_tests::machine::{embedded_guest, skip_kvm};
-use outrigger_tests::{binaries, wait_until};
-use rustix::process::{Pid, Signal, kill_process};
-
-/// The launcher, running, in a session of its own by which its processes are
-/// found; whatever is left of it is killed at the end.
-struct Launcher {
-    child: Child,
-    directory: tempfile::TempDir,
-}
-
-impl Launcher {
-    fn start(arguments: &[&str]) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        Self::start_in(directory, arguments)
-    }
-
-    fn start_in(directory: tempfile::TempDir, arguments: &[&str]) -> Self {
-        Self::start_with(directory, arguments, Stdio::null())
-    }
-
-    fn start_with(directory: tempfile::TempDir, arguments: &[&str], stdin: Stdio) -> Self {
-        for name in [
-            "vcpu-runner",
-            "device-disk",
-            "device-net",
-            "device-console",
-            "device-platform",
-        ] {
-            binaries::binary(name);
-        }
-        let output = |name: &str| File::create(directory.path().join(name)).unwrap();
-        let mut command = Command::new(binaries::binary("outrigger"));
-        command
-            .args(arguments)
-            .current_dir(directory.path())
-            .stdin(stdin)
-            .stdout(output("stdout"))
-            .stderr(output("stderr"));
-        // SAFETY: setsid(2) is async-signal-safe.
-        unsafe {
-            command.pre_exec(|| {
-                rustix::process::setsid()?;
-                Ok(())
-            })
-        };
-        let child = command.spawn().unwrap();
-        Launcher { child, directory }
-    }
-
-    fn read(&self, name: &str) -> String {
-        let bytes = std::fs::read(self.directory.path().join(name)).unwrap();
-        String::from_utf8_lossy(&bytes).into_owned()
-    }
-
-    /// Process ids of a session, with the programs' names.
-    fn processes(&self) -> Vec<(i32, String)> {
-        let session = self.child.id().to_string();
-        let mut found = Vec::new();
-        for entry in std::fs::read_dir("/proc").unwrap() {
-            let path = entry.unwrap().path();
-            let Ok(stat) = std::fs::read_to_string(path.join("stat")) else {
-                continue;
-            };
-            let Some((head, tail)) = stat.rsplit_once(')') else {
-                continue;
-            };
-            let fields: Vec<&str> = tail.split_whitespace().collect();
-            // State and session (proc_pid_stat(5) numbers 3 and 6).
-            if fields[3] == session && fields[0] != "Z" {
-                let (pid, name) = head.split_once(" (").unwrap();
-                found.push((pid.parse().unwrap(), name.to_owned()));
-            }
-        }
-        found
-    }
-
-    fn pid_of(&self, name: &str) -> Pid {
-        let mut pid = None;
-        wait_until(&format!("{name} runs"), || {
-            // The kernel keeps 15 bytes of a name.
-            pid = self
-                .processes()
-                .into_iter()
-                .find(|p| name.starts_with(&p.1) && p.1.len() >= 9)
-                .and_then(|p| Pid::from_raw(p.0));
-            pid.is_some()
-        });
-        pid.unwrap()
-    }
-
-    fn wait(&mut self) -> i32 {
-        let start = Instant::now();
-        while start.elapsed() < Duration::from_secs(60) {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status.code().unwrap_or(-1);
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        panic!("the launcher did not end: {}", self.read("stderr"));
-    }
-
-    fn expect_nobody_left(&self) {
-        wait_until("nobody is left", || self.processes().is_empty());
-    }
-}
-
-impl Drop for Launcher {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        for (pid, _) in self.processes() {
-            let _ = kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL);
-        }
-    }
-}
+use rustix::process::{Signal, kill_process};
 
 fn run_arguments<'a>(guest: &'a str, cmdline: &'a str, disk: &'a str) -> Vec<&'a str> {
     vec![
@@ -152,13 +37,6 @@ fn launch(cmdline: &str, more: &[&str]) -> Launcher {
     let mut arguments = run_arguments(&guest, cmdline, &disk);
     arguments.extend(more);
     Launcher::start_in(directory, &arguments)
-}
-
-fn wait_file(launcher: &Launcher, name: &str, text: &str) {
-    wait_until(&format!("{name} says {text:?}"), || {
-        std::fs::read_to_string(launcher.directory.path().join(name))
-            .is_ok_and(|content| content.contains(text))
-    });
 }
 
 #[test]
@@ -240,7 +118,7 @@ fn nobody_is_left_whoever_dies_first() {
         ("outrigger", -1),
     ] {
         let mut launcher = launch("job=idle", &[]);
-        wait_file(&launcher, "serial", "idle");
+        launcher.wait_file("serial", "idle");
         let pid = launcher.pid_of(victim);
         kill_process(pid, Signal::KILL).unwrap();
         let got = launcher.wait();
@@ -259,8 +137,8 @@ fn signals_end_all_of_it() {
     }
     for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         let mut launcher = launch("job=idle", &[]);
-        wait_file(&launcher, "serial", "idle");
-        kill_process(Pid::from_child(&launcher.child), signal).unwrap();
+        launcher.wait_file("serial", "idle");
+        kill_process(launcher.pid(), signal).unwrap();
         assert_eq!(
             launcher.wait(),
             0,
@@ -304,7 +182,7 @@ fn ctrl_a_x_on_a_stdio_console_ends_the_machine() {
     let mut launcher =
         Launcher::start_with(directory, &arguments, slave.try_clone().unwrap().into());
     // The guest's driver is at work once it has said its size.
-    wait_file(&launcher, "stdout", "size ");
+    launcher.wait_file("stdout", "size ");
     let raw = rustix::termios::tcgetattr(&slave).unwrap();
     assert!(
         !raw.local_modes
@@ -312,7 +190,7 @@ fn ctrl_a_x_on_a_stdio_console_ends_the_machine() {
     );
     let mut terminal = File::from(terminal);
     terminal.write_all(b"typed\r").unwrap();
-    wait_file(&launcher, "stdout", "typed");
+    launcher.wait_file("stdout", "typed");
     terminal.write_all(b"\x01x").unwrap();
     assert_eq!(launcher.wait(), 0, "{}", launcher.read("stderr"));
     let after = rustix::termios::tcgetattr(&slave).unwrap();
@@ -348,15 +226,7 @@ fn a_plain_shell_script_does_the_same() {
     let directory = tempfile::tempdir().unwrap();
     let disk = directory.path().join("disk.img");
     File::create(&disk).unwrap().set_len(64 << 20).unwrap();
-    let runner = binaries::binary("vcpu-runner");
-    for name in [
-        "device-disk",
-        "device-net",
-        "device-console",
-        "device-platform",
-    ] {
-        binaries::binary(name);
-    }
+    let programs = launcher::programs();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/launch.sh");
     let output = Command::new("bash")
         .arg(script)
@@ -367,7 +237,7 @@ fn a_plain_shell_script_does_the_same() {
             "--cmdline",
             "job=main need=block,net,console",
         ])
-        .env("OUTRIGGER_BIN", runner.parent().unwrap())
+        .env("OUTRIGGER_BIN", &programs)
         .env("TMPDIR", directory.path())
         .stdin(Stdio::null())
         .output()
@@ -380,6 +250,88 @@ fn a_plain_shell_script_does_the_same() {
     assert_eq!(left, 1, "only the disk image is left");
 }
 
+/// Prints the script of a machine and starts it in another directory, with
+/// temporary files in `tmp` there.
+fn launch_script(shell: &str, cmdline: &str, disk: Option<&str>) -> Launcher {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::create_dir(directory.path().join("tmp")).unwrap();
+    let image = directory.path().join("disk.img");
+    File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let disk = format!("path={}", disk.unwrap_or(image.to_str().unwrap()));
+    let guest = embedded_guest().display().to_string();
+    let mut arguments = run_arguments(&guest, cmdline, &disk);
+    arguments.push("--print-script");
+    let mut printing = Launcher::start(&arguments);
+    assert_eq!(printing.wait(), 0, "{}", printing.read("stderr"));
+    let script = directory.path().join("script");
+    std::fs::write(&script, printing.read("stdout")).unwrap();
+    let checked = Command::new(shell).arg("-n").arg(&script).status().unwrap();
+    assert!(checked.success());
+    let mut command = Command::new(shell);
+    command
+        .arg(&script)
+        .env("TMPDIR", directory.path().join("tmp"));
+    Launcher::spawn(directory, command, Stdio::null())
+}
+
+fn expect_nothing_left(script: &Launcher) {
+    script.expect_nobody_left();
+    let left = std::fs::read_dir(script.directory().join("tmp")).unwrap();
+    assert_eq!(left.count(), 0);
+}
+
+#[test]
+fn the_printed_script_does_the_same_in_any_shell() {
+    if skip_kvm() {
+        return;
+    }
+    for shell in ["sh", "bash"] {
+        let mut script = launch_script(shell, "job=main need=block,net,console", None);
+        let code = script.wait();
+        assert_eq!(code, 0, "{shell}: {}", script.read("stderr"));
+        assert_eq!(script.read("stderr"), "", "{shell}");
+        assert!(script.read("console").contains("guest: pass"), "{shell}");
+        expect_nothing_left(&script);
+
+        let mut failing = launch_script(shell, "job=fail code=3", None);
+        assert_eq!(failing.wait(), 4, "{shell}: {}", failing.read("stderr"));
+        expect_nothing_left(&failing);
+    }
+}
+
+#[test]
+fn the_printed_script_leaves_nothing_behind_whatever_happens() {
+    if skip_kvm() {
+        return;
+    }
+    for shell in ["sh", "bash"] {
+        let mut missing = launch_script(shell, "", Some("/nonexistent.img"));
+        assert_eq!(missing.wait(), 1);
+        let said = missing.read("stderr");
+        assert_eq!(said.lines().count(), 1, "{shell}: {said}");
+        assert!(said.contains("/nonexistent.img"), "{shell}: {said}");
+        expect_nothing_left(&missing);
+
+        for (victim, code) in [("device-disk", 5), ("vcpu-runner", 137)] {
+            let mut script = launch_script(shell, "job=idle", None);
+            script.wait_file("serial", "idle");
+            kill_process(script.pid_of(victim), Signal::KILL).unwrap();
+            let got = script.wait();
+            assert_eq!(got, code, "{shell}, {victim}: {}", script.read("stderr"));
+            expect_nothing_left(&script);
+        }
+        for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+            let mut script = launch_script(shell, "job=idle", None);
+            script.wait_file("serial", "idle");
+            kill_process(script.pid(), signal).unwrap();
+            let code = script.wait();
+            let said = script.read("stderr");
+            assert_eq!(code, 0, "{shell}, {signal:?}: {said}");
+            expect_nothing_left(&script);
+        }
+    }
+}
+
 /// As an ordinary user, in a mount namespace whose /dev/kvm and /dev/net/tun are
 /// open to everybody, as a desktop's are.
 #[test]
@@ -387,16 +339,7 @@ fn the_demo_runs_without_root() {
     if skip_kvm() || !rustix::process::geteuid().is_root() {
         return;
     }
-    for name in [
-        "vcpu-runner",
-        "device-disk",
-        "device-net",
-        "device-console",
-        "device-platform",
-    ] {
-        binaries::binary(name);
-    }
-    let outrigger = binaries::binary("outrigger");
+    let programs = launcher::programs();
     // Somewhere that an ordinary user may look into.
     let directory = tempfile::tempdir().unwrap();
     let bin = directory.path().join("bin");
@@ -407,7 +350,7 @@ fn the_demo_runs_without_root() {
          exec setpriv --reuid 65534 --regid 65534 --clear-groups {bin}/outrigger demo",
         dir = directory.path().display(),
         bin = bin.display(),
-        from = outrigger.parent().unwrap().display(),
+        from = programs.display(),
     );
     let output = Command::new("unshare")
         .args(["--mount", "--propagation", "private", "bash", "-c", &script])

@@ -3,7 +3,6 @@
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::Parser;
 use outrigger_protocol::exit;
 use outrigger_sandbox::Mode;
 use vcpu_runner::machine::{End, Machine};
@@ -11,7 +10,7 @@ use vcpu_runner::options::Options;
 use vcpu_runner::{policy, signals, vcpu};
 
 fn main() -> ExitCode {
-    let options = Options::parse();
+    let options: Options = outrigger_cli::parse();
     if let Err(error) = options.check() {
         eprintln!("vcpu-runner: {error}");
         return ExitCode::from(exit::USAGE);

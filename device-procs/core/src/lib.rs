@@ -11,6 +11,7 @@ pub mod chain;
 pub mod cli;
 pub mod config;
 pub mod device;
+pub mod enable;
 pub mod error;
 pub mod listen;
 pub mod memory;

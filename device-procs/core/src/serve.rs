@@ -13,6 +13,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::cli::Common;
+use crate::enable::{self, SET_VRING_ENABLE};
 use crate::listen::Listener;
 use crate::session::Session;
 use crate::worker::Worker;
@@ -204,6 +205,13 @@ fn serve_one(
             description
                 .config
                 .set_channel(next.fd.take().map(UnixStream::from));
+        }
+        if next.request == SET_VRING_ENABLE {
+            let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
+            if session.is_early() {
+                enable::take(&peeker, &mut session).map_err(VhostError::SocketError)?;
+                continue;
+            }
         }
         match handler.handle_request() {
             Ok(()) => {}

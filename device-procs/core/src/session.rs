@@ -34,6 +34,8 @@ pub struct Session {
     workers: Arc<[Worker]>,
     table: MemoryTable,
     features: u64,
+    /// `None` until SET_PROTOCOL_FEATURES.
+    protocol_features: Option<u64>,
 }
 
 impl Session {
@@ -44,6 +46,7 @@ impl Session {
             workers,
             table: MemoryTable::default(),
             features: 0,
+            protocol_features: None,
         }
     }
 
@@ -54,6 +57,18 @@ impl Session {
         }
         self.table = MemoryTable::default();
         self.description.config.set_channel(None);
+    }
+
+    /// Whether the front end has acknowledged this protocol feature.
+    pub fn negotiated(&self, feature: VhostUserProtocolFeatures) -> bool {
+        self.protocol_features
+            .is_some_and(|features| features & feature.bits() != 0)
+    }
+
+    /// Whether the protocol features are negotiated and the feature bit that says so
+    /// is not: see [`crate::enable`].
+    pub fn is_early(&self) -> bool {
+        self.protocol_features.is_some() && self.features & PROTOCOL_FEATURES == 0
     }
 
     fn offered(&self) -> u64 {
@@ -256,7 +271,8 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     // Crate vhost keeps them and refuses what was not negotiated.
-    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        self.protocol_features = Some(features);
         Ok(())
     }
 

@@ -31,6 +31,7 @@ macro_rules! contract {
                 }
                 rings {
                     run_from_the_start_without_protocol_features
+                    may_be_enabled_before_the_features_are_set
                     stay_enabled_when_features_are_set_again
                     keep_their_state_when_the_doorbell_is_replaced
                     do_not_lose_a_kick_from_before_the_start

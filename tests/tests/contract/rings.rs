@@ -8,9 +8,10 @@ use std::time::Duration;
 use outrigger_tests::guest::{EVENT_IDX, Guest, INDIRECT_DESC, PROTOCOL_FEATURES, VERSION_1};
 use outrigger_tests::queue::{Buffer, DriverQueue};
 use outrigger_tests::ram::Ram;
-use outrigger_tests::wait_until;
+use outrigger_tests::{raw, wait_until};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::FrontendReq;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::subject::{Device, Subject};
@@ -43,6 +44,56 @@ pub fn run_from_the_start_without_protocol_features<S: Subject>() {
         guest.add_queue(32);
     }
     device.round_trip(&mut guest);
+}
+
+/// As QEMU does with a network card: enabled as soon as the protocol features are
+/// negotiated, before the features are set.
+pub fn may_be_enabled_before_the_features_are_set<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let mut guest = Guest::new(device.process.connect(), Ram::small());
+    let enable = |guest: &Guest, index: usize, state: u32, flags: u32| {
+        let body = [index as u32, state].map(u32::to_le_bytes).concat();
+        let request = FrontendReq::SET_VRING_ENABLE as u32;
+        raw::send(&guest.stream, request, flags, 8, &body, &[]).unwrap();
+    };
+    guest.frontend.set_owner().unwrap();
+    let offered = guest.frontend.get_features().unwrap();
+    let protocol = guest.frontend.get_protocol_features().unwrap();
+    guest.frontend.set_protocol_features(protocol).unwrap();
+    for index in 0..S::QUEUES {
+        enable(&guest, index, 1, raw::VERSION);
+        enable(&guest, index, 0, raw::VERSION | raw::NEED_REPLY);
+        assert_eq!(raw::receive(&guest.stream), [0; 8]);
+        enable(&guest, index, 1, raw::VERSION | raw::NEED_REPLY);
+        assert_eq!(raw::receive(&guest.stream), [0; 8]);
+    }
+    enable(&guest, 200, 1, raw::VERSION | raw::NEED_REPLY);
+    assert_ne!(raw::receive(&guest.stream), [0; 8]);
+    guest.features = (VERSION_1 | PROTOCOL_FEATURES | S::FEATURES) & offered;
+    guest.frontend.set_features(guest.features).unwrap();
+    guest.share_memory();
+    for _ in 0..S::QUEUES {
+        let index = guest.new_queue(32);
+        guest.set_up(index, 0);
+        let kick = &guest.queues[index].kick;
+        guest.frontend.set_vring_kick(index, kick).unwrap();
+    }
+    device.round_trip(&mut guest);
+    drop(guest);
+
+    // Without protocol features the message means nothing; nor does a third state.
+    for state in [1, 2] {
+        let mut guest = Guest::new(device.process.connect(), Ram::small());
+        guest.frontend.set_owner().unwrap();
+        guest.frontend.get_features().unwrap();
+        if state == 2 {
+            guest.frontend.get_protocol_features().unwrap();
+            guest.frontend.set_protocol_features(protocol).unwrap();
+        }
+        enable(&guest, 0, state, raw::VERSION);
+        assert!(raw::hangs_up(&guest.stream));
+    }
+    device.must_serve();
 }
 
 pub fn stay_enabled_when_features_are_set_again<S: Subject>() {

@@ -2,8 +2,11 @@
 
 pub mod raw;
 
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 /// Bytes of a sector as virtio-blk counts (virtio 1.2 section 5.2.4).
 pub const SECTOR: u64 = 512;
@@ -11,7 +14,7 @@ pub const SECTOR: u64 = 512;
 /// Size and limits of a disk, all in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
-    /// Size of the disk.
+    /// Size of the disk, whole sectors.
     pub capacity: u64,
     /// No writes.
     pub read_only: bool,
@@ -26,10 +29,39 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// Whole sectors; an incomplete last one is not part of the disk.
+    /// Size of the disk in sectors.
     pub fn sectors(&self) -> u64 {
         self.capacity / SECTOR
     }
+}
+
+/// Opens what an image lies in.
+///
+/// # Errors
+/// open(2)'s own; of a medium that could be read and not written, one that says so.
+pub fn open(path: &Path, read_only: bool) -> io::Result<File> {
+    let open = |write| {
+        // O_NONBLOCK: a FIFO without a writer must not hang us.
+        OpenOptions::new()
+            .read(true)
+            .write(write)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+    };
+    open(!read_only).map_err(|error| match error.kind() {
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+            if !read_only && open(false).is_ok() =>
+        {
+            let why = format!("it cannot be written: {error} (--read-only serves it as it is)");
+            io::Error::new(error.kind(), why)
+        }
+        io::ErrorKind::IsADirectory => not_a_disk(),
+        _ => error,
+    })
+}
+
+fn not_a_disk() -> io::Error {
+    io::Error::other("neither a regular file nor a block device")
 }
 
 /// Where a piece of the disk is.
@@ -43,7 +75,6 @@ pub enum Extent {
         len: u64,
     },
     /// Nowhere: this many bytes read as zeros.
-    #[allow(dead_code, reason = "a raw image has none; formats with holes do")]
     Zero {
         /// Length in bytes.
         len: u64,

@@ -1,15 +1,15 @@
 //! Raw images: the file, or the block device, is the disk.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
-use super::{Extent, Geometry, Image};
+use super::{Extent, Geometry, Image, SECTOR, not_a_disk};
 
 // Requests of linux/fs.h; crate libc does not have them.
 const BLKROGET: libc::c_ulong = 0x125e;
@@ -26,28 +26,25 @@ const ZEROES: usize = 64 * 1024;
 pub struct RawImage {
     file: File,
     geometry: Geometry,
+    /// Size of the file in bytes: that of the disk, or less than a sector short of it.
+    len: AtomicU64,
 }
 
 impl RawImage {
-    /// Opens a regular file or a block device.
+    /// A regular file or a block device as a disk. A file that ends within a sector
+    /// makes a disk that ends with the sector, as QEMU has it.
     ///
     /// # Errors
-    /// open(2)'s own; anything that is neither file nor block device, and a
-    /// medium that cannot be written, are refused.
-    pub fn open(path: &Path, read_only: bool) -> io::Result<Self> {
-        // O_NONBLOCK: a FIFO without a writer must not hang us.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(!read_only)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)?;
+    /// Anything that is neither file nor block device, that is empty, and a medium
+    /// that cannot be written, are refused.
+    pub fn new(file: File, read_only: bool) -> io::Result<Self> {
         let metadata = file.metadata()?;
         let geometry = if metadata.file_type().is_block_device() {
             block_device(&file, read_only)?
         } else if metadata.is_file() {
             let block = u32::try_from(metadata.blksize()).unwrap_or(4096);
             Geometry {
-                capacity: metadata.len(),
+                capacity: metadata.len().next_multiple_of(SECTOR),
                 read_only,
                 logical_block: 512,
                 physical_block: block.clamp(512, 1 << 16),
@@ -55,11 +52,25 @@ impl RawImage {
                 discard: (!read_only && can_punch(&file, metadata.len())).then_some(block),
             }
         } else {
-            return Err(io::Error::other(
-                "neither a regular file nor a block device",
-            ));
+            return Err(not_a_disk());
         };
-        Ok(RawImage { file, geometry })
+        if geometry.capacity == 0 {
+            return Err(io::Error::other("it is empty: no disk has 0 bytes"));
+        }
+        let len = match metadata.is_file() {
+            true => metadata.len(),
+            false => geometry.capacity,
+        };
+        Ok(RawImage {
+            file,
+            geometry,
+            len: AtomicU64::new(len),
+        })
+    }
+
+    /// Bytes that the disk has and the file has not: the end of the last sector.
+    pub fn padding(&self) -> u64 {
+        self.geometry.capacity - self.len.load(Ordering::Acquire)
     }
 
     fn fallocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> Result<(), Errno> {
@@ -113,11 +124,21 @@ impl Image for RawImage {
     }
 
     fn map(&self, offset: u64, len: u64) -> io::Result<Extent> {
-        Ok(Extent::Data { offset, len })
+        let left = self.len.load(Ordering::Acquire).saturating_sub(offset);
+        Ok(match len.min(left) {
+            0 => Extent::Zero { len },
+            len => Extent::Data { offset, len },
+        })
     }
 
     fn allocate(&self, offset: u64, len: u64) -> io::Result<Extent> {
-        self.map(offset, len)
+        if offset.saturating_add(len) > self.len.load(Ordering::Acquire) {
+            // Before the write, so that a reader meanwhile finds zeros and no end.
+            let capacity = self.geometry.capacity;
+            rustix::fs::ftruncate(&self.file, capacity)?;
+            self.len.store(capacity, Ordering::Release);
+        }
+        Ok(Extent::Data { offset, len })
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -149,15 +170,18 @@ impl Image for RawImage {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use super::super::open;
     use super::*;
 
     #[test]
     fn a_file_is_measured_and_its_ranges_zeroed() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), vec![0xaa; 10_000]).unwrap();
-        let image = RawImage::open(file.path(), false).unwrap();
+        let image = RawImage::new(open(file.path(), false).unwrap(), false).unwrap();
         let geometry = image.geometry();
-        assert_eq!((geometry.capacity, geometry.sectors()), (10_000, 19));
+        assert_eq!((geometry.capacity, geometry.sectors()), (10_240, 20));
         image.write_zeroes(512, 1024, false).unwrap();
         image.write_zeroes(4096, 4096, true).unwrap();
         let bytes = std::fs::read(file.path()).unwrap();
@@ -169,8 +193,31 @@ mod tests {
 
     #[test]
     fn what_is_no_disk_is_refused() {
-        assert!(RawImage::open(Path::new("/dev/null"), false).is_err());
-        assert!(RawImage::open(Path::new("/"), true).is_err());
-        assert!(RawImage::open(Path::new("/nonexistent"), true).is_err());
+        let refused = |path: &str| {
+            let file = open(Path::new(path), true);
+            file.and_then(|file| RawImage::new(file, true)).is_err()
+        };
+        for path in ["/dev/null", "/", "/nonexistent"] {
+            assert!(refused(path), "{path}");
+        }
+        let empty = tempfile::NamedTempFile::new().unwrap();
+        assert!(refused(empty.path().to_str().unwrap()));
+    }
+
+    #[test]
+    fn a_last_sector_that_is_incomplete_is_padded_and_grows_when_written() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), vec![0xaa; 1000]).unwrap();
+        let image = RawImage::new(open(file.path(), false).unwrap(), false).unwrap();
+        assert_eq!(image.padding(), 24);
+        let data = |offset, len| Extent::Data { offset, len };
+        assert_eq!(image.map(0, 1024).unwrap(), data(0, 1000));
+        assert_eq!(image.map(1000, 24).unwrap(), Extent::Zero { len: 24 });
+        assert_eq!(image.allocate(0, 512).unwrap(), data(0, 512));
+        assert_eq!(file.as_file().metadata().unwrap().len(), 1000);
+        assert_eq!(image.allocate(512, 512).unwrap(), data(512, 512));
+        assert_eq!(file.as_file().metadata().unwrap().len(), 1024);
+        assert_eq!(image.map(0, 1024).unwrap(), data(0, 1024));
+        assert_eq!(image.padding(), 0);
     }
 }

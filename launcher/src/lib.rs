@@ -2,15 +2,20 @@
 //! runner, and sees to it that all of them end together.
 //!
 //! Everything it does can be done by a shell script (`examples/launch.sh`); data
-//! flows one way: options become a [`config::Machine`], that becomes a
-//! [`plan::Plan`] of programs and sockets, and [`supervise`] runs it.
+//! flows one way: options ([`keyval`]) or a file ([`vmfile`]) become a
+//! [`config::Machine`], that is checked ([`mod@check`]) and becomes a [`plan::Plan`]
+//! of programs, and [`supervise`] runs it, or [`mod@script`] writes it down.
 
+mod check;
 mod config;
 mod demo;
 mod keyval;
+mod nearest;
 mod plan;
 mod process;
+mod script;
 mod supervise;
+mod vmfile;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,13 +24,13 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use outrigger_protocol::exit;
 
-use crate::config::{Console, Disk, Machine, Net, Serial};
+use crate::config::{Console, DebugConsole, Disk, Machine, Net, OnReset, Sandbox, Serial};
 use crate::plan::Plan;
 
 /// Runs virtual machines as sets of processes.
 #[derive(Parser)]
 #[command(name = "outrigger", version)]
-struct Options {
+pub struct Options {
     #[command(subcommand)]
     command: Command,
 }
@@ -39,7 +44,7 @@ enum Command {
         /// VM file (TOML)
         file: PathBuf,
         #[command(flatten)]
-        view: View,
+        deed: Deed,
     },
     /// Run the embedded guest: it uses a disk, a network and a console
     Demo {
@@ -56,11 +61,21 @@ struct View {
     quiet: bool,
 }
 
+/// What to do with a machine.
+#[derive(Args, Clone, Copy)]
+struct Deed {
+    /// Do not run it: print a shell script that does
+    #[arg(long, conflicts_with = "quiet")]
+    print_script: bool,
+    #[command(flatten)]
+    view: View,
+}
+
 #[derive(Args)]
 struct Run {
     /// Kernel to boot: ELF or bzImage
-    #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "loads")]
+    kernel: Option<PathBuf>,
 
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
@@ -69,6 +84,19 @@ struct Run {
     /// Kernel command line
     #[arg(long, value_name = "TEXT")]
     cmdline: Option<String>,
+
+    /// In place of a kernel: a file to copy to an address of guest memory as it
+    /// is; may be given several times
+    #[arg(long = "load", value_name = "FILE@ADDR", conflicts_with = "kernel")]
+    loads: Vec<String>,
+
+    /// How to start what was loaded
+    #[arg(long, value_name = "real|protected|long[=ADDR]", requires = "loads")]
+    entry: Option<String>,
+
+    /// Print each vCPU's registers before the run
+    #[arg(long)]
+    show_regs: bool,
 
     /// Guest RAM
     #[arg(long, value_name = "SIZE[,hugepages=2M|1G|thp]")]
@@ -97,50 +125,61 @@ struct Run {
     #[arg(long, value_name = "stdio|null|file,path=P", value_parser = keyval::parse::<Serial>)]
     serial: Option<Serial>,
 
+    /// Where bytes written to the debug ports go [default: where the serial port's go]
+    #[arg(long, value_name = "stderr|null|file,path=P",
+          value_parser = keyval::parse::<DebugConsole>)]
+    debug_console: Option<DebugConsole>,
+
     /// Unix socket for control commands
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 
     /// What a guest's reset does
-    #[arg(long, value_name = "reset|exit")]
-    on_reset: Option<String>,
+    #[arg(long, value_enum, value_name = "reset|exit")]
+    on_reset: Option<OnReset>,
 
     /// Confine the processes
-    #[arg(long, value_name = "on|log|off")]
-    sandbox: Option<String>,
+    #[arg(long, value_enum, value_name = "on|log|off")]
+    sandbox: Option<Sandbox>,
 
     #[command(flatten)]
-    view: View,
+    deed: Deed,
 }
 
 impl Run {
-    fn into_machine(self) -> (Machine, View) {
+    fn into_machine(self) -> (Machine, Deed) {
         let machine = Machine {
             kernel: self.kernel,
             initrd: self.initrd,
             cmdline: self.cmdline,
+            load: self.loads,
+            entry: self.entry,
+            show_regs: self.show_regs,
             memory: self.memory,
             cpus: self.cpus,
             disk: self.disks,
             net: self.nets,
             console: self.consoles,
             serial: self.serial,
+            debug_console: self.debug_console,
             control: self.control,
             on_reset: self.on_reset,
             sandbox: self.sandbox,
         };
-        (machine, self.view)
+        (machine, self.deed)
     }
 }
 
-fn main() -> ExitCode {
-    let result = match Options::parse().command {
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let options: Options = outrigger_cli::parse();
+    let result = match options.command {
         Command::Run(run) => {
-            let (machine, view) = run.into_machine();
-            run_machine(&machine, view)
+            let (machine, deed) = run.into_machine();
+            run_machine(&machine, deed)
         }
-        Command::Up { file, view } => {
-            config::load(&file).and_then(|machine| run_machine(&machine, view))
+        Command::Up { file, deed } => {
+            vmfile::load(&file).and_then(|machine| run_machine(&machine, deed))
         }
         Command::Demo { view } => demo::run(view.quiet),
     };
@@ -148,7 +187,7 @@ fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("outrigger: {error:#}");
-            ExitCode::from(if error.is::<config::Invalid>() {
+            ExitCode::from(if error.is::<check::Invalid>() {
                 exit::USAGE
             } else {
                 exit::FAILURE
@@ -157,8 +196,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn run_machine(machine: &Machine, view: View) -> anyhow::Result<u8> {
+fn run_machine(machine: &Machine, deed: Deed) -> anyhow::Result<u8> {
     machine.check()?;
-    let plan = Plan::new(machine).context("planning the processes")?;
-    supervise::run(plan, view.quiet)
+    let plan = Plan::new(machine);
+    if deed.print_script {
+        script::print(&plan).context("standard output")?;
+        return Ok(exit::POWERED_OFF);
+    }
+    machine.check_taps()?;
+    supervise::run(plan, deed.view.quiet)
 }

@@ -3,19 +3,21 @@
 //! A request goes through three rooms: [`request`] understands and checks what
 //! the guest asks, [`image`] says where in the file that lies, [`engine`] moves
 //! the bytes between the file and guest memory. [`config`] is what the driver
-//! reads about the disk, [`disk`] ties it to a queue.
+//! reads about the disk, [`disk`] ties it to a queue, [`lock`] keeps other programs
+//! from the image.
 
 mod config;
 mod disk;
 mod engine;
 mod image;
+mod lock;
 mod request;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use device_core::{ConfigSpace, Description, Device, Program, cli::Common};
 use outrigger_sandbox::Rule;
 
@@ -27,7 +29,7 @@ const QUEUE_SIZE: u16 = 256;
 /// Serves a disk image or block device to a virtual machine over vhost-user.
 #[derive(Parser)]
 #[command(name = "device-disk", version)]
-struct Options {
+pub struct Options {
     #[command(flatten)]
     common: Common,
 
@@ -43,6 +45,10 @@ struct Options {
     #[arg(long)]
     read_only: bool,
 
+    /// Lock the image as QEMU does, so that no two programs write to it at a time
+    #[arg(long, value_enum, value_name = "on|off", default_value_t = Lock::On)]
+    lock: Lock,
+
     /// Number of queues, each with a thread of its own
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=64))]
@@ -51,6 +57,15 @@ struct Options {
     /// Serial number that the guest sees, up to 20 bytes
     #[arg(long, value_name = "TEXT", default_value = "", value_parser = serial)]
     serial: String,
+}
+
+/// Whether the image is locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Lock {
+    /// As QEMU does
+    On,
+    /// Whoever gives it sees to it that nobody else writes
+    Off,
 }
 
 fn serial(text: &str) -> Result<String, String> {
@@ -70,8 +85,9 @@ const SYSCALLS: &[Rule] = &[
     Rule::any(libc::SYS_fallocate),
 ];
 
-fn main() -> ExitCode {
-    let options = Options::parse();
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let options: Options = outrigger_cli::parse();
     let capabilities = serde_json::json!({
         "type": "block",
         "features": ["read-only", "blk-file"],
@@ -83,8 +99,22 @@ fn main() -> ExitCode {
 
 fn build(options: &Options) -> anyhow::Result<Program> {
     let path = options.blk_file.clone().unwrap_or_default();
-    let image = RawImage::open(&path, options.read_only)
-        .map_err(|e| anyhow::anyhow!("--blk-file {}: {e}", path.display()))?;
+    let open = || {
+        let file = image::open(&path, options.read_only)?;
+        if options.lock == Lock::On {
+            lock::take(&file, options.read_only)?;
+        }
+        RawImage::new(file, options.read_only)
+    };
+    let image = open().map_err(|e| anyhow::anyhow!("--blk-file {}: {e}", path.display()))?;
+    if image.padding() > 0 {
+        tracing::warn!(
+            "--blk-file {}: the last sector is incomplete: the guest sees {} zero bytes more, \
+             which are added to the file once it writes to that sector",
+            path.display(),
+            image.padding()
+        );
+    }
     let geometry = image.geometry();
     tracing::info!(
         "{}: {} sectors{}",

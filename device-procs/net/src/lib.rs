@@ -29,7 +29,7 @@ const USUAL_MTU: u16 = 1500;
 /// Serves a network card to a virtual machine over vhost-user.
 #[derive(Parser)]
 #[command(name = "device-net", version)]
-struct Options {
+pub struct Options {
     #[command(flatten)]
     common: Common,
 
@@ -63,8 +63,9 @@ struct Options {
     mtu: Option<u16>,
 }
 
-fn main() -> ExitCode {
-    let options = Options::parse();
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let options: Options = outrigger_cli::parse();
     let capabilities = serde_json::json!({ "type": "net", "features": [] });
     device_core::run("device-net", &options.common, &capabilities, || {
         build(&options)

@@ -34,7 +34,7 @@ const F_SIZE: u64 = 1 << 0;
 #[derive(Parser)]
 #[command(name = "device-console", version,
           group(ArgGroup::new("connection").args(["stdio", "pty", "unix", "file"])))]
-struct Options {
+pub struct Options {
     #[command(flatten)]
     common: Common,
 
@@ -73,8 +73,9 @@ const TERMINAL: &[Rule] = &[Rule::when(
     )],
 )];
 
-fn main() -> ExitCode {
-    let options = Options::parse();
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let options: Options = outrigger_cli::parse();
     let capabilities = serde_json::json!({ "type": "console", "features": [] });
     device_core::run("device-console", &options.common, &capabilities, || {
         build(&options)

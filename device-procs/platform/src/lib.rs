@@ -41,7 +41,7 @@ const MAX_FILES: u64 = 64;
 /// registers, and debug and exit ports.
 #[derive(Parser)]
 #[command(name = NAME, version)]
-struct Options {
+pub struct Options {
     #[command(flatten)]
     common: Common,
 
@@ -66,8 +66,9 @@ const SYSCALLS: &[Rule] = &[
     Rule::any(libc::SYS_pwrite64),
 ];
 
-fn main() -> ExitCode {
-    let options = Options::parse();
+/// Runs the program.
+pub fn main() -> ExitCode {
+    let options: Options = outrigger_cli::parse();
     let capabilities = serde_json::json!({ "type": "platform" });
     device_core::run_with(NAME, &options.common, &capabilities, || serve(&options))
 }

@@ -1,0 +1,184 @@
+//! Image locks as QEMU takes them, so that two programs that do not know of each other
+//! do not write to one image (QEMU, block/file-posix.c, "raw_check_lock_bytes").
+//!
+//! Who uses an image marks, with shared locks on single bytes of it, what it does
+//! (from byte 100 on) and what it does not let others do (from byte 200 on); then it
+//! looks whether anybody has marked the contrary. The locks belong to the open file
+//! description (F_OFD_SETLK in fcntl(2)): they go when the process does, however that
+//! may be, and do not conflict with those of its own duplicates.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+
+/// First byte of what a user does.
+const DOES: i64 = 100;
+/// First byte of what a user keeps others from doing.
+const FORBIDS: i64 = 200;
+
+/// Reads data that makes sense, as against data in mid-change. (QEMU's consistent
+/// read, write-unchanged and resize are permissions 0, 2 and 3.)
+const READ: i64 = 0;
+/// Writes.
+const WRITE: i64 = 1;
+
+/// Locks `file` as a disk of a machine: nobody else may write to it.
+///
+/// # Errors
+/// One line that says what somebody else does with the image, and who it is if that
+/// can be known; or fcntl(2)'s.
+pub fn take(file: &File, read_only: bool) -> io::Result<()> {
+    let does: &[i64] = if read_only { &[READ] } else { &[READ, WRITE] };
+    for &permission in does {
+        lock(file, DOES + permission)?;
+    }
+    lock(file, FORBIDS + WRITE)?;
+
+    // Everybody marks first and looks then, so of two who come at once at least one
+    // sees the other.
+    for &permission in does {
+        let what = match permission {
+            WRITE => "lets nobody else write to it",
+            _ => "lets nobody else read it",
+        };
+        look(file, FORBIDS + permission, what)?;
+    }
+    look(file, DOES + WRITE, "writes to it")
+}
+
+fn request(kind: libc::c_int, start: i64) -> libc::flock {
+    // SAFETY: plain data, for which zeros are valid (and l_pid must be 0).
+    let mut request: libc::flock = unsafe { std::mem::zeroed() };
+    request.l_type = kind as libc::c_short;
+    request.l_whence = libc::SEEK_SET as libc::c_short;
+    request.l_start = start;
+    request.l_len = 1;
+    request
+}
+
+fn fcntl(file: &File, command: libc::c_int, request: &mut libc::flock) -> io::Result<()> {
+    loop {
+        // SAFETY: both commands take a `struct flock`.
+        if unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut *request) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}
+
+fn lock(file: &File, start: i64) -> io::Result<()> {
+    fcntl(file, libc::F_OFD_SETLK, &mut request(libc::F_RDLCK, start)).map_err(|error| {
+        // Nobody of QEMU's kin takes these bytes for itself alone.
+        match error.raw_os_error() {
+            Some(libc::EAGAIN | libc::EACCES) => taken(file, start, "has it for itself alone"),
+            _ => io::Error::new(
+                error.kind(),
+                format!("locking it: {error} (--lock off does without)"),
+            ),
+        }
+    })
+}
+
+fn look(file: &File, start: i64, what: &str) -> io::Result<()> {
+    let mut request = request(libc::F_WRLCK, start);
+    fcntl(file, libc::F_OFD_GETLK, &mut request)?;
+    if libc::c_int::from(request.l_type) == libc::F_UNLCK {
+        return Ok(());
+    }
+    Err(taken(file, start, what))
+}
+
+fn taken(file: &File, start: i64, what: &str) -> io::Error {
+    let who = holder(file, start).unwrap_or_else(|| "another process".to_owned());
+    let why = format!("it is locked: {who} {what}");
+    io::Error::new(io::ErrorKind::WouldBlock, why)
+}
+
+/// Who holds a lock on byte `start` of `file`. /proc/locks does not tell whose an OFD
+/// lock is; /proc/PID/fdinfo does (proc_pid_fdinfo(5)), of processes that we may look
+/// into.
+fn holder(file: &File, start: i64) -> Option<String> {
+    let metadata = file.metadata().ok()?;
+    let (major, minor) = (libc::major(metadata.dev()), libc::minor(metadata.dev()));
+    let image = format!("{major:02x}:{minor:02x}:{}", metadata.ino());
+    std::fs::read_dir("/proc")
+        .ok()?
+        .flatten()
+        .find_map(|entry| {
+            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+            if pid == std::process::id() {
+                return None;
+            }
+            let mut open = std::fs::read_dir(entry.path().join("fdinfo"))
+                .ok()?
+                .flatten();
+            open.find(|info| {
+                std::fs::read_to_string(info.path()).is_ok_and(|text| locks(&text, &image, start))
+            })?;
+            let name = std::fs::read_to_string(entry.path().join("comm")).ok()?;
+            let name = name.trim_end().replace(char::is_control, "?");
+            Some(format!("process {pid} ({name})"))
+        })
+}
+
+/// Whether a descriptor's fdinfo has a lock on byte `start` of `image`, which is
+/// `MAJOR:MINOR:INODE`:
+/// `lock:  1: OFDLCK  ADVISORY  READ -1 fe:00:1234 100 101`.
+fn locks(fdinfo: &str, image: &str, start: i64) -> bool {
+    let lines = fdinfo.lines().filter_map(|line| line.strip_prefix("lock:"));
+    lines.map(str::split_whitespace).any(|fields| {
+        let fields: Vec<&str> = fields.collect();
+        let [.., of, first, last] = fields[..] else {
+            return false;
+        };
+        let reaches = last == "EOF" || last.parse().is_ok_and(|last: i64| last >= start);
+        of == image && reaches && first.parse().is_ok_and(|first: i64| first <= start)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tempfile::NamedTempFile;
+
+    fn open(file: &NamedTempFile) -> File {
+        File::options().read(true).write(true).open(file).unwrap()
+    }
+
+    #[test]
+    fn readers_share_and_a_writer_does_not() {
+        let image = NamedTempFile::new().unwrap();
+        let (first, second, third) = (open(&image), open(&image), open(&image));
+        take(&first, true).unwrap();
+        take(&second, true).unwrap();
+        let why = take(&third, false).unwrap_err().to_string();
+        assert!(why.contains("locked"), "{why}");
+        drop((first, second, third));
+
+        let writer = open(&image);
+        take(&writer, false).unwrap();
+        assert!(take(&open(&image), false).is_err());
+        assert!(take(&open(&image), true).is_err());
+        // The lock is the open file's: it goes with its last descriptor.
+        let duplicate = writer.try_clone().unwrap();
+        drop(writer);
+        assert!(take(&open(&image), true).is_err());
+        drop(duplicate);
+        take(&open(&image), false).unwrap();
+    }
+
+    #[test]
+    fn a_lock_is_found_in_fdinfo() {
+        let text =
+            "pos:\t0\nflags:\t0100002\nlock:\t1: OFDLCK  ADVISORY  READ -1 fe:00:12 100 101\n";
+        assert!(locks(text, "fe:00:12", 100));
+        assert!(locks(text, "fe:00:12", 101));
+        assert!(!locks(text, "fe:00:12", 102));
+        assert!(!locks(text, "fe:00:1", 100));
+        assert!(!locks("lock:\n", "fe:00:12", 100));
+    }
+}

@@ -1,0 +1,207 @@
+//! What the schema of a machine cannot say: values that go together, or do not.
+
+use std::path::Path;
+
+use anyhow::Context;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with};
+
+use crate::config::{ConsoleKind, DebugConsoleKind, Machine, NetKind, SerialKind};
+
+/// A description that makes no sense.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Invalid(pub String);
+
+fn need(what: &str, key: &str, given: bool, wanted: bool) -> Result<(), Invalid> {
+    match (given, wanted) {
+        (false, true) => Err(Invalid(format!("{what} needs {key}="))),
+        (true, false) => Err(Invalid(format!("{what} takes no {key}="))),
+        _ => Ok(()),
+    }
+}
+
+impl Machine {
+    /// Whether it makes sense.
+    ///
+    /// # Errors
+    /// Names the device and the option.
+    pub fn check(&self) -> Result<(), Invalid> {
+        if self.kernel.is_none() && self.load.is_empty() {
+            return Err(Invalid("nothing to boot: kernel or load is missing".into()));
+        }
+        self.check_nets()?;
+        self.check_consoles()?;
+        self.check_paths()
+    }
+
+    fn check_nets(&self) -> Result<(), Invalid> {
+        for (index, net) in self.net.iter().enumerate() {
+            let tap = net.kind == NetKind::Tap;
+            let kind = if tap { "a tap" } else { "an isolated" };
+            let what = format!("net{index}: {kind} network");
+            need(&what, "name", net.name.is_some(), tap)?;
+            if tap {
+                need(&what, "address", net.address.is_some(), false)?;
+                let again = |other: &crate::config::Net| other.name == net.name;
+                if let Some(first) = self.net[..index].iter().position(again) {
+                    let name = net.name.as_deref().unwrap_or_default();
+                    return Err(Invalid(format!(
+                        "net{index}: tap {name} is net{first}'s already"
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_consoles(&self) -> Result<(), Invalid> {
+        for (index, console) in self.console.iter().enumerate() {
+            let (kind, wanted) = match console.kind {
+                ConsoleKind::Unix => ("a unix", true),
+                ConsoleKind::File => ("a file", true),
+                ConsoleKind::Stdio => ("a stdio", false),
+                ConsoleKind::Pty => continue,
+            };
+            let what = format!("console{index}: {kind} console");
+            need(&what, "path", console.path.is_some(), wanted)?;
+        }
+        if let Some(serial) = &self.serial {
+            let wanted = serial.kind == SerialKind::File;
+            need("the serial port", "path", serial.path.is_some(), wanted)?;
+        }
+        if let Some(debug) = &self.debug_console {
+            let wanted = debug.kind == DebugConsoleKind::File;
+            need("the debug console", "path", debug.path.is_some(), wanted)?;
+        }
+        let on_stdin = self.console.iter().filter(|c| c.kind == ConsoleKind::Stdio);
+        if on_stdin.count() > 1 {
+            return Err(Invalid("only one console can be on stdio".into()));
+        }
+        Ok(())
+    }
+
+    /// No path is empty, and none that is written to has two uses.
+    fn check_paths(&self) -> Result<(), Invalid> {
+        let mut uses: Vec<(String, &Path, bool)> = Vec::new();
+        for (index, disk) in self.disk.iter().enumerate() {
+            uses.push((format!("disk{index}"), &disk.path, disk.readonly));
+        }
+        for (index, console) in self.console.iter().enumerate() {
+            let path = console.path.iter();
+            uses.extend(path.map(|path| (format!("console{index}"), path.as_path(), false)));
+        }
+        let serial = self
+            .serial
+            .iter()
+            .filter_map(|serial| serial.path.as_deref());
+        let debug = self
+            .debug_console
+            .iter()
+            .filter_map(|debug| debug.path.as_deref());
+        uses.extend(serial.map(|path| ("the serial port".to_owned(), path, false)));
+        uses.extend(debug.map(|path| ("the debug console".to_owned(), path, false)));
+        let control = self.control.as_deref().into_iter();
+        uses.extend(control.map(|path| ("the control socket".to_owned(), path, false)));
+        for (index, (what, path, shared)) in uses.iter().enumerate() {
+            if path.as_os_str().is_empty() {
+                return Err(Invalid(format!("{what}: its path is empty")));
+            }
+            let again = uses[..index]
+                .iter()
+                .find(|u| u.1 == *path && !(u.2 && *shared));
+            if let Some((first, ..)) = again {
+                let path = path.display();
+                return Err(Invalid(format!("{what}: {path} is in use by {first}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether its taps exist. `device-net` would make one that does not, with
+    /// nobody at its other end.
+    ///
+    /// # Errors
+    /// Names the network and the tap.
+    pub fn check_taps(&self) -> anyhow::Result<()> {
+        for (index, net) in self.net.iter().enumerate() {
+            let Some(name) = &net.name else { continue };
+            let socket = socket_with(
+                AddressFamily::UNIX,
+                SocketType::DGRAM,
+                SocketFlags::CLOEXEC,
+                None,
+            )
+            .context("socket")?;
+            netdevice::name_to_index(&socket, name)
+                .with_context(|| format!("net{index}: tap {name}"))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keyval;
+
+    fn machine(text: &str) -> Machine {
+        toml::from_str(&format!("kernel = 'k'\n{text}")).unwrap()
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_named() {
+        for (text, said) in [
+            ("[[net]]\ntype = 'tap'", "net0: a tap network needs name="),
+            (
+                "[[net]]\ntype = 'isolated'\nname = 't'",
+                "net0: an isolated network takes no name=",
+            ),
+            (
+                "[[net]]\ntype = 'tap'\nname = 't'\n[[net]]\ntype = 'tap'\nname = 't'",
+                "net1: tap t is net0's already",
+            ),
+            (
+                "[[console]]\ntype = 'unix'",
+                "console0: a unix console needs path=",
+            ),
+            (
+                "[[console]]\ntype = 'stdio'\n[[console]]\ntype = 'stdio'",
+                "only one console can be on stdio",
+            ),
+            (
+                "[serial]\ntype = 'null'\npath = 'a'",
+                "the serial port takes no path=",
+            ),
+            ("[[disk]]\npath = ''", "disk0: its path is empty"),
+            (
+                "[[disk]]\npath = 'a'\n[[disk]]\npath = 'a'",
+                "disk1: a is in use by disk0",
+            ),
+            (
+                "control = 'a'\n[serial]\ntype = 'file'\npath = 'a'",
+                "the control socket: a is in use by the serial port",
+            ),
+        ] {
+            assert_eq!(machine(text).check().unwrap_err().to_string(), said);
+        }
+        let nothing: Machine = toml::from_str("").unwrap();
+        assert!(nothing.check().is_err());
+        let shared = "path=a,readonly=on";
+        let mut twice = machine("");
+        twice.disk = vec![
+            keyval::parse(shared).unwrap(),
+            keyval::parse(shared).unwrap(),
+        ];
+        twice.check().unwrap();
+    }
+
+    #[test]
+    fn a_tap_that_is_not_there_is_named() {
+        let missing = machine("[[net]]\ntype = 'tap'\nname = 'no-such-tap'");
+        let error = format!("{:#}", missing.check_taps().unwrap_err());
+        assert!(
+            error.starts_with("net0: tap no-such-tap: No such device"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,99 @@
+//! The VM file: TOML that follows the schema of [`crate::config`].
+
+use std::path::Path;
+
+use anyhow::Context;
+
+use crate::check::Invalid;
+use crate::config::Machine;
+use crate::nearest;
+
+/// Characters of a line that are quoted.
+const QUOTE: usize = 60;
+
+/// Reads a VM file.
+///
+/// # Errors
+/// When it cannot be read; [`Invalid`], with the line, when it does not follow the
+/// schema.
+pub fn load(path: &Path) -> anyhow::Result<Machine> {
+    let what = || format!("VM file {}", path.display());
+    let text = std::fs::read_to_string(path).with_context(what)?;
+    toml::from_str(&text).map_err(|error| {
+        let message = explain(&text, error.message(), error.span().map(|span| span.start));
+        Invalid(format!("{}: {message}", what())).into()
+    })
+}
+
+/// One line with what is wrong, and where.
+fn explain(text: &str, message: &str, at: Option<usize>) -> String {
+    let message = nearest::explain(&message.replace('\n', " "));
+    // What is missing in the file as a whole is at its beginning.
+    let Some(before) = at.filter(|&at| at > 0).and_then(|at| text.get(..at)) else {
+        return message;
+    };
+    let number = before.matches('\n').count() + 1;
+    let line = text.lines().nth(number - 1).unwrap_or_default().trim();
+    let quoted = line.chars().take(QUOTE);
+    let quoted: String = quoted
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    format!("line {number}: {quoted}: {message}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(text: &str) -> String {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), text).unwrap();
+        let error = load(file.path()).unwrap_err();
+        assert!(error.is::<Invalid>());
+        let said = error.to_string();
+        assert!(!said.contains('\n'), "{said}");
+        said.replace(file.path().to_str().unwrap(), "FILE")
+    }
+
+    #[test]
+    fn mistakes_are_told_with_their_line() {
+        for (text, expected) in [
+            (
+                "kernel = 'k'\ncmdlnie = 'x'",
+                "line 2: cmdlnie = 'x': unknown key `cmdlnie`, the nearest known one is `cmdline`",
+            ),
+            (
+                "kernel = 'k'\n\n[[dsik]]\npath = 'a'",
+                "line 3: [[dsik]]: unknown key `dsik`, the nearest known one is `disk`",
+            ),
+            (
+                "kernel = 'k'\n[[disk]]\npth = 'a'",
+                "line 3: pth = 'a': unknown key `pth`, the nearest known one is `path`",
+            ),
+            (
+                "kernel = 'k'\n[serial]\ntype = 'sdtio'",
+                "line 3: type = 'sdtio': unknown value `sdtio`, the nearest known one is `stdio`",
+            ),
+        ] {
+            assert_eq!(said(text), format!("VM file FILE: {expected}"));
+        }
+        for (text, parts) in [
+            (
+                "kernel = 'k'\ncpus = 'two'",
+                ["line 2: cpus", "invalid type"],
+            ),
+            ("kernel = 'k'\ncpus = 256", ["line 2: cpus", "256"]),
+            ("kernel = 'k'\n[[disk]]\n", ["line 2: [[disk]]", "`path`"]),
+            (
+                "kernel = 'k'\nkernel = 'j'",
+                ["line 2: kernel", "duplicate"],
+            ),
+            ("kernel = 'k'\nmemory = 512M", ["line 2: memory", "512M"]),
+        ] {
+            let said = said(text);
+            for part in parts {
+                assert!(said.contains(part), "{said}");
+            }
+        }
+    }
+}
