@@ -3,11 +3,13 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::vm::host;
+
 /// Errors of the runner.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// /dev/kvm cannot be opened.
-    #[error("/dev/kvm: {0}; is KVM enabled, and may this user open it?")]
+    #[error("/dev/kvm: {0}; {hint}", hint = host::remedy(.0))]
     KvmOpen(io::Error),
     /// Another API version than 12.
     #[error("/dev/kvm speaks API version {0}, this program needs version 12")]

@@ -1,15 +1,15 @@
 //! Kernel images: ELF and bzImage, by crate linux-loader.
 
-use std::fs::File;
-use std::io;
+use std::mem::offset_of;
 use std::os::unix::fs::FileExt;
 
+use libc::Elf64_Ehdr;
 use linux_loader::bootparam::{XLF_KERNEL_64, setup_header};
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
-use vm_memory::{GuestAddress, VolatileSlice};
+use vm_memory::GuestAddress;
 
-use super::{Entry, NamedFile};
+use super::file::NamedFile;
 use crate::Error;
 use crate::layout::HIGH_MEMORY;
 use crate::vm::memory::Ram;
@@ -17,13 +17,24 @@ use crate::vm::memory::Ram;
 const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 /// The 64-bit entry point of a bzImage, from where it was loaded.
 const ENTRY_64: u64 = 0x200;
+/// Unit of a bzImage's real-mode part in bytes.
+const SECTOR: u64 = 512;
+
+/// How a kernel wants to be entered.
+pub(super) enum Protocol {
+    /// Xen's PVH boot protocol.
+    Pvh,
+    /// Linux' 64-bit boot protocol; a bzImage has a setup header.
+    Linux64(Option<setup_header>),
+}
 
 /// A loaded kernel.
 pub(super) struct Image {
-    pub entry: Entry,
+    pub protocol: Protocol,
+    /// Address of its first instruction.
+    pub entry: u64,
     /// First byte after all that it needs at first.
     pub end: u64,
-    pub setup_header: Option<setup_header>,
 }
 
 /// Loads `kernel` into `ram`.
@@ -36,16 +47,17 @@ pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<Image, Error> {
         .map_err(|_| kernel.error("shorter than any kernel"))?;
     let highest = Some(GuestAddress(HIGH_MEMORY));
     let image = if magic == ELF_MAGIC {
+        check_whole(kernel, elf_size(kernel)?)?;
         let loaded = Elf::load(ram.memory(), None, &mut file, None)
             .map_err(|e| kernel.error(format!("not a kernel for this memory: {e}")))?;
-        let entry = match loaded.pvh_boot_cap {
-            PvhBootCapability::PvhEntryPresent(address) => Entry::Pvh(address.0),
-            _ => Entry::Linux64(loaded.kernel_load.0),
+        let (protocol, entry) = match loaded.pvh_boot_cap {
+            PvhBootCapability::PvhEntryPresent(address) => (Protocol::Pvh, address.0),
+            _ => (Protocol::Linux64(None), loaded.kernel_load.0),
         };
         Image {
+            protocol,
             entry,
             end: loaded.kernel_end,
-            setup_header: None,
         }
     } else {
         let loaded = BzImage::load(ram.memory(), None, &mut file, highest)
@@ -56,13 +68,24 @@ pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<Image, Error> {
         if header.xloadflags & XLF_KERNEL_64 == 0 {
             return Err(kernel.error("a bzImage without 64-bit entry point"));
         }
+        let sectors = match header.setup_sects {
+            0 => 4,
+            count => u64::from(count),
+        };
+        check_whole(
+            kernel,
+            (sectors + 1) * SECTOR + u64::from(header.syssize) * 16,
+        )?;
         let start = loaded.kernel_load.0;
         // It unpacks itself to its preferred address and needs this much there.
-        let unpacked = header.pref_address.max(start) + u64::from(header.init_size);
+        let unpacked = header
+            .pref_address
+            .max(start)
+            .saturating_add(header.init_size.into());
         Image {
-            entry: Entry::Linux64(start + ENTRY_64),
+            protocol: Protocol::Linux64(Some(header)),
+            entry: start + ENTRY_64,
             end: loaded.kernel_end.max(unpacked),
-            setup_header: Some(header),
         }
     };
     if image.end > ram.low_end() {
@@ -75,19 +98,28 @@ pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<Image, Error> {
     Ok(image)
 }
 
-/// Fills `slice` from `file` at `offset`, without moving the file's position.
-pub(super) fn read_at(file: &File, mut offset: u64, slice: &VolatileSlice) -> io::Result<()> {
-    let mut buffer = vec![0; 1 << 20];
-    let mut done = 0;
-    while done < slice.len() {
-        let count = buffer.len().min(slice.len() - done);
-        file.read_exact_at(&mut buffer[..count], offset)?;
-        slice
-            .subslice(done, count)
-            .map_err(io::Error::other)?
-            .copy_from(&buffer[..count]);
-        done += count;
-        offset += count as u64;
+/// Refuses a file that ends before it should.
+fn check_whole(kernel: &NamedFile, whole: u64) -> Result<(), Error> {
+    let size = kernel.size()?;
+    if size < whole {
+        return Err(kernel.error(format!("truncated: it has {size} bytes of {whole}")));
     }
     Ok(())
+}
+
+/// How long an ELF file is at least: its headers, and its section headers, which
+/// linkers put last. The loader looks at what is between.
+fn elf_size(kernel: &NamedFile) -> Result<u64, Error> {
+    let mut header = [0; size_of::<Elf64_Ehdr>()];
+    kernel
+        .file
+        .read_exact_at(&mut header, 0)
+        .map_err(|_| kernel.error("truncated: an ELF file without a whole header"))?;
+    let word = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
+    let sections = offset_of!(Elf64_Ehdr, e_shoff);
+    let mut offset = [0; 8];
+    offset.copy_from_slice(&header[sections..sections + 8]);
+    let table = u64::from(word(offset_of!(Elf64_Ehdr, e_shentsize)))
+        * u64::from(word(offset_of!(Elf64_Ehdr, e_shnum)));
+    Ok(u64::from_le_bytes(offset).saturating_add(table))
 }
