@@ -8,7 +8,7 @@ use outrigger_sandbox::Mode;
 
 use crate::boot::flat::{EntrySpec, LoadSpec};
 use crate::frontend::DeviceSpec;
-use crate::frontend::spec::Endpoint;
+use crate::frontend::spec::{Endpoint, socket_path};
 use crate::pci::bus::MAX_DEVICES;
 use crate::trap::parse_endpoint;
 use crate::vm::memory::MemorySpec;
@@ -61,7 +61,7 @@ pub struct Options {
     pub probe: bool,
 
     /// Form of what --probe prints [default: text]
-    #[arg(long, value_enum, requires = "probe")]
+    #[arg(long, value_enum)]
     pub format: Option<Format>,
 
     /// Guest RAM
@@ -86,7 +86,7 @@ pub struct Options {
     pub platform: Option<Endpoint>,
 
     /// Unix socket to create for control commands
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = socket_path)]
     pub control: Option<PathBuf>,
 
     /// Where to report events: an inherited descriptor or a file
@@ -135,6 +135,9 @@ impl Options {
     /// # Errors
     /// One line that names them.
     pub fn check(&self) -> Result<(), String> {
+        if self.format.is_some() && !self.probe {
+            return Err("--format goes with --probe only".into());
+        }
         if self.devices.len() > MAX_DEVICES {
             return Err(format!(
                 "{} devices, but there is room for {MAX_DEVICES}",

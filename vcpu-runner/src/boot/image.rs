@@ -3,10 +3,10 @@
 use std::mem::offset_of;
 use std::os::unix::fs::FileExt;
 
-use libc::Elf64_Ehdr;
+use libc::{Elf64_Ehdr, Elf64_Phdr};
 use linux_loader::bootparam::{XLF_KERNEL_64, setup_header};
 use linux_loader::loader::elf::PvhBootCapability;
-use linux_loader::loader::{BzImage, Elf, KernelLoader};
+use linux_loader::loader::{self, BzImage, Elf, KernelLoader, bzimage, elf};
 use vm_memory::GuestAddress;
 
 use super::file::NamedFile;
@@ -48,8 +48,11 @@ pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<Image, Error> {
     let highest = Some(GuestAddress(HIGH_MEMORY));
     let image = if magic == ELF_MAGIC {
         check_whole(kernel, elf_size(kernel)?)?;
-        let loaded = Elf::load(ram.memory(), None, &mut file, None)
-            .map_err(|e| kernel.error(format!("not a kernel for this memory: {e}")))?;
+        let loaded = Elf::load(ram.memory(), None, &mut file, None).map_err(|e| match e {
+            // The file is whole, so it is memory that is missing.
+            loader::Error::Elf(elf::Error::ReadKernelImage) => too_large(kernel, ram),
+            other => kernel.error(format!("not a kernel: {other}")),
+        })?;
         let (protocol, entry) = match loaded.pvh_boot_cap {
             PvhBootCapability::PvhEntryPresent(address) => (Protocol::Pvh, address.0),
             _ => (Protocol::Linux64(None), loaded.kernel_load.0),
@@ -60,8 +63,16 @@ pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<Image, Error> {
             end: loaded.kernel_end,
         }
     } else {
-        let loaded = BzImage::load(ram.memory(), None, &mut file, highest)
-            .map_err(|e| kernel.error(format!("neither ELF nor bzImage: {e}")))?;
+        let loaded =
+            BzImage::load(ram.memory(), None, &mut file, highest).map_err(|e| match e {
+                loader::Error::Bzimage(bzimage::Error::InvalidBzImage) => {
+                    kernel.error("neither an ELF file nor a bzImage")
+                }
+                loader::Error::Bzimage(bzimage::Error::ReadBzImageCompressedKernel) => {
+                    too_large(kernel, ram)
+                }
+                other => kernel.error(format!("not a kernel: {other}")),
+            })?;
         let header = loaded
             .setup_header
             .ok_or_else(|| kernel.error("a bzImage without setup header"))?;
@@ -107,19 +118,50 @@ fn check_whole(kernel: &NamedFile, whole: u64) -> Result<(), Error> {
     Ok(())
 }
 
-/// How long an ELF file is at least: its headers, and its section headers, which
-/// linkers put last. The loader looks at what is between.
+/// How long an ELF file is at least: up to the end of its last segment and of its
+/// section headers, which linkers put last.
 fn elf_size(kernel: &NamedFile) -> Result<u64, Error> {
     let mut header = [0; size_of::<Elf64_Ehdr>()];
+    read(kernel, &mut header, 0)?;
+    let sections = word64(&header, offset_of!(Elf64_Ehdr, e_shoff));
+    let section_size = word16(&header, offset_of!(Elf64_Ehdr, e_shentsize));
+    let section_count = word16(&header, offset_of!(Elf64_Ehdr, e_shnum));
+    let mut end = sections.saturating_add(section_size * section_count);
+
+    let segments = word64(&header, offset_of!(Elf64_Ehdr, e_phoff));
+    let segment_count = word16(&header, offset_of!(Elf64_Ehdr, e_phnum));
+    let mut segment = [0; size_of::<Elf64_Phdr>()];
+    for index in 0..segment_count {
+        let at = segments.saturating_add(index * segment.len() as u64);
+        read(kernel, &mut segment, at)?;
+        let start = word64(&segment, offset_of!(Elf64_Phdr, p_offset));
+        let size = word64(&segment, offset_of!(Elf64_Phdr, p_filesz));
+        end = end.max(start.saturating_add(size));
+    }
+    Ok(end)
+}
+
+fn read(kernel: &NamedFile, bytes: &mut [u8], at: u64) -> Result<(), Error> {
     kernel
         .file
-        .read_exact_at(&mut header, 0)
-        .map_err(|_| kernel.error("truncated: an ELF file without a whole header"))?;
-    let word = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
-    let sections = offset_of!(Elf64_Ehdr, e_shoff);
-    let mut offset = [0; 8];
-    offset.copy_from_slice(&header[sections..sections + 8]);
-    let table = u64::from(word(offset_of!(Elf64_Ehdr, e_shentsize)))
-        * u64::from(word(offset_of!(Elf64_Ehdr, e_shnum)));
-    Ok(u64::from_le_bytes(offset).saturating_add(table))
+        .read_exact_at(bytes, at)
+        .map_err(|_| kernel.error("truncated: an ELF file without all of its headers"))
+}
+
+/// The little-endian number at `at`.
+fn word64(bytes: &[u8], at: usize) -> u64 {
+    let mut word = [0; 8];
+    word.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_le_bytes(word)
+}
+
+fn word16(bytes: &[u8], at: usize) -> u64 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]]).into()
+}
+
+fn too_large(kernel: &NamedFile, ram: &Ram) -> Error {
+    let end = ram.low_end();
+    kernel.error(format!(
+        "it does not fit into memory, which ends at {end:#x}"
+    ))
 }
