@@ -20,6 +20,7 @@ pub mod process;
 pub mod queue;
 pub mod ram;
 pub mod raw;
+pub mod runner;
 
 use std::time::{Duration, Instant};
 
