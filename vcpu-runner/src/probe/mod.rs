@@ -1,5 +1,5 @@
 //! `--probe`: what this host offers to guests and to the sandbox, and what to do
-//! where guests cannot run. [`host`] reads files of proc(5) and sysfs; the report
+//! where guests cannot run. `host` reads files of proc(5) and sysfs; the report
 //! is documented in docs/probe.md.
 
 mod host;
@@ -132,5 +132,51 @@ pub fn run(format: Format) -> u8 {
             eprintln!("vcpu-runner: {}; {}", problem.what, problem.remedy);
             exit::FAILURE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_is_in_the_way_comes_with_a_remedy() {
+        let need = &NEEDS[0];
+        let missing = Error::KvmCapability {
+            name: need.name,
+            why: need.why,
+        };
+        let open = |errno| Error::KvmOpen(std::io::Error::from_raw_os_error(errno));
+        for (error, what, remedy) in [
+            (open(libc::ENOENT), "No such file", "module"),
+            (open(libc::EACCES), "Permission denied", "group"),
+            (open(libc::ENODEV), "No such device", "kernel's log"),
+            (Error::KvmVersion(11), "version 11", "kernel"),
+            (missing, need.name, "newer kernel"),
+        ] {
+            let problem = problem(&error);
+            assert!(problem.what.contains(what), "{problem:?}");
+            assert!(problem.remedy.contains(remedy), "{problem:?}");
+        }
+    }
+
+    #[test]
+    fn the_text_names_what_is_missing() {
+        let mut report = Report::gather();
+        report.kvm = Some(KvmReport {
+            api_version: 12,
+            recommended_vcpus: 1,
+            max_vcpus: 2,
+            max_vcpu_id: 3,
+            capabilities: vec![Capability {
+                name: "KVM_CAP_X",
+                needed: true,
+                value: 0,
+                purpose: "this and that",
+            }],
+        });
+        let text = text::render(&report);
+        let line = "MISSING       KVM_CAP_X: this and that";
+        assert!(text.lines().any(|l| l == line), "{text}");
     }
 }
