@@ -1,7 +1,12 @@
-//! Landlock with every access right under its control and none allowed. See
-//! landlock(7).
+//! Landlock, with every access right under its control and none allowed, or with
+//! one right in one place. See landlock(7).
 
-use ::landlock::{ABI, Access, AccessFs, AccessNet, LandlockStatus, Ruleset, RulesetAttr, Scope};
+use std::os::fd::BorrowedFd;
+
+use ::landlock::{
+    ABI, Access, AccessFs, AccessNet, LandlockStatus, PathBeneath, RestrictionStatus, Ruleset,
+    RulesetAttr, RulesetCreatedAttr, Scope,
+};
 
 use crate::Error;
 
@@ -24,8 +29,27 @@ pub(crate) fn allow_nothing() -> Result<u32, Error> {
         .scope(Scope::from_all(NEWEST))?
         .create()?
         .restrict_self()?;
-    Ok(match status.landlock {
+    Ok(abi(&status))
+}
+
+/// Forbids the calling thread, and those it starts later, to remove files but
+/// those beneath `directory`. Everything else stays as it was. False when the
+/// kernel has no Landlock: then nothing is forbidden.
+///
+/// # Errors
+/// When the kernel has it and would not take the rule.
+pub fn remove_files_only_in(directory: BorrowedFd) -> Result<bool, Error> {
+    let status = Ruleset::default()
+        .handle_access(AccessFs::RemoveFile | AccessFs::RemoveDir)?
+        .create()?
+        .add_rule(PathBeneath::new(directory, AccessFs::RemoveFile))?
+        .restrict_self()?;
+    Ok(abi(&status) > 0)
+}
+
+fn abi(status: &RestrictionStatus) -> u32 {
+    match status.landlock {
         LandlockStatus::Available { effective_abi, .. } => effective_abi as u32,
         LandlockStatus::NotEnabled | LandlockStatus::NotImplemented => 0,
-    })
+    }
 }

@@ -45,6 +45,7 @@ mod seccomp;
 
 use std::{fmt, io, str::FromStr};
 
+pub use self::landlock::remove_files_only_in;
 pub use policy::{BASE, Check, LISTENER, Policy, Rule, SOCKET, VHOST_USER};
 pub use seccomp::seal;
 

@@ -213,7 +213,10 @@ fn a_triple_fault_is_a_failed_guest_with_registers() {
     let machine = Machine::embedded("job=reset how=triple").start();
     machine.expect(4);
     assert!(
-        machine.runner.log().contains("rip=0x"),
+        machine
+            .runner
+            .log()
+            .contains("vCPU 0: triple fault\n  rax "),
         "{}",
         machine.runner.log()
     );

@@ -3,11 +3,13 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::vm::host;
+
 /// Errors of the runner.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// /dev/kvm cannot be opened.
-    #[error("/dev/kvm: {0}; is KVM enabled, and may this user open it?")]
+    #[error("/dev/kvm: {0}; {hint}", hint = host::remedy(.0))]
     KvmOpen(io::Error),
     /// Another API version than 12.
     #[error("/dev/kvm speaks API version {0}, this program needs version 12")]
@@ -21,12 +23,12 @@ pub enum Error {
         why: &'static str,
     },
     /// A KVM ioctl failed.
-    #[error("{what}: {source}")]
+    #[error("{what}: {cause}")]
     Kvm {
         /// The operation.
         what: String,
         /// The kernel's answer.
-        source: kvm_ioctls::Error,
+        cause: kvm_ioctls::Error,
     },
     /// Guest RAM cannot be had.
     #[error("guest memory of {bytes} bytes: {why}")]
@@ -82,12 +84,12 @@ pub enum Error {
         why: String,
     },
     /// A system call failed.
-    #[error("{what}: {source}")]
+    #[error("{what}: {cause}")]
     Io {
         /// The operation.
         what: String,
         /// The kernel's answer.
-        source: io::Error,
+        cause: io::Error,
     },
 }
 
@@ -95,13 +97,13 @@ impl Error {
     /// Wraps a failed KVM ioctl.
     pub fn kvm(what: impl Into<String>) -> impl FnOnce(kvm_ioctls::Error) -> Error {
         let what = what.into();
-        move |source| Error::Kvm { what, source }
+        move |cause| Error::Kvm { what, cause }
     }
 
     /// Wraps a failed system call.
     pub fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
         let what = what.into();
-        move |source| Error::Io { what, source }
+        move |cause| Error::Io { what, cause }
     }
 
     /// A device that failed at `operation`.

@@ -11,6 +11,7 @@
 //! | [`frontend`] | one vhost-user session a device, with deadlines |
 //! | [`trap`] | accesses that nobody claims, answered by the platform process |
 //! | [`control`] | the control socket |
+//! | [`probe`] | what this host offers |
 //! | [`machine`] | puts it all together and decides what happens next |
 
 pub mod boot;
@@ -24,6 +25,7 @@ pub mod machine;
 pub mod options;
 pub mod pci;
 pub mod policy;
+pub mod probe;
 pub mod signals;
 pub mod trap;
 pub mod vcpu;

@@ -12,7 +12,7 @@ use outrigger_protocol::control::{Command, Event, MachineState, Reply, Status};
 use outrigger_protocol::exit;
 
 use crate::boot::{BootSource, cpuid};
-use crate::control::Order as ControlOrder;
+use crate::control::{Order as ControlOrder, Place, Served};
 use crate::events::Events;
 use crate::frontend::session::DEADLINE;
 use crate::frontend::{Slot, Watchdog, slot};
@@ -65,6 +65,8 @@ pub struct Machine {
     chips: Chips,
     events: Events,
     on_reset: OnReset,
+    /// Kept for its end.
+    control_socket: Option<Served>,
     state: MachineState,
     resets: u64,
     sender: Sender<Notice>,
@@ -78,7 +80,7 @@ impl Machine {
     /// The first thing that does not work.
     pub fn new(options: &Options) -> Result<Self, Error> {
         let events = Events::open(options.events.as_deref())?;
-        let boot = BootSource::open(&options.kernel, options.initrd.as_deref(), &options.cmdline)?;
+        let boot = BootSource::open(options)?;
         let kvm = host::open()?;
         let (sender, notices) = unbounded();
         let watchdog = Watchdog::start()?;
@@ -141,6 +143,7 @@ impl Machine {
                 bus: Arc::new(Bus::new(devices)),
                 trap,
             },
+            show_registers: options.show_regs,
         });
         let cpuid = cpuid::supported(vm.kvm())?;
         let vcpus = (0..cpus)
@@ -150,9 +153,6 @@ impl Machine {
                 Vcpu::new(&vm, index, &cpuid, Arc::clone(&shared), to)?.start()
             })
             .collect::<Result<Vec<_>, _>>()?;
-        if let Some(path) = &options.control {
-            control::start(path, send(sender.clone(), Notice::Control))?;
-        }
         Ok(Machine {
             vm,
             shared,
@@ -162,11 +162,23 @@ impl Machine {
             chips,
             events,
             on_reset: options.on_reset,
+            control_socket: None,
             state: MachineState::Running,
             resets: 0,
             sender,
             notices,
         })
+    }
+
+    /// Serves the control socket `place`; `removes`: this process may remove it when
+    /// the machine ends.
+    ///
+    /// # Errors
+    /// When it cannot be bound.
+    pub fn serve_control(&mut self, place: Place, removes: bool) -> Result<(), Error> {
+        let to = send(self.sender.clone(), Notice::Control);
+        self.control_socket = Some(control::start(place, removes, to)?);
+        Ok(())
     }
 
     /// A function that ends the machine, for a signal's thread.
@@ -217,9 +229,9 @@ impl Machine {
             Notice::Vcpu(report) => match report {
                 Report::Reset => self.guest_reset(),
                 Report::PowerOff => Ok(Some(powered_off())),
-                Report::TripleFault => Ok(Some(end(
+                Report::TripleFault(vcpu) => Ok(Some(end(
                     exit::GUEST_FAILED,
-                    "the guest died by a triple fault",
+                    format!("the guest died by a triple fault of vCPU {vcpu}"),
                 ))),
                 Report::Fatal(why) => Ok(Some(end(exit::FAILURE, why))),
             },
@@ -291,11 +303,15 @@ impl Machine {
     }
 
     fn order(&self, order: Order) {
-        for (vcpu, control) in self.vcpus.iter().enumerate() {
-            control.order(order);
-            if let Some(trap) = &self.shared.io.trap {
-                trap.kick(vcpu);
-            }
+        for vcpu in 0..self.vcpus.len() {
+            self.order_one(vcpu, order);
+        }
+    }
+
+    fn order_one(&self, vcpu: usize, order: Order) {
+        self.vcpus[vcpu].order(order);
+        if let Some(trap) = &self.shared.io.trap {
+            trap.kick(vcpu);
         }
     }
 
@@ -314,7 +330,13 @@ impl Machine {
     /// Sets all registers to their start values and runs. No vCPU runs before
     /// all are ready: the first one starts the others.
     fn start_vcpus(&self) -> Result<(), Error> {
-        self.order(Order::Reset);
+        for (vcpu, control) in self.vcpus.iter().enumerate() {
+            self.order_one(vcpu, Order::Reset);
+            if self.shared.show_registers {
+                // In their order.
+                control.wait_still(vcpu, PARK_DEADLINE)?;
+            }
+        }
         self.wait_still()?;
         self.order(Order::Run);
         Ok(())

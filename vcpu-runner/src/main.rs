@@ -5,9 +5,10 @@ use std::process::ExitCode;
 use anyhow::Context;
 use outrigger_protocol::exit;
 use outrigger_sandbox::Mode;
+use vcpu_runner::control::Place;
 use vcpu_runner::machine::{End, Machine};
 use vcpu_runner::options::Options;
-use vcpu_runner::{policy, signals, vcpu};
+use vcpu_runner::{policy, probe, signals, vcpu};
 
 fn main() -> ExitCode {
     let options: Options = outrigger_cli::parse();
@@ -18,6 +19,9 @@ fn main() -> ExitCode {
     if let Err(error) = outrigger_cli::logging::start(options.log_format, &options.log_level) {
         eprintln!("vcpu-runner: {error}");
         return ExitCode::from(exit::USAGE);
+    }
+    if options.probe {
+        return ExitCode::from(probe::run(options.format.unwrap_or_default()));
     }
     match run(&options) {
         Ok(End { code, reason }) => {
@@ -39,11 +43,27 @@ fn run(options: &Options) -> anyhow::Result<End> {
     signals::block();
     signals::raise_file_limit();
     vcpu::state::install_kick_handler();
-    let machine = Machine::new(options)?;
+    let control = options.control.as_deref().map(Place::open).transpose()?;
+    let removes = may_remove(control.as_ref(), options.sandbox)?;
+    let mut machine = Machine::new(options)?;
+    if let Some(place) = control {
+        machine.serve_control(place, removes)?;
+    }
     signals::start(machine.stopper()).context("signals")?;
     if options.sandbox == Mode::Off {
         tracing::warn!("sandbox off: whoever breaks into this process has all its rights");
     }
-    outrigger_sandbox::seal(&policy::policy(), options.sandbox)?;
+    outrigger_sandbox::seal(&policy::policy(removes), options.sandbox)?;
     Ok(machine.run()?)
+}
+
+/// Sees to it that the control socket is the only file, or at least the only kind
+/// of place, that this process can remove, before there are threads. False: it can
+/// remove none once it is sealed, and the socket stays behind.
+fn may_remove(control: Option<&Place>, sandbox: Mode) -> anyhow::Result<bool> {
+    match (control, sandbox) {
+        (None, _) => Ok(false),
+        (Some(_), Mode::Off) => Ok(true),
+        (Some(place), _) => Ok(outrigger_sandbox::remove_files_only_in(place.directory())?),
+    }
 }

@@ -6,8 +6,9 @@ use clap::{Parser, ValueEnum};
 use outrigger_cli::LogFormat;
 use outrigger_sandbox::Mode;
 
+use crate::boot::flat::{EntrySpec, LoadSpec};
 use crate::frontend::DeviceSpec;
-use crate::frontend::spec::Endpoint;
+use crate::frontend::spec::{Endpoint, socket_path};
 use crate::pci::bus::MAX_DEVICES;
 use crate::trap::parse_endpoint;
 use crate::vm::memory::MemorySpec;
@@ -17,16 +18,51 @@ use crate::vm::memory::MemorySpec;
 #[command(name = "vcpu-runner", version)]
 pub struct Options {
     /// Kernel to boot: ELF (PVH or 64-bit entry) or bzImage
-    #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["loads", "probe"])]
+    pub kernel: Option<PathBuf>,
 
     /// Initial RAM disk
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "loads")]
     pub initrd: Option<PathBuf>,
 
     /// Kernel command line
-    #[arg(long, value_name = "TEXT", default_value = "")]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "",
+        conflicts_with = "loads"
+    )]
     pub cmdline: String,
+
+    /// In place of a kernel: a file to copy to an address of guest memory as it
+    /// is; may be given several times
+    #[arg(long = "load", value_name = "FILE@ADDR", conflicts_with = "kernel")]
+    pub loads: Vec<LoadSpec>,
+
+    /// How to start what was loaded: in real mode at 0xffff0, in 32-bit protected
+    /// mode or in 64-bit long mode at 0x100000, or at ADDR [default: real]
+    #[arg(
+        long,
+        value_name = "real|protected|long[=ADDR]",
+        requires = "loads",
+        conflicts_with = "kernel"
+    )]
+    pub entry: Option<EntrySpec>,
+
+    /// Print each vCPU's registers before the run, as is done when it cannot go on
+    #[arg(long)]
+    pub show_regs: bool,
+
+    /// Print what this host offers; exit code 1 if guests cannot run here
+    #[arg(long, conflicts_with_all = [
+        "kernel", "initrd", "cmdline", "loads", "entry", "show_regs", "memory", "cpus",
+        "devices", "platform", "control", "events", "on_reset", "sandbox",
+    ])]
+    pub probe: bool,
+
+    /// Form of what --probe prints [default: text]
+    #[arg(long, value_enum)]
+    pub format: Option<Format>,
 
     /// Guest RAM
     #[arg(
@@ -53,7 +89,7 @@ pub struct Options {
     pub platform: Option<Endpoint>,
 
     /// Unix socket to create for control commands
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = socket_path)]
     pub control: Option<PathBuf>,
 
     /// Where to report events: an inherited descriptor or a file
@@ -77,6 +113,16 @@ pub struct Options {
     pub log_level: String,
 }
 
+/// Form of the report of `--probe`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    #[default]
+    Text,
+    /// One JSON object
+    Json,
+}
+
 /// What a guest's reset does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnReset {
@@ -92,6 +138,9 @@ impl Options {
     /// # Errors
     /// One line that names them.
     pub fn check(&self) -> Result<(), String> {
+        if self.format.is_some() && !self.probe {
+            return Err("--format goes with --probe only".into());
+        }
         if self.devices.len() > MAX_DEVICES {
             return Err(format!(
                 "{} devices, but there is room for {MAX_DEVICES}",

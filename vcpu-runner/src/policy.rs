@@ -16,6 +16,7 @@ const KVM_GET_REGS: u32 = 0x8090_ae81;
 const KVM_SET_REGS: u32 = 0x4090_ae82;
 const KVM_GET_SREGS: u32 = 0x8138_ae83;
 const KVM_SET_SREGS: u32 = 0x4138_ae84;
+const KVM_TRANSLATE: u32 = 0xc018_ae85;
 const KVM_SET_MSRS: u32 = 0x4008_ae89;
 const KVM_SET_FPU: u32 = 0x41a0_ae8d;
 const KVM_SET_LAPIC: u32 = 0x4400_ae8f;
@@ -38,6 +39,7 @@ const OWN: &[Rule] = &[
                 KVM_SET_IRQCHIP,
                 KVM_SET_PIT2,
                 KVM_GET_REGS,
+                KVM_TRANSLATE,
                 KVM_SET_REGS,
                 KVM_GET_SREGS,
                 KVM_SET_SREGS,
@@ -69,11 +71,22 @@ const OWN: &[Rule] = &[
     Rule::any(libc::SYS_rt_sigtimedwait),
 ];
 
-/// The runner's policy.
-pub fn policy() -> Policy {
+/// The control socket is removed at the end, if it is the same one still. Only for
+/// a process that Landlock keeps from removing files elsewhere.
+const REMOVAL: &[Rule] = &[
+    Rule::any(libc::SYS_newfstatat),
+    Rule::when(libc::SYS_unlinkat, &[Check::OneOf(2, &[0])]),
+];
+
+/// The runner's policy; `removes`: it may remove its control socket.
+pub fn policy(removes: bool) -> Policy {
     Policy {
         process: "vcpu-runner",
-        syscalls: &[BASE, SOCKET, OWN],
+        syscalls: if removes {
+            &[BASE, SOCKET, OWN, REMOVAL]
+        } else {
+            &[BASE, SOCKET, OWN]
+        },
         keep_network: true,
         max_files: 0,
     }
@@ -83,6 +96,7 @@ pub fn policy() -> Policy {
 mod tests {
     #[test]
     fn the_policy_is_a_filter() {
-        super::policy().check().unwrap();
+        super::policy(false).check().unwrap();
+        super::policy(true).check().unwrap();
     }
 }

@@ -424,14 +424,7 @@ fn open(endpoint: &Endpoint, deadline: Option<Instant>) -> Result<UnixStream, St
         Endpoint::Fd(fd) => outrigger_cli::fd::inherit(*fd)
             .map(UnixStream::from)
             .map_err(|e| format!("fd {fd}: {e}")),
-        Endpoint::Path(path) => loop {
-            match UnixStream::connect(path) {
-                Ok(stream) => return Ok(stream),
-                Err(_) if deadline.is_some_and(|at| Instant::now() < at) => {
-                    std::thread::sleep(RETRY);
-                }
-                Err(e) => return Err(format!("{}: {e}", path.display())),
-            }
-        },
+        Endpoint::Path(path) => outrigger_cli::socket::connect(path, deadline)
+            .map_err(|e| format!("{}: {e}", path.display())),
     }
 }

@@ -1,15 +1,15 @@
 //! Kernel images: ELF and bzImage, by crate linux-loader.
 
-use std::fs::File;
-use std::io;
+use std::mem::offset_of;
 use std::os::unix::fs::FileExt;
 
+use libc::{Elf64_Ehdr, Elf64_Phdr};
 use linux_loader::bootparam::{XLF_KERNEL_64, setup_header};
 use linux_loader::loader::elf::PvhBootCapability;
-use linux_loader::loader::{BzImage, Elf, KernelLoader};
-use vm_memory::{GuestAddress, VolatileSlice};
+use linux_loader::loader::{self, BzImage, Elf, KernelLoader, bzimage, elf};
+use vm_memory::GuestAddress;
 
-use super::{Entry, NamedFile};
+use super::file::NamedFile;
 use crate::Error;
 use crate::layout::HIGH_MEMORY;
 use crate::vm::memory::Ram;
@@ -17,13 +17,24 @@ use crate::vm::memory::Ram;
 const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 /// The 64-bit entry point of a bzImage, from where it was loaded.
 const ENTRY_64: u64 = 0x200;
+/// Unit of a bzImage's real-mode part in bytes.
+const SECTOR: u64 = 512;
+
+/// How a kernel wants to be entered.
+pub(super) enum Protocol {
+    /// Xen's PVH boot protocol.
+    Pvh,
+    /// Linux' 64-bit boot protocol; a bzImage has a setup header.
+    Linux64(Option<setup_header>),
+}
 
 /// A loaded kernel.
 pub(super) struct Image {
-    pub entry: Entry,
+    pub protocol: Protocol,
+    /// Address of its first instruction.
+    pub entry: u64,
     /// First byte after all that it needs at first.
     pub end: u64,
-    pub setup_header: Option<setup_header>,
 }
 
 /// Loads `kernel` into `ram`.
@@ -36,33 +47,56 @@ pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<Image, Error> {
         .map_err(|_| kernel.error("shorter than any kernel"))?;
     let highest = Some(GuestAddress(HIGH_MEMORY));
     let image = if magic == ELF_MAGIC {
-        let loaded = Elf::load(ram.memory(), None, &mut file, None)
-            .map_err(|e| kernel.error(format!("not a kernel for this memory: {e}")))?;
-        let entry = match loaded.pvh_boot_cap {
-            PvhBootCapability::PvhEntryPresent(address) => Entry::Pvh(address.0),
-            _ => Entry::Linux64(loaded.kernel_load.0),
+        check_whole(kernel, elf_size(kernel)?)?;
+        let loaded = Elf::load(ram.memory(), None, &mut file, None).map_err(|e| match e {
+            // The file is whole, so it is memory that is missing.
+            loader::Error::Elf(elf::Error::ReadKernelImage) => too_large(kernel, ram),
+            other => kernel.error(format!("not a kernel: {other}")),
+        })?;
+        let (protocol, entry) = match loaded.pvh_boot_cap {
+            PvhBootCapability::PvhEntryPresent(address) => (Protocol::Pvh, address.0),
+            _ => (Protocol::Linux64(None), loaded.kernel_load.0),
         };
         Image {
+            protocol,
             entry,
             end: loaded.kernel_end,
-            setup_header: None,
         }
     } else {
-        let loaded = BzImage::load(ram.memory(), None, &mut file, highest)
-            .map_err(|e| kernel.error(format!("neither ELF nor bzImage: {e}")))?;
+        let loaded =
+            BzImage::load(ram.memory(), None, &mut file, highest).map_err(|e| match e {
+                loader::Error::Bzimage(bzimage::Error::InvalidBzImage) => {
+                    kernel.error("neither an ELF file nor a bzImage")
+                }
+                loader::Error::Bzimage(bzimage::Error::ReadBzImageCompressedKernel) => {
+                    too_large(kernel, ram)
+                }
+                other => kernel.error(format!("not a kernel: {other}")),
+            })?;
         let header = loaded
             .setup_header
             .ok_or_else(|| kernel.error("a bzImage without setup header"))?;
         if header.xloadflags & XLF_KERNEL_64 == 0 {
             return Err(kernel.error("a bzImage without 64-bit entry point"));
         }
+        let sectors = match header.setup_sects {
+            0 => 4,
+            count => u64::from(count),
+        };
+        check_whole(
+            kernel,
+            (sectors + 1) * SECTOR + u64::from(header.syssize) * 16,
+        )?;
         let start = loaded.kernel_load.0;
         // It unpacks itself to its preferred address and needs this much there.
-        let unpacked = header.pref_address.max(start) + u64::from(header.init_size);
+        let unpacked = header
+            .pref_address
+            .max(start)
+            .saturating_add(header.init_size.into());
         Image {
-            entry: Entry::Linux64(start + ENTRY_64),
+            protocol: Protocol::Linux64(Some(header)),
+            entry: start + ENTRY_64,
             end: loaded.kernel_end.max(unpacked),
-            setup_header: Some(header),
         }
     };
     if image.end > ram.low_end() {
@@ -75,19 +109,59 @@ pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<Image, Error> {
     Ok(image)
 }
 
-/// Fills `slice` from `file` at `offset`, without moving the file's position.
-pub(super) fn read_at(file: &File, mut offset: u64, slice: &VolatileSlice) -> io::Result<()> {
-    let mut buffer = vec![0; 1 << 20];
-    let mut done = 0;
-    while done < slice.len() {
-        let count = buffer.len().min(slice.len() - done);
-        file.read_exact_at(&mut buffer[..count], offset)?;
-        slice
-            .subslice(done, count)
-            .map_err(io::Error::other)?
-            .copy_from(&buffer[..count]);
-        done += count;
-        offset += count as u64;
+/// Refuses a file that ends before it should.
+fn check_whole(kernel: &NamedFile, whole: u64) -> Result<(), Error> {
+    let size = kernel.size()?;
+    if size < whole {
+        return Err(kernel.error(format!("truncated: it has {size} bytes of {whole}")));
     }
     Ok(())
+}
+
+/// How long an ELF file is at least: up to the end of its last segment and of its
+/// section headers, which linkers put last.
+fn elf_size(kernel: &NamedFile) -> Result<u64, Error> {
+    let mut header = [0; size_of::<Elf64_Ehdr>()];
+    read(kernel, &mut header, 0)?;
+    let sections = word64(&header, offset_of!(Elf64_Ehdr, e_shoff));
+    let section_size = word16(&header, offset_of!(Elf64_Ehdr, e_shentsize));
+    let section_count = word16(&header, offset_of!(Elf64_Ehdr, e_shnum));
+    let mut end = sections.saturating_add(section_size * section_count);
+
+    let segments = word64(&header, offset_of!(Elf64_Ehdr, e_phoff));
+    let segment_count = word16(&header, offset_of!(Elf64_Ehdr, e_phnum));
+    let mut segment = [0; size_of::<Elf64_Phdr>()];
+    for index in 0..segment_count {
+        let at = segments.saturating_add(index * segment.len() as u64);
+        read(kernel, &mut segment, at)?;
+        let start = word64(&segment, offset_of!(Elf64_Phdr, p_offset));
+        let size = word64(&segment, offset_of!(Elf64_Phdr, p_filesz));
+        end = end.max(start.saturating_add(size));
+    }
+    Ok(end)
+}
+
+fn read(kernel: &NamedFile, bytes: &mut [u8], at: u64) -> Result<(), Error> {
+    kernel
+        .file
+        .read_exact_at(bytes, at)
+        .map_err(|_| kernel.error("truncated: an ELF file without all of its headers"))
+}
+
+/// The little-endian number at `at`.
+fn word64(bytes: &[u8], at: usize) -> u64 {
+    let mut word = [0; 8];
+    word.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_le_bytes(word)
+}
+
+fn word16(bytes: &[u8], at: usize) -> u64 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]]).into()
+}
+
+fn too_large(kernel: &NamedFile, ram: &Ram) -> Error {
+    let end = ram.low_end();
+    kernel.error(format!(
+        "it does not fit into memory, which ends at {end:#x}"
+    ))
 }

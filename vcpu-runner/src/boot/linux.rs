@@ -4,7 +4,7 @@
 use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{Initrd, memory_map};
+use super::kernel::{Initrd, memory_map};
 use crate::Error;
 use crate::layout;
 use crate::vm::memory::Ram;

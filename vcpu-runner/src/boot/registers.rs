@@ -1,9 +1,12 @@
 //! The first vCPU's registers, and the tables that they refer to.
 
+use std::ops::Range;
+
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::Entry;
+use super::flat::Mode;
 use crate::Error;
 use crate::layout::{BOOT_GDT, BOOT_INFO, BOOT_PAGE_TABLES, BOOT_STACK};
 use crate::vm::memory::Ram;
@@ -20,6 +23,8 @@ const RFLAGS: u64 = 2;
 const PRESENT_WRITABLE: u64 = 3;
 const LARGE_PAGE: u64 = 1 << 7;
 const PAGE: u64 = 0x1000;
+/// Five descriptors.
+const GDT_SIZE: u64 = 40;
 
 /// Selectors of Linux' boot protocol.
 const CODE: u16 = 0x10;
@@ -43,6 +48,39 @@ pub fn general(entry: Entry) -> kvm_regs {
             rflags: RFLAGS,
             ..Default::default()
         },
+        // CS and IP as for any address: the 64 KiB that it lies in, and where.
+        Entry::Flat(Mode::Real, address) => kvm_regs {
+            rip: address & 0xffff,
+            rflags: RFLAGS,
+            ..Default::default()
+        },
+        Entry::Flat(Mode::Protected | Mode::Long, rip) => kvm_regs {
+            rip,
+            rsp: BOOT_STACK,
+            rflags: RFLAGS,
+            ..Default::default()
+        },
+    }
+}
+
+/// Real mode: the state after a reset, with CS where an address below 1 MiB is.
+fn real_mode(address: u64, sregs: &mut kvm_sregs) {
+    sregs.cs.base = address & !0xffff;
+    sregs.cs.selector = (sregs.cs.base >> 4) as u16;
+}
+
+fn is_long(entry: Entry) -> bool {
+    matches!(entry, Entry::Linux64(_) | Entry::Flat(Mode::Long, _))
+}
+
+/// Where [`special`] writes its tables for `entry`.
+pub fn tables(entry: Entry) -> &'static [Range<u64>] {
+    const GDT: Range<u64> = BOOT_GDT..BOOT_GDT + GDT_SIZE;
+    const PAGING: Range<u64> = BOOT_PAGE_TABLES..BOOT_PAGE_TABLES + 6 * PAGE;
+    match entry {
+        Entry::Flat(Mode::Real, _) => &[],
+        _ if is_long(entry) => &[GDT, PAGING],
+        _ => &[GDT],
     }
 }
 
@@ -89,7 +127,11 @@ fn descriptor(segment: &kvm_segment) -> u64 {
 /// # Errors
 /// When there is no memory to write to.
 pub fn special(entry: Entry, ram: &Ram, sregs: &mut kvm_sregs) -> Result<(), Error> {
-    let long = matches!(entry, Entry::Linux64(_));
+    if let Entry::Flat(Mode::Real, address) = entry {
+        real_mode(address, sregs);
+        return Ok(());
+    }
+    let long = is_long(entry);
     let code = segment(CODE, 0xb, long);
     let data = segment(DATA, 0x3, false);
     let task = kvm_segment {
@@ -112,7 +154,7 @@ pub fn special(entry: Entry, ram: &Ram, sregs: &mut kvm_sregs) -> Result<(), Err
         memory.write_obj(entry, GuestAddress(at)).map_err(error)?;
     }
     sregs.gdt.base = BOOT_GDT;
-    sregs.gdt.limit = size_of_val(&gdt) as u16 - 1;
+    sregs.gdt.limit = GDT_SIZE as u16 - 1;
     sregs.idt.base = 0;
     sregs.idt.limit = 0;
     sregs.cs = code;
@@ -173,10 +215,25 @@ mod tests {
         assert_eq!((sregs.cr0 & CR0_PG, sregs.efer, sregs.cs.l), (0, 0, 0));
         special(Entry::Linux64(0x10_0000), &ram, &mut sregs).unwrap();
         assert_eq!((sregs.efer, sregs.cs.l), (EFER_LME | EFER_LMA, 1));
+        special(Entry::Flat(Mode::Long, 0x10_0000), &ram, &mut sregs).unwrap();
+        assert_eq!((sregs.efer, sregs.cs.l), (EFER_LME | EFER_LMA, 1));
         let last: u64 = ram
             .memory()
             .read_obj(GuestAddress(BOOT_PAGE_TABLES + 6 * PAGE - 8))
             .unwrap();
         assert_eq!(last, 0xffe0_0000 | PRESENT_WRITABLE | LARGE_PAGE);
+    }
+
+    #[test]
+    fn real_mode_begins_in_the_segment_of_its_address() {
+        let ram = Ram::new("16M".parse().unwrap()).unwrap();
+        for (address, selector, ip) in [(0xf_fff0, 0xf000, 0xfff0), (0x7c00, 0, 0x7c00)] {
+            let entry = Entry::Flat(Mode::Real, address);
+            let mut sregs = kvm_sregs::default();
+            special(entry, &ram, &mut sregs).unwrap();
+            assert_eq!(sregs.cs.selector, selector);
+            assert_eq!((sregs.cs.base + ip, general(entry).rip), (address, ip));
+            assert!(tables(entry).is_empty());
+        }
     }
 }

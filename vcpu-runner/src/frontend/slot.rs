@@ -175,16 +175,9 @@ fn open_endpoint(spec: &DeviceSpec) -> Result<UnixStream, Error> {
             .map(UnixStream::from)
             .map_err(|e| error(&format!("fd {fd}"), e)),
         Endpoint::Path(path) => {
-            let deadline = Instant::now() + CONNECT_DEADLINE;
-            loop {
-                match UnixStream::connect(path) {
-                    Ok(stream) => return Ok(stream),
-                    Err(e) if Instant::now() >= deadline => {
-                        return Err(error(&format!("connecting to {}", path.display()), e));
-                    }
-                    Err(_) => std::thread::sleep(Duration::from_millis(10)),
-                }
-            }
+            let deadline = Some(Instant::now() + CONNECT_DEADLINE);
+            outrigger_cli::socket::connect(path, deadline)
+                .map_err(|e| error(&format!("connecting to {}", path.display()), e))
         }
     }
 }

@@ -4,8 +4,10 @@
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_EXCEPTION, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR,
     KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MMIO,
-    KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_CRASH,
-    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
+    KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_INTERNAL_ERROR_DELIVERY_EV,
+    KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX,
+    KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
 };
 
 /// What is to be done.
@@ -74,27 +76,42 @@ pub fn decode(run: &mut kvm_run) -> Exit<'_> {
         }
         KVM_EXIT_FAIL_ENTRY => {
             // SAFETY: as above.
-            let reason = unsafe {
-                run.__bindgen_anon_1
-                    .fail_entry
-                    .hardware_entry_failure_reason
-            };
+            let entry = unsafe { run.__bindgen_anon_1.fail_entry };
             Exit::Fatal(format!(
-                "the hardware refuses to run the guest, reason {reason:#x}"
+                "the hardware refuses to enter the guest, reason {:#x} on CPU {}: the host's \
+                 processor does not allow this state of the registers",
+                entry.hardware_entry_failure_reason, entry.cpu
             ))
         }
         KVM_EXIT_INTERNAL_ERROR => {
             // SAFETY: as above.
-            let suberror = unsafe { run.__bindgen_anon_1.internal.suberror };
-            Exit::Fatal(if suberror == KVM_INTERNAL_ERROR_EMULATION {
-                "KVM internal error 1: this host's KVM cannot emulate the instruction".into()
-            } else {
-                format!("KVM internal error {suberror}")
-            })
+            Exit::Fatal(internal_error(
+                unsafe { run.__bindgen_anon_1.internal }.suberror,
+            ))
         }
         KVM_EXIT_EXCEPTION | KVM_EXIT_DEBUG => Exit::Fatal("unexpected debug exit".into()),
         other => Exit::Fatal(format!("unknown exit reason {other}")),
     }
+}
+
+/// What a KVM internal error means.
+fn internal_error(suberror: u32) -> String {
+    let why = match suberror {
+        KVM_INTERNAL_ERROR_EMULATION => {
+            "the instruction emulator of this host's KVM does not know the instruction at rip, \
+             and on a host with KVM-PVM all guest kernel code goes through it"
+        }
+        KVM_INTERNAL_ERROR_SIMUL_EX => "exceptions came while others were being delivered",
+        KVM_INTERNAL_ERROR_DELIVERY_EV => {
+            "this host's KVM cannot deliver an interrupt or exception whose handler or stack is \
+             no ordinary memory"
+        }
+        KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON => {
+            "the processor left the guest for a reason that this host's KVM does not know"
+        }
+        _ => "this host's KVM does not say more",
+    };
+    format!("KVM internal error, suberror {suberror}: {why}")
 }
 
 fn port(run: &mut kvm_run) -> Exit<'_> {
@@ -199,5 +216,24 @@ mod tests {
             decode(&mut run(KVM_EXIT_INTERNAL_ERROR)),
             Exit::Fatal(_)
         ));
+    }
+
+    #[test]
+    fn what_kvm_cannot_do_is_said_in_words() {
+        let text = |run: &mut kvm_run| match decode(run) {
+            Exit::Fatal(why) => why,
+            other => panic!("{other:?}"),
+        };
+        for (suberror, words) in [(1, "emulator"), (3, "deliver"), (99, "suberror 99")] {
+            let mut run = run(KVM_EXIT_INTERNAL_ERROR);
+            run.__bindgen_anon_1.internal.suberror = suberror;
+            assert!(text(&mut run).contains(words));
+        }
+        let mut run = run(KVM_EXIT_FAIL_ENTRY);
+        run.__bindgen_anon_1
+            .fail_entry
+            .hardware_entry_failure_reason = 0x8000_0021;
+        run.__bindgen_anon_1.fail_entry.cpu = 3;
+        assert!(text(&mut run).contains("reason 0x80000021 on CPU 3"));
     }
 }

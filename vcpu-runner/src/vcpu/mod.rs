@@ -2,6 +2,7 @@
 //! tested by itself; [`state`] is who may run and who stands still; this file
 //! joins them.
 
+pub mod dump;
 pub mod exit;
 pub mod io;
 pub mod registers;
@@ -28,8 +29,8 @@ pub enum Report {
     Reset,
     /// The guest asked for power-off by way of the CPU.
     PowerOff,
-    /// A triple fault: no exception handler was left to call.
-    TripleFault,
+    /// A triple fault of this vCPU: no exception handler was left to call.
+    TripleFault(usize),
     /// KVM cannot go on.
     Fatal(String),
 }
@@ -42,6 +43,8 @@ pub struct Shared {
     pub entry: Mutex<Entry>,
     /// Where accesses go.
     pub io: Io,
+    /// Print the registers before the run.
+    pub show_registers: bool,
 }
 
 /// A vCPU before its thread runs.
@@ -123,9 +126,7 @@ impl Vcpu {
         match self.fd.run() {
             Ok(_) => {}
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Ok(None),
-            Err(e) => {
-                return Err(Error::kvm(format!("vCPU {}: KVM_RUN", self.index))(e));
-            }
+            Err(e) => return Ok(Some(self.fatal(format!("KVM_RUN: {e}")))),
         }
         self.deal_with_exit()
     }
@@ -155,15 +156,12 @@ impl Vcpu {
             }
             Exit::Again => None,
             Exit::Shutdown => {
-                tracing::error!("vCPU {index}: triple fault; {}", self.describe());
-                Some(Report::TripleFault)
+                self.dump("triple fault");
+                Some(Report::TripleFault(index))
             }
             Exit::PowerOff => Some(Report::PowerOff),
             Exit::Reset => Some(Report::Reset),
-            Exit::Fatal(why) => Some(Report::Fatal(format!(
-                "vCPU {index}: {why}; {}",
-                self.describe()
-            ))),
+            Exit::Fatal(why) => Some(self.fatal(why)),
         })
     }
 
@@ -174,7 +172,10 @@ impl Vcpu {
             self.fd.set_kvm_immediate_exit(1);
             match self.fd.run() {
                 Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Ok(()),
-                Err(e) => return Err(Error::kvm(format!("vCPU {}: KVM_RUN", self.index))(e)),
+                Err(e) => {
+                    (self.report)(self.fatal(format!("KVM_RUN: {e}")));
+                    return Ok(());
+                }
                 // A string instruction goes on with its next item.
                 Ok(_) => {}
             }
@@ -192,10 +193,20 @@ impl Vcpu {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         self.initial
-            .apply(&self.fd, self.index, entry, &self.shared.ram)
+            .apply(&self.fd, self.index, entry, &self.shared.ram)?;
+        if self.shared.show_registers {
+            self.dump("before the run");
+        }
+        Ok(())
     }
 
-    fn describe(&self) -> String {
-        registers::describe(&self.fd)
+    /// This vCPU cannot go on.
+    fn fatal(&self, why: String) -> Report {
+        self.dump("cannot go on");
+        Report::Fatal(format!("vCPU {}: {why}", self.index))
+    }
+
+    fn dump(&self, title: &str) {
+        dump::print(&self.fd, self.index, &self.shared.ram, title);
     }
 }

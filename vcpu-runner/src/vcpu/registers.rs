@@ -146,29 +146,3 @@ fn write_msrs(fd: &VcpuFd, mut rest: &[kvm_msr_entry]) {
         rest = rest.get(count + 1..).unwrap_or_default();
     }
 }
-
-/// The registers that tell where a vCPU was when it could not go on.
-pub fn describe(fd: &VcpuFd) -> String {
-    let (Ok(regs), Ok(sregs)) = (fd.get_regs(), fd.get_sregs()) else {
-        return "its registers cannot be read".into();
-    };
-    format!(
-        "rip={:#x} rsp={:#x} rflags={:#x} rax={:#x} rbx={:#x} rcx={:#x} rdx={:#x} rsi={:#x} \
-         rdi={:#x} cs={:#x} cr0={:#x} cr2={:#x} cr3={:#x} cr4={:#x} efer={:#x}",
-        regs.rip,
-        regs.rsp,
-        regs.rflags,
-        regs.rax,
-        regs.rbx,
-        regs.rcx,
-        regs.rdx,
-        regs.rsi,
-        regs.rdi,
-        sregs.cs.selector,
-        sregs.cr0,
-        sregs.cr2,
-        sregs.cr3,
-        sregs.cr4,
-        sregs.efer,
-    )
-}

@@ -112,15 +112,19 @@ impl Ram {
     /// # Errors
     /// When the host has no such memory, or not enough huge pages.
     pub fn new(spec: MemorySpec) -> Result<Self, Error> {
+        let error = |why: String| Error::Memory {
+            bytes: spec.size,
+            why,
+        };
+        let host = host_memory();
+        if spec.size > host {
+            return Err(error(format!("this host has {host} bytes, swap included")));
+        }
         let low = spec.size.min(LOW_RAM_END);
         let mut ranges = vec![(0, low)];
         if spec.size > low {
             ranges.push((HIGH_RAM, spec.size - low));
         }
-        let error = |why: String| Error::Memory {
-            bytes: spec.size,
-            why,
-        };
         let regions = ranges
             .into_iter()
             .map(|(start, size)| region(start, size, spec.pages).map_err(error))
@@ -190,6 +194,14 @@ impl Ram {
     }
 }
 
+/// Memory and swap of this host in bytes (sysinfo(2)).
+fn host_memory() -> u64 {
+    let info = rustix::system::sysinfo();
+    info.totalram
+        .saturating_add(info.totalswap)
+        .saturating_mul(info.mem_unit.into())
+}
+
 fn region(start: u64, size: u64, pages: Pages) -> Result<GuestRegionMmap<()>, String> {
     let hugetlb = match pages {
         Pages::Huge2M => Some(HugetlbSize::Huge2MB),
@@ -224,7 +236,13 @@ fn region(start: u64, size: u64, pages: Pages) -> Result<GuestRegionMmap<()>, St
         libc::PROT_READ | libc::PROT_WRITE,
         libc::MAP_SHARED | reserve,
     )
-    .map_err(|e| format!("mmap: {e}"))?;
+    .map_err(|e| match hugetlb {
+        Some(_) => format!(
+            "not enough free huge pages of {} MiB: {e}",
+            pages.size() / MIB
+        ),
+        None => format!("mmap: {e}"),
+    })?;
     if pages == Pages::Transparent {
         // SAFETY: the range is the mapping just made, and advice changes no content.
         unsafe { rustix::mm::madvise(mapping.as_ptr().cast(), length, Advice::LinuxHugepage) }

@@ -1,0 +1,182 @@
+//! `--probe`: what this host offers to guests and to the sandbox, and what to do
+//! where guests cannot run. `host` reads files of proc(5) and sysfs; the report
+//! is documented in docs/probe.md.
+
+mod host;
+mod text;
+
+use std::path::Path;
+
+use kvm_ioctls::Kvm;
+use outrigger_protocol::exit;
+use serde::Serialize;
+
+use crate::Error;
+use crate::options::Format;
+use crate::vm::host as kvm_host;
+use crate::vm::host::{DEVICE, NEEDS, Need, USES};
+
+/// Everything that `--probe` tells; in JSON, one object with these keys.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// Whether the runner can run guests here.
+    runs_guests: bool,
+    /// Why not.
+    problem: Option<Problem>,
+    cpu: host::Cpu,
+    kvm: Option<KvmReport>,
+    memory: host::Memory,
+    sandbox: host::Sandbox,
+}
+
+/// What is in the way.
+#[derive(Debug, Serialize)]
+struct Problem {
+    what: String,
+    remedy: String,
+}
+
+/// What an open /dev/kvm says.
+#[derive(Debug, Serialize)]
+struct KvmReport {
+    api_version: i32,
+    recommended_vcpus: usize,
+    max_vcpus: usize,
+    max_vcpu_id: usize,
+    capabilities: Vec<Capability>,
+}
+
+#[derive(Debug, Serialize)]
+struct Capability {
+    name: &'static str,
+    /// Guests cannot run without it.
+    needed: bool,
+    /// What KVM_CHECK_EXTENSION answers; 0 is absent.
+    value: i32,
+    purpose: &'static str,
+}
+
+impl Report {
+    /// Asks this host.
+    fn gather() -> Self {
+        let opened = Kvm::new().map_err(|e| std::io::Error::from_raw_os_error(e.errno()));
+        let opened = opened.map_err(Error::KvmOpen);
+        let checked = match &opened {
+            Ok(kvm) => kvm_host::check(kvm).err(),
+            Err(_) => None,
+        };
+        let problem = opened.as_ref().err().or(checked.as_ref()).map(problem);
+        Report {
+            runs_guests: problem.is_none(),
+            problem,
+            cpu: host::Cpu::read(Path::new("/")),
+            kvm: opened.ok().map(|kvm| KvmReport::read(&kvm)),
+            memory: host::Memory::read(Path::new("/")),
+            sandbox: host::Sandbox::read(Path::new("/")),
+        }
+    }
+}
+
+fn problem(error: &Error) -> Problem {
+    let (what, remedy) = match error {
+        Error::KvmOpen(e) => (format!("{DEVICE}: {e}"), kvm_host::remedy(e).to_owned()),
+        Error::KvmVersion(_) => (
+            error.to_string(),
+            "another program answers as /dev/kvm, or the kernel is from before 2007".to_owned(),
+        ),
+        other => (
+            other.to_string(),
+            "use a newer kernel, or one that was built with it".to_owned(),
+        ),
+    };
+    Problem { what, remedy }
+}
+
+impl KvmReport {
+    fn read(kvm: &Kvm) -> Self {
+        let capability = |needed: bool| {
+            move |need: &Need| Capability {
+                name: need.name,
+                needed,
+                value: kvm.check_extension_int(need.cap),
+                purpose: need.why,
+            }
+        };
+        let needs = NEEDS.iter().map(capability(true));
+        let uses = USES.iter().map(capability(false));
+        KvmReport {
+            api_version: kvm.get_api_version(),
+            recommended_vcpus: kvm.get_nr_vcpus(),
+            max_vcpus: kvm.get_max_vcpus(),
+            max_vcpu_id: kvm.get_max_vcpu_id(),
+            capabilities: needs.chain(uses).collect(),
+        }
+    }
+}
+
+/// Prints the report on standard output; returns the exit code.
+pub fn run(format: Format) -> u8 {
+    use std::io::Write as _;
+    let report = Report::gather();
+    let text = match format {
+        Format::Text => text::render(&report),
+        Format::Json => serde_json::to_string(&report).unwrap_or_default() + "\n",
+    };
+    if let Err(error) = std::io::stdout().lock().write_all(text.as_bytes()) {
+        eprintln!("vcpu-runner: --probe: standard output: {error}");
+        return exit::FAILURE;
+    }
+    match &report.problem {
+        None => exit::POWERED_OFF,
+        Some(problem) => {
+            eprintln!("vcpu-runner: {}; {}", problem.what, problem.remedy);
+            exit::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_is_in_the_way_comes_with_a_remedy() {
+        let need = &NEEDS[0];
+        let missing = Error::KvmCapability {
+            name: need.name,
+            why: need.why,
+        };
+        let open = |errno| Error::KvmOpen(std::io::Error::from_raw_os_error(errno));
+        for (error, what, remedy) in [
+            (open(libc::ENOENT), "No such file", "module"),
+            (open(libc::EACCES), "Permission denied", "group"),
+            (open(libc::ENODEV), "No such device", "kernel's log"),
+            (Error::KvmVersion(11), "version 11", "kernel"),
+            (missing, need.name, "newer kernel"),
+        ] {
+            let problem = problem(&error);
+            assert!(problem.what.contains(what), "{problem:?}");
+            assert!(problem.remedy.contains(remedy), "{problem:?}");
+        }
+    }
+
+    #[test]
+    fn the_text_names_what_is_missing() {
+        let mut report = Report::gather();
+        report.kvm = Some(KvmReport {
+            api_version: 12,
+            recommended_vcpus: 1,
+            max_vcpus: 2,
+            max_vcpu_id: 3,
+            capabilities: vec![Capability {
+                name: "KVM_CAP_X",
+                needed: true,
+                value: 0,
+                purpose: "this and that",
+            }],
+        });
+        let text = text::render(&report);
+        let line = "MISSING       KVM_CAP_X: this and that";
+        assert!(text.lines().any(|l| l == line), "{text}");
+    }
+}
