@@ -19,6 +19,7 @@ need nsenter util-linux
 need setpriv util-linux
 need gcc gcc
 need python3 python3-minimal
+need systemd-analyze systemd
 if [ ${#missing[@]} -gt 0 ]; then
     say "installing ${missing[*]}"
     if [ "$(id -u)" != 0 ]; then
@@ -30,6 +31,10 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 
 skip=()
+say "foreign vhost-user programs (built once, kept in the same place as the Linux guest)"
+OUTRIGGER_PEERS=$(tests/peers/build.sh | tail -n 1)
+export OUTRIGGER_PEERS
+echo "$OUTRIGGER_PEERS"
 if [ "${OUTRIGGER_SKIP_KVM:-}" = 1 ]; then
     say "tests that need /dev/kvm are left out (OUTRIGGER_SKIP_KVM=1)"
     # By test and not by binary, so that the summary counts them.
@@ -62,7 +67,16 @@ cargo test --workspace --doc --locked --quiet
 
 say "all other tests"
 if command -v cargo-nextest >/dev/null; then
-    exec cargo nextest run --workspace --locked --no-fail-fast "${skip[@]}"
+    log=$(mktemp)
+    trap 'rm -f "$log"' EXIT
+    failed=0
+    cargo nextest run --workspace --locked --no-fail-fast "${skip[@]}" 2>&1 | tee "$log" || failed=$?
+    say "who served whom (docs/interop.md)"
+    tests/interop.py "${CARGO_TARGET_DIR:-target}/nextest/default/junit.xml"
+    # The runner's own words once more, where one looks for them.
+    printf '\n'
+    sed -n '/^ *Summary \[/,$p' "$log"
+    exit "$failed"
 fi
 # Without cargo-nextest: cargo's own runner, one binary after the other.
 if [ "${OUTRIGGER_SKIP_KVM:-}" = 1 ]; then
