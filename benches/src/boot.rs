@@ -1,20 +1,17 @@
 //! exec → the Linux test guest's first program says that it runs. Each machine has
 //! a disk, a network card, a virtio console and a serial port.
 
-use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use outrigger_tests::linux::{PATIENCE, guest, linux, wait_end, wait_serial};
+use outrigger_tests::linux::{linux, wait_end, wait_serial};
+use outrigger_tests::qemu::{Board, Qemu};
 
 use crate::median;
 
 /// A boot takes seconds.
 const ROUNDS: usize = 3;
 const SAID: &str = "GUEST up";
-/// Stops when the guest is up.
-const JOB: &str = "console=ttyS0 quiet outrigger.job=";
 
 pub fn run() {
     let disk = tempfile::NamedTempFile::new().expect("a file in the temporary directory");
@@ -23,9 +20,8 @@ pub fn run() {
     // In turns, so that all see the same noise.
     for _ in 0..ROUNDS {
         ours.push(outrigger());
-        let machine = "microvm,acpi=off,rtc=off,pit=off,pic=off,isa-serial=on";
-        microvm.push(qemu(machine, "device", disk.path()));
-        q35.push(qemu("q35", "pci", disk.path()));
+        microvm.push(qemu(Board::Microvm, "device", disk.path()));
+        q35.push(qemu(Board::Q35, "pci", disk.path()));
     }
     let [ours, microvm, q35] = [&mut ours, &mut microvm, &mut q35].map(|times| median(times));
     println!("outrigger, four device processes   {ours:>9.2} s");
@@ -53,41 +49,19 @@ fn outrigger() -> f64 {
     time
 }
 
-/// A machine whose virtio devices are called `virtio-…-BUS`.
-fn qemu(machine: &str, bus: &str, disk: &Path) -> f64 {
+/// QEMU with devices of its own, which are called `virtio-…-BUS` on this board.
+fn qemu(board: Board, bus: &str, disk: &Path) -> f64 {
+    let machine = Qemu::new(board, 1, 128, "outrigger.job=").args([
+        format!("-drive=if=none,id=d,format=raw,file={}", disk.display()),
+        format!("-device=virtio-blk-{bus},drive=d"),
+        "-netdev=user,id=n,restrict=on".to_owned(),
+        format!("-device=virtio-net-{bus},netdev=n"),
+        format!("-device=virtio-serial-{bus}"),
+        "-chardev=null,id=c".to_owned(),
+        "-device=virtconsole,chardev=c".to_owned(),
+    ]);
     let start = Instant::now();
-    let mut qemu = Command::new("qemu-system-x86_64")
-        .args(["-M", machine, "-accel", "kvm", "-m", "128"])
-        .args(["-cpu", "max,-arch-capabilities"])
-        .args(["-nodefaults", "-no-user-config", "-display", "none"])
-        .args(["-no-reboot", "-serial", "stdio"])
-        .args(["-global", "virtio-mmio.force-legacy=false"])
-        .arg("-drive")
-        .arg(format!("if=none,id=d,format=raw,file={}", disk.display()))
-        .args(["-device", &format!("virtio-blk-{bus},drive=d")])
-        .args(["-netdev", "user,id=n,restrict=on"])
-        .args(["-device", &format!("virtio-net-{bus},netdev=n")])
-        .args(["-device", &format!("virtio-serial-{bus}")])
-        .args(["-chardev", "null,id=c", "-device", "virtconsole,chardev=c"])
-        .args(["-append", JOB, "-kernel"])
-        .arg(guest("vmlinux"))
-        .arg("-initrd")
-        .arg(guest("initramfs.cpio"))
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("qemu-system-x86_64");
-    let output = BufReader::new(qemu.stdout.take().expect("piped"));
-    // Ends with QEMU, at the latest when the guest is through.
-    let said = output
-        .lines()
-        .map_while(Result::ok)
-        .any(|line| line.contains(SAID));
-    let time = start.elapsed();
-    // Ours, by its own handle; microvm without ACPI cannot power off.
-    let _ = qemu.kill();
-    let _ = qemu.wait();
-    assert!(said, "{machine}: the guest did not come up");
-    assert!(time < PATIENCE, "{machine} took {time:?}");
-    Duration::as_secs_f64(&time)
+    let machine = machine.start();
+    machine.wait_serial(SAID);
+    start.elapsed().as_secs_f64()
 }

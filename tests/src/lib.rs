@@ -23,11 +23,8 @@ pub mod qemu;
 pub mod queue;
 pub mod ram;
 pub mod raw;
-<<<<<<< HEAD
-pub mod scripted;
-=======
 pub mod runner;
->>>>>>> 10ed2277c978217b0a01903515c42954f371be76
+pub mod scripted;
 
 use std::time::{Duration, Instant};
 

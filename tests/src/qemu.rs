@@ -132,6 +132,12 @@ impl Qemu {
         self
     }
 
+    /// Adds options of QEMU's own.
+    pub fn args<S: AsRef<std::ffi::OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+        self.launch = self.launch.args(args);
+        self
+    }
+
     /// Starts it.
     pub fn start(self) -> Running {
         Running {
