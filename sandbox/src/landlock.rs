@@ -53,3 +53,36 @@ fn abi(status: &RestrictionStatus) -> u32 {
         LandlockStatus::NotEnabled | LandlockStatus::NotImplemented => 0,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{File, remove_file};
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn files_are_removed_in_one_directory_only() {
+        let ours = tempfile::tempdir().unwrap();
+        let other = tempfile::tempdir().unwrap();
+        for directory in [&ours, &other] {
+            File::create(directory.path().join("file")).unwrap();
+        }
+        // Only the thread that asks for it is bound, so the others clean up.
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                let directory = File::open(ours.path()).unwrap();
+                if !remove_files_only_in(directory.as_fd()).unwrap() {
+                    eprintln!("skipped: no Landlock in this kernel");
+                    return;
+                }
+                remove_file(ours.path().join("file")).unwrap();
+                let error = remove_file(other.path().join("file")).unwrap_err();
+                assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
+                // Everything else goes on as before.
+                File::create(other.path().join("new")).unwrap();
+            });
+            thread.join().unwrap();
+        });
+    }
+}
