@@ -18,6 +18,8 @@ need e2fsck e2fsprogs
 need nsenter util-linux
 need setpriv util-linux
 need gcc gcc
+need objcopy binutils
+need unshare util-linux
 need python3 python3-minimal
 need systemd-analyze systemd
 if [ ${#missing[@]} -gt 0 ]; then

@@ -51,15 +51,18 @@ fn outrigger() -> f64 {
 
 /// QEMU with devices of its own, which are called `virtio-…-BUS` on this board.
 fn qemu(board: Board, bus: &str, disk: &Path) -> f64 {
-    let machine = Qemu::new(board, 1, 128, "outrigger.job=").args([
-        format!("-drive=if=none,id=d,format=raw,file={}", disk.display()),
-        format!("-device=virtio-blk-{bus},drive=d"),
-        "-netdev=user,id=n,restrict=on".to_owned(),
-        format!("-device=virtio-net-{bus},netdev=n"),
-        format!("-device=virtio-serial-{bus}"),
-        "-chardev=null,id=c".to_owned(),
-        "-device=virtconsole,chardev=c".to_owned(),
-    ]);
+    let drive = format!("if=none,id=d,format=raw,file={}", disk.display());
+    let options = [
+        ("-drive", drive),
+        ("-device", format!("virtio-blk-{bus},drive=d")),
+        ("-netdev", "user,id=n,restrict=on".to_owned()),
+        ("-device", format!("virtio-net-{bus},netdev=n")),
+        ("-device", format!("virtio-serial-{bus}")),
+        ("-chardev", "null,id=c".to_owned()),
+        ("-device", "virtconsole,chardev=c".to_owned()),
+    ];
+    let machine = Qemu::new(board, 1, 128, "outrigger.job=")
+        .args(options.iter().flat_map(|(option, value)| [*option, value]));
     let start = Instant::now();
     let machine = machine.start();
     machine.wait_serial(SAID);
