@@ -109,7 +109,12 @@ fn open(options: &Options) -> anyhow::Result<(Tap, bool)> {
         return Ok((tap.with_context(|| format!("--tap-fd {fd}"))?, false));
     }
     let name = options.tap.as_deref().unwrap_or_default();
+    let was_there = interface::exists(name);
     let tap = Tap::create(name).with_context(|| format!("--tap {name}"))?;
+    if !was_there {
+        // It may be a slip of the pen: nobody is at the far end.
+        tracing::warn!("--tap {name}: there was none; made one that ends with this process");
+    }
     Ok((tap, false))
 }
 
