@@ -27,6 +27,8 @@ macro_rules! contract {
                 memory {
                     takes_memory_region_by_region
                     works_on_while_memory_is_replaced
+                    works_on_while_regions_come_and_go
+                    returns_requests_into_a_region_that_is_gone
                     refuses_impossible_regions
                 }
                 rings {
