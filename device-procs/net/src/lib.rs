@@ -22,7 +22,8 @@ use crate::interface::{Interface, Network};
 use crate::net::Net;
 use crate::tap::Tap;
 
-const QUEUE_SIZE: u16 = 256;
+/// QEMU's virtio-mmio offers rings of this size whatever the device.
+const QUEUE_SIZE: u16 = 1024;
 /// What an interface has that was not asked (RFC 894), in bytes.
 const USUAL_MTU: u16 = 1500;
 

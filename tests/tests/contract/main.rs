@@ -43,6 +43,7 @@ macro_rules! contract {
                     interrupt_only_when_asked
                     do_not_lose_an_interrupt
                     take_indirect_descriptors
+                    have_up_to_1024_entries
                     wrap_around
                     work_without_event_idx
                 }
