@@ -1,6 +1,7 @@
-//! Benchmarks of whole machines, each beside a peer in the same run.
+//! Benchmarks of machines and device processes, each beside a peer in the same run.
 
 mod boot;
+mod disk;
 mod first_byte;
 mod memory;
 mod trap;
@@ -17,11 +18,12 @@ fn median<T: Copy + PartialOrd>(values: &mut [T]) -> T {
 
 fn main() -> ExitCode {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
-    let all: [(&str, fn()); 4] = [
+    let all: [(&str, fn()); 5] = [
         ("boot", boot::run),
         ("first-byte", first_byte::run),
         ("trap", trap::run),
         ("memory", memory::run),
+        ("disk", disk::run),
     ];
     if let Some(unknown) = wanted.iter().find(|w| all.iter().all(|a| a.0 != **w)) {
         eprintln!("no benchmark is called {unknown}");

@@ -16,7 +16,8 @@ const LONGEST: usize = 107;
 /// somebody serves is not.
 ///
 /// # Errors
-/// bind(2)'s own, and one for a path that is too long (unix(7)).
+/// bind(2)'s own; a path that is too long (unix(7)), that somebody serves, that names
+/// a file of another kind or lies in no directory is called so.
 pub fn bind(path: &Path) -> io::Result<UnixListener> {
     if path.as_os_str().len() > LONGEST {
         let why = format!("longer than the {LONGEST} bytes that a socket's path may have");
@@ -24,14 +25,24 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
     }
     match UnixListener::bind(path) {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
-            let stale = path.symlink_metadata()?.file_type().is_socket()
-                && matches!(UnixStream::connect(path),
-                    Err(e) if e.kind() == io::ErrorKind::ConnectionRefused);
-            if !stale {
-                return Err(e);
+            if !path.symlink_metadata()?.file_type().is_socket() {
+                return Err(io::Error::new(
+                    e.kind(),
+                    "a file that is no socket is there",
+                ));
+            }
+            match UnixStream::connect(path) {
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {}
+                _ => {
+                    let why = "a process listens there already";
+                    return Err(io::Error::new(e.kind(), why));
+                }
             }
             std::fs::remove_file(path)?;
             UnixListener::bind(path)
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            Err(io::Error::new(e.kind(), "its directory does not exist"))
         }
         result => result,
     }

@@ -5,7 +5,9 @@
 //! * [`ram`] is guest memory, shared as the runner shares it;
 //! * [`queue`] is a split virtqueue from the driver's side;
 //! * [`guest`] ties them together over vhost-user: negotiate, share memory,
-//!   start and stop rings.
+//!   start and stop rings;
+//! * [`driver`] is another front end for disks, other people's, and [`qemu`] another
+//!   monitor.
 //!
 //! Everything here panics when something is wrong, and every wait has a
 //! deadline: this crate is for tests only.
@@ -13,6 +15,7 @@
 pub mod binaries;
 pub mod console;
 pub mod disk;
+pub mod driver;
 pub mod guest;
 pub mod launcher;
 pub mod linux;

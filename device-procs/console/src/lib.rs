@@ -26,7 +26,8 @@ use outrigger_sandbox::{Check, Rule};
 use crate::backend::Backend;
 use crate::console::Console;
 
-const QUEUE_SIZE: u16 = 256;
+/// QEMU's virtio-mmio offers rings of this size whatever the device.
+const QUEUE_SIZE: u16 = 1024;
 /// VIRTIO_CONSOLE_F_SIZE (virtio 1.2 section 5.3.3).
 const F_SIZE: u64 = 1 << 0;
 

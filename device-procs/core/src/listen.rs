@@ -51,6 +51,15 @@ impl Listener {
         })
     }
 
+    /// Removes the socket that [`Listener::new`] made, for a program that will not serve
+    /// it. In the sandbox this is no longer possible.
+    pub fn abandon(&self, common: &Common) {
+        if let Some(path) = &common.socket_path {
+            // The program ends with an error that says more.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+
     /// Whether front ends are accepted, which the sandbox must then allow.
     pub fn is_listening(&self) -> bool {
         matches!(self, Listener::Listening(_))

@@ -107,7 +107,7 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
         syscalls,
         keep_network,
         restore,
-    } = build()?;
+    } = build().inspect_err(|_| listener.abandon(common))?;
 
     let mut layers = vec![BASE, SOCKET, VHOST_USER, SERVE, syscalls];
     // A device may listen, too, and a call has one rule.

@@ -24,7 +24,10 @@ use outrigger_sandbox::Rule;
 use crate::disk::{Disk, Drive};
 use crate::image::{Image, raw::RawImage};
 
-const QUEUE_SIZE: u16 = 256;
+/// QEMU's virtio-mmio offers rings of this size whatever the device.
+const QUEUE_SIZE: u16 = 1024;
+/// What fits into one request is reckoned for rings of this size.
+const USUAL_QUEUE_SIZE: u16 = 256;
 
 /// Serves a disk image or block device to a virtual machine over vhost-user.
 #[derive(Parser)]
@@ -138,7 +141,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             features: config::features(&geometry, options.queues),
             queues: (0..queues).collect(),
             queue_size: QUEUE_SIZE,
-            config: ConfigSpace::new(config::space(&geometry, options.queues, QUEUE_SIZE)),
+            config: ConfigSpace::new(config::space(&geometry, options.queues, USUAL_QUEUE_SIZE)),
         },
         workers: (0..queues)
             .map(|_| Box::new(Disk::new(Arc::clone(&drive))) as Box<dyn Device>)

@@ -22,7 +22,8 @@ use crate::interface::{Interface, Network};
 use crate::net::Net;
 use crate::tap::Tap;
 
-const QUEUE_SIZE: u16 = 256;
+/// QEMU's virtio-mmio offers rings of this size whatever the device.
+const QUEUE_SIZE: u16 = 1024;
 /// What an interface has that was not asked (RFC 894), in bytes.
 const USUAL_MTU: u16 = 1500;
 
@@ -109,7 +110,12 @@ fn open(options: &Options) -> anyhow::Result<(Tap, bool)> {
         return Ok((tap.with_context(|| format!("--tap-fd {fd}"))?, false));
     }
     let name = options.tap.as_deref().unwrap_or_default();
+    let was_there = interface::exists(name);
     let tap = Tap::create(name).with_context(|| format!("--tap {name}"))?;
+    if !was_there {
+        // It may be a slip of the pen: nobody is at the far end.
+        tracing::warn!("--tap {name}: there was none; made one that ends with this process");
+    }
     Ok((tap, false))
 }
 

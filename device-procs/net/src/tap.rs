@@ -33,6 +33,19 @@ pub struct Tap {
     name: String,
 }
 
+/// What TUNSETIFF's `error` means.
+fn refusal(name: &str, error: io::Error) -> io::Error {
+    let there = interface::exists(name);
+    let why = match error.raw_os_error() {
+        Some(libc::EBUSY) => "another process is attached to it",
+        Some(libc::EINVAL) if there => "no tap device, or one of another kind (with many queues)",
+        Some(libc::EPERM) if there => "it belongs to another user",
+        Some(libc::EPERM) => "there is no such tap device, and this user may not make one",
+        _ => return error,
+    };
+    io::Error::new(error.kind(), why)
+}
+
 impl Tap {
     /// Attaches to the tap device `name`; makes it if there is none.
     ///
@@ -46,7 +59,7 @@ impl Tap {
         request.ifr_ifru.ifru_flags = flags as libc::c_short;
         // SAFETY: TUNSETIFF takes a `struct ifreq`.
         if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &mut request) } < 0 {
-            return Err(io::Error::last_os_error()).context("attaching to it");
+            return Err(refusal(name, io::Error::last_os_error()).into());
         }
         let name = interface::name_of(&request);
         Ok(Tap { fd, name }.with_header()?)

@@ -27,6 +27,8 @@ macro_rules! contract {
                 memory {
                     takes_memory_region_by_region
                     works_on_while_memory_is_replaced
+                    works_on_while_regions_come_and_go
+                    returns_requests_into_a_region_that_is_gone
                     refuses_impossible_regions
                 }
                 rings {
@@ -41,6 +43,7 @@ macro_rules! contract {
                     interrupt_only_when_asked
                     do_not_lose_an_interrupt
                     take_indirect_descriptors
+                    have_up_to_1024_entries
                     wrap_around
                     work_without_event_idx
                 }

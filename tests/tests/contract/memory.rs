@@ -1,8 +1,10 @@
 //! The memory table.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use outrigger_tests::guest::{EVENT_IDX, Guest};
+use outrigger_tests::queue::Buffer;
 use outrigger_tests::ram::Ram;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
@@ -55,6 +57,95 @@ pub fn works_on_while_memory_is_replaced<S: Subject>() {
         queue.kick();
         guest.share_memory();
         guest.queues[S::REQUESTS].wait_all();
+    }
+    device.round_trip(&mut guest);
+}
+
+/// More regions than one message has room for come and go beside those in use, while
+/// requests are in the queue all the time.
+pub fn works_on_while_regions_come_and_go<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let layout: Vec<(u64, u64)> = (0..20u64).map(|i| (i << 30, 1 << 20)).collect();
+    let mut guest = Guest::new(device.process.connect(), Ram::new(&layout));
+    guest.negotiate(EVENT_IDX);
+    let regions = guest.ram.regions();
+    // Rings are in the first region and the last.
+    for region in [&regions[0], &regions[19]] {
+        guest.frontend.add_mem_region(region).unwrap();
+    }
+    for _ in 0..S::QUEUES {
+        guest.add_queue(64);
+    }
+    let request = S::request(&guest.ram);
+    let stop = AtomicBool::new(false);
+    let Guest {
+        frontend, queues, ..
+    } = &mut guest;
+    let queue = &mut queues[S::REQUESTS];
+    let completed = std::thread::scope(|scope| {
+        let feeder = scope.spawn(|| {
+            let mut completed = 0;
+            while !stop.load(Ordering::Acquire) {
+                while queue.room() >= request.len() {
+                    queue.add(&request);
+                }
+                queue.kick();
+                completed += queue.wait_all().len();
+            }
+            completed
+        });
+        for _ in 0..5 {
+            for region in &regions[1..19] {
+                frontend.add_mem_region(region).unwrap();
+            }
+            for region in &regions[1..19] {
+                frontend.remove_mem_region(region).unwrap();
+            }
+        }
+        stop.store(true, Ordering::Release);
+        feeder.join().unwrap()
+    });
+    assert!(completed > 0);
+    device.round_trip(&mut guest);
+}
+
+/// A buffer in a region that was removed is a buffer in no region: its request comes
+/// back, and the next one is served; when the region is there again, so is the buffer.
+pub fn returns_requests_into_a_region_that_is_gone<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let layout: Vec<(u64, u64)> = (0..10u64).map(|i| (i << 30, 1 << 20)).collect();
+    let mut guest = Guest::new(device.process.connect(), Ram::new(&layout));
+    guest.negotiate(EVENT_IDX);
+    let regions = guest.ram.regions();
+    for region in &regions {
+        guest.frontend.add_mem_region(region).unwrap();
+    }
+    for _ in 0..S::QUEUES {
+        guest.add_queue(64);
+    }
+    // The same request, its buffers moved to the region that goes.
+    let request = S::request(&guest.ram);
+    let moved: Vec<Buffer> = request
+        .iter()
+        .map(|buffer| {
+            let len = u64::from(buffer.len);
+            let address = guest.ram.alloc_in(5, len, 16);
+            guest
+                .ram
+                .set(address, &guest.ram.get(buffer.address, len as usize));
+            Buffer { address, ..*buffer }
+        })
+        .collect();
+    let there = guest.queues[S::REQUESTS].run(&moved).len;
+    for _ in 0..3 {
+        guest.frontend.remove_mem_region(&regions[5]).unwrap();
+        let before = guest.ram.get(5 << 30, 1 << 20);
+        assert_eq!(guest.queues[S::REQUESTS].run(&moved).len, 0);
+        // Not a byte was written there: the device has let go of it.
+        assert!(guest.ram.get(5 << 30, 1 << 20) == before);
+        device.round_trip(&mut guest);
+        guest.frontend.add_mem_region(&regions[5]).unwrap();
+        assert_eq!(guest.queues[S::REQUESTS].run(&moved).len, there);
     }
     device.round_trip(&mut guest);
 }

@@ -319,6 +319,18 @@ pub fn take_indirect_descriptors<S: Subject>() {
     device.round_trip(&mut guest);
 }
 
+/// As QEMU's virtio-mmio offers to the guest of any device, which takes all of it.
+pub fn have_up_to_1024_entries<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let mut guest = Guest::new(device.process.connect(), Ram::small());
+    guest.negotiate(S::FEATURES);
+    guest.share_memory();
+    for _ in 0..S::QUEUES {
+        guest.add_queue(1024);
+    }
+    device.round_trip(&mut guest);
+}
+
 pub fn wrap_around<S: Subject>() {
     let mut device = Device::<S>::listening();
     let mut guest = device.boot(EVENT_IDX);

@@ -216,3 +216,22 @@ fn pings_as_nobody(program: &File) {
     assert_eq!(process.status("", "CapEff"), "0000000000000000");
     assert_eq!(process.status("", "Seccomp"), "2");
 }
+
+#[test]
+fn refuses_a_tap_device_that_another_process_is_attached_to() {
+    in_own_network(|| {
+        let launch = Launch::new("device-net").args(["--tap", "outrigger0"]);
+        let first = launch.listening();
+        let made = "--tap outrigger0: there was none; made one that ends with this process";
+        assert!(first.log().contains(made), "{}", first.log());
+        let launch = Launch::new("device-net").args(["--tap", "outrigger0"]);
+        let socket = launch.directory().join("socket");
+        let second = launch
+            .args(["--socket-path".as_ref(), socket.as_os_str()])
+            .spawn();
+        assert_eq!(second.wait().code(), Some(1));
+        let line = "device-net: --tap outrigger0: another process is attached to it";
+        assert_eq!(second.log().trim_end(), line);
+        assert!(!socket.exists());
+    });
+}

@@ -1,0 +1,347 @@
+//! Mistakes in the command lines of device processes: each ends with one line that
+//! names the thing, and with a code that says whether the command line or something
+//! that it names is wrong. Nothing is left behind.
+
+use std::fs::{File, Permissions};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+
+use outrigger_tests::binaries;
+use outrigger_tests::process::{Launch, Process};
+
+/// The command line makes no sense.
+const USAGE: i32 = 2;
+/// What it names is not as it should be.
+const FAILED: i32 = 1;
+
+/// In arguments and messages, the directory of the test.
+const HERE: &str = "@";
+
+/// Files that mistakes are made with.
+fn prepare(directory: &Path) -> UnixListener {
+    std::fs::write(directory.join("image"), [0; 4096]).unwrap();
+    std::fs::write(directory.join("empty"), []).unwrap();
+    std::fs::create_dir(directory.join("folder")).unwrap();
+    UnixListener::bind(directory.join("served")).unwrap()
+}
+
+/// The names in `directory`.
+fn names(directory: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(directory).unwrap();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name != "log")
+        .collect();
+    names.sort();
+    names
+}
+
+fn expect(process: &Process, code: i32, line: &str) {
+    let status = process.wait();
+    let log = process.log();
+    assert_eq!(log.trim_end(), line);
+    assert_eq!(status.code(), Some(code), "{log}");
+}
+
+/// Runs `program` with each command line, for its code and its line without the
+/// program's name in front.
+fn table(program: &str, mistakes: &[(&str, i32, &str)]) {
+    for &(arguments, code, message) in mistakes {
+        let launch = Launch::new(program);
+        let here = launch.directory().to_owned();
+        let _served = prepare(&here);
+        let before = names(&here);
+        let fill = |text: &str| text.replace(HERE, here.to_str().unwrap());
+        let process = launch.args(arguments.split_whitespace().map(fill)).spawn();
+        expect(&process, code, &format!("{program}: {}", fill(message)));
+        assert_eq!(names(&here), before, "{arguments}");
+    }
+}
+
+const LONG: &str = "@/0123456789012345678901234567890123456789012345678901234567890123456789012345678901234567890123456789";
+
+/// Mistakes with the socket are the same for every device; `good` are options of a
+/// device that has nothing else to complain of.
+fn sockets(program: &str, good: &str) {
+    let long = format!("--socket-path {LONG}");
+    let too_long =
+        format!("--socket-path {LONG}: longer than the 107 bytes that a socket's path may have");
+    let mistakes = [
+        (&*long, FAILED, &*too_long),
+        (
+            "--socket-path @/served",
+            FAILED,
+            "--socket-path @/served: a process listens there already",
+        ),
+        (
+            "--socket-path @/image",
+            FAILED,
+            "--socket-path @/image: a file that is no socket is there",
+        ),
+        (
+            "--socket-path @/nowhere/socket",
+            FAILED,
+            "--socket-path @/nowhere/socket: its directory does not exist",
+        ),
+        (
+            "",
+            FAILED,
+            "no socket: give --socket-path or --fd, or use socket activation",
+        ),
+        (
+            "--socket-path @/s --fd 3",
+            USAGE,
+            "the argument '--socket-path <PATH>' cannot be used with '--fd <N>'",
+        ),
+        (
+            "--socket-path @/s --socket-path @/t",
+            USAGE,
+            "the argument '--socket-path <PATH>' cannot be used multiple times",
+        ),
+        (
+            "--fd 1000",
+            FAILED,
+            "--fd 1000: Bad file descriptor (os error 9)",
+        ),
+        (
+            "--fd three",
+            USAGE,
+            "invalid value 'three' for '--fd <N>': invalid digit found in string",
+        ),
+        (
+            "--socket-path @/s --sandbox perhaps",
+            USAGE,
+            "invalid value 'perhaps' for '--sandbox <on|log|off>': sandbox is \"perhaps\", but must be on, log or off",
+        ),
+    ];
+    for (arguments, code, message) in mistakes {
+        table(program, &[(&format!("{good} {arguments}"), code, message)]);
+    }
+    // A descriptor that is no socket.
+    let file = OwnedFd::from(File::open("/dev/null").unwrap());
+    let number = std::os::fd::AsRawFd::as_raw_fd(&file);
+    let launch = Launch::new(program);
+    let here = launch.directory().to_owned();
+    let _served = prepare(&here);
+    let good = good.replace(HERE, here.to_str().unwrap());
+    let process = launch
+        .args(good.split_whitespace())
+        .pass("--fd", file)
+        .spawn();
+    let line = format!("{program}: --fd {number}: Socket operation on non-socket (os error 88)");
+    expect(&process, FAILED, &line);
+}
+
+#[test]
+fn sockets_of_the_disk() {
+    sockets("device-disk", "--blk-file @/image");
+}
+
+#[test]
+fn sockets_of_the_network() {
+    sockets("device-net", "--isolated");
+}
+
+#[test]
+fn sockets_of_the_console() {
+    sockets("device-console", "--pty");
+}
+
+#[test]
+fn images() {
+    table(
+        "device-disk",
+        &[
+            (
+                "--socket-path @/s --blk-file @/missing",
+                FAILED,
+                "--blk-file @/missing: No such file or directory (os error 2)",
+            ),
+            (
+                "--socket-path @/s --blk-file @/folder",
+                FAILED,
+                "--blk-file @/folder: neither a regular file nor a block device",
+            ),
+            (
+                "--socket-path @/s --blk-file @/folder --read-only",
+                FAILED,
+                "--blk-file @/folder: neither a regular file nor a block device",
+            ),
+            (
+                "--socket-path @/s --blk-file /dev/null",
+                FAILED,
+                "--blk-file /dev/null: neither a regular file nor a block device",
+            ),
+            (
+                "--socket-path @/s --blk-file @/empty",
+                FAILED,
+                "--blk-file @/empty: it is empty: no disk has 0 bytes",
+            ),
+            (
+                "--socket-path @/s",
+                USAGE,
+                "the following required arguments were not provided: --blk-file <PATH>",
+            ),
+            (
+                "--socket-path @/s --blk-file @/image --blk-file @/image",
+                USAGE,
+                "the argument '--blk-file <PATH>' cannot be used multiple times",
+            ),
+            (
+                "--socket-path @/s --blk-file @/image --queues 65",
+                USAGE,
+                "invalid value '65' for '--queues <N>': 65 is not in 1..=64",
+            ),
+            (
+                "--socket-path @/s --blk-file @/image --serial 012345678901234567890",
+                USAGE,
+                "invalid value '012345678901234567890' for '--serial <TEXT>': longer than 20 bytes",
+            ),
+            (
+                "--socket-path @/s --blk-file @/image --lock maybe",
+                USAGE,
+                "invalid value 'maybe' for '--lock <on|off>' [possible values: on, off]",
+            ),
+        ],
+    );
+}
+
+/// By an ordinary user: root may write to any file.
+#[test]
+fn an_image_that_may_only_be_read() {
+    let program = File::open(binaries::binary("device-disk")).unwrap();
+    let launch = Launch::of(&program).as_user(65534);
+    let here = launch.directory().to_owned();
+    std::fs::set_permissions(&here, Permissions::from_mode(0o777)).unwrap();
+    let image = here.join("image");
+    std::fs::write(&image, [0; 4096]).unwrap();
+    std::fs::set_permissions(&image, Permissions::from_mode(0o444)).unwrap();
+    let socket = here.join("socket");
+    let process = launch
+        .args(["--blk-file".as_ref(), image.as_os_str()])
+        .args(["--socket-path".as_ref(), socket.as_os_str()])
+        .spawn();
+    let line = format!(
+        "device-disk: --blk-file {}: it cannot be written: Permission denied (os error 13) \
+         (--read-only serves it as it is)",
+        image.display()
+    );
+    expect(&process, FAILED, &line);
+    assert!(!socket.exists());
+}
+
+#[test]
+fn networks() {
+    table(
+        "device-net",
+        &[
+            (
+                "--socket-path @/s --tap sixteen-letters0",
+                FAILED,
+                "--tap sixteen-letters0: not the name of an interface (1 to 15 bytes)",
+            ),
+            (
+                "--socket-path @/s --tap lo",
+                FAILED,
+                "--tap lo: no tap device, or one of another kind (with many queues)",
+            ),
+            (
+                "--socket-path @/s --tap-fd 0",
+                FAILED,
+                "--tap-fd 0: not an attached tap device",
+            ),
+            (
+                "--socket-path @/s --isolated --mac 52:54:00:12:34",
+                USAGE,
+                "invalid value '52:54:00:12:34' for '--mac <XX:XX:XX:XX:XX:XX>': not six pairs of hexadecimal digits with colons between",
+            ),
+            (
+                "--socket-path @/s --isolated --mac 01:00:5e:00:00:01",
+                USAGE,
+                "invalid value '01:00:5e:00:00:01' for '--mac <XX:XX:XX:XX:XX:XX>': no address of a single station",
+            ),
+            (
+                "--socket-path @/s --isolated --mtu 67",
+                USAGE,
+                "invalid value '67' for '--mtu <BYTES>': 67 is not in 68..=65535",
+            ),
+            (
+                "--socket-path @/s --isolated 10.0.2.1",
+                USAGE,
+                "invalid value '10.0.2.1' for '--isolated [<ADDRESS/PREFIX>]': not an IPv4 address and a prefix, such as 10.0.2.1/24",
+            ),
+            (
+                "--socket-path @/s --isolated --tap tap0",
+                USAGE,
+                "the argument '--isolated [<ADDRESS/PREFIX>]' cannot be used with '--tap <NAME>'",
+            ),
+        ],
+    );
+}
+
+/// Whoever may make one gets one, and is told; here nobody may.
+#[test]
+fn a_tap_that_does_not_exist() {
+    let launch = Launch::program(Path::new("setpriv"))
+        .args(["--bounding-set=-net_admin", "--inh-caps=-net_admin"])
+        .args([binaries::binary("device-net")]);
+    let socket = launch.directory().join("s");
+    let process = launch
+        .args(["--tap", "outrigger-none"])
+        .args(["--socket-path".as_ref(), socket.as_os_str()])
+        .spawn();
+    let line = "device-net: --tap outrigger-none: there is no such tap device, and this user may \
+                not make one";
+    expect(&process, FAILED, line);
+    assert!(!socket.exists());
+}
+
+#[test]
+fn consoles() {
+    let unix = format!("--socket-path @/s --unix {LONG}");
+    let too_long =
+        format!("--unix {LONG}: longer than the 107 bytes that a socket's path may have");
+    table(
+        "device-console",
+        &[
+            (&unix, FAILED, &too_long),
+            (
+                "--socket-path @/s --unix @/served",
+                FAILED,
+                "--unix @/served: a process listens there already",
+            ),
+            (
+                "--socket-path @/s --unix @/nowhere/socket",
+                FAILED,
+                "--unix @/nowhere/socket: its directory does not exist",
+            ),
+            (
+                "--socket-path @/s --file @/nowhere/file",
+                FAILED,
+                "--file @/nowhere/file: No such file or directory (os error 2)",
+            ),
+            (
+                "--socket-path @/s --file @/folder",
+                FAILED,
+                "--file @/folder: Is a directory (os error 21)",
+            ),
+            (
+                "--socket-path @/s --pty --pty-link @/nowhere/link",
+                FAILED,
+                "--pty-link @/nowhere/link: No such file or directory (os error 2)",
+            ),
+            (
+                "--socket-path @/s --file @/a --file @/b",
+                USAGE,
+                "the argument '--file <PATH>' cannot be used multiple times",
+            ),
+            (
+                "--socket-path @/s --pty --stdio",
+                USAGE,
+                "the argument '--pty' cannot be used with '--stdio'",
+            ),
+        ],
+    );
+}
