@@ -362,3 +362,34 @@ fn the_demo_runs_without_root() {
     assert!(output.status.success(), "{text}");
     assert!(text.contains("guest: pass"), "{text}");
 }
+
+/// Mistakes that only the runner notices.
+#[test]
+fn the_runners_mistakes_are_one_line_too() {
+    if skip_kvm() {
+        return;
+    }
+    let guest = embedded_guest().display().to_string();
+    let long = format!("/tmp/{}", "x".repeat(108));
+    for (kernel, more, parts) in [
+        ("missing", &[][..], &["missing", "No such file"][..]),
+        ("/", &[], &["/"]),
+        (&guest, &["--control", &long], &[long.as_str(), "107 bytes"]),
+        (
+            &guest,
+            &["--initrd", "missing"],
+            &["missing", "No such file"],
+        ),
+    ] {
+        let arguments = [&["run", "--quiet", "--kernel", kernel], more].concat();
+        let mut launcher = Launcher::start(&arguments);
+        assert_eq!(launcher.wait(), 1);
+        let said = launcher.read("stderr");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(said.starts_with("vcpu-runner: "), "{said}");
+        for part in parts {
+            assert!(said.contains(part), "no {part:?} in: {said}");
+        }
+        launcher.expect_nobody_left();
+    }
+}
