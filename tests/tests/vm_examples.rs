@@ -165,7 +165,14 @@ fn a_guest_runs_on_socket_activated_devices() {
     let image = fs::File::create(directory.path().join("lib/disk.img")).unwrap();
     image.set_len(64 << 20).unwrap();
     fs::copy(embedded_guest(), directory.path().join("lib/vmlinux")).unwrap();
-    for name in ["", "lib", "lib/disk.img", "run", "run/demo", "run/demo/console.d"] {
+    for name in [
+        "",
+        "lib",
+        "lib/disk.img",
+        "run",
+        "run/demo",
+        "run/demo/console.d",
+    ] {
         chown(directory.path().join(name), Some(USER), None).unwrap();
     }
     let units = Units::new(directory.path());
