@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use outrigger_tests::launcher::{Launcher, programs};
+use outrigger_tests::process::Launch;
 
 /// Exit codes (README, "Running a machine").
 const FAILURE: i32 = 1;
@@ -236,4 +237,19 @@ fn programs_that_are_not_there() {
         let launcher = Launcher::spawn(directory, command, Stdio::null());
         expect(launcher, FAILURE, &[parts], vec!["bin".into()]);
     }
+}
+
+#[test]
+fn a_disk_that_another_machine_has() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("disk.img");
+    fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let other = Launch::new("device-disk")
+        .args(["--blk-file".as_ref(), image.as_os_str()])
+        .listening();
+    let arguments = ["run", "--quiet", "--kernel", "k", "--disk", "path=disk.img"];
+    let launcher = Launcher::start_in(directory, &arguments);
+    let parts = ["device-disk: --blk-file disk.img: ", "lock"];
+    expect(launcher, FAILURE, &parts, vec!["disk.img".into()]);
+    assert!(other.is_running());
 }
