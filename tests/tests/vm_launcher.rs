@@ -432,19 +432,25 @@ fn the_runners_mistakes_are_one_line_too() {
     }
     let guest = embedded_guest().display().to_string();
     let long = format!("/tmp/{}", "x".repeat(108));
-    for (kernel, more, parts) in [
-        ("missing", &[][..], &["missing", "No such file"][..]),
-        ("/", &[], &["/"]),
-        (&guest, &["--control", &long], &[long.as_str(), "107 bytes"]),
+    for (kernel, more, code, parts) in [
+        ("missing", &[][..], 1, &["missing", "No such file"][..]),
+        ("/", &[], 1, &["/"]),
+        (
+            &guest,
+            &["--control", &long],
+            2,
+            &[long.as_str(), "107 bytes"],
+        ),
         (
             &guest,
             &["--initrd", "missing"],
+            1,
             &["missing", "No such file"],
         ),
     ] {
         let arguments = [&["run", "--quiet", "--kernel", kernel], more].concat();
         let mut launcher = Launcher::start(&arguments);
-        assert_eq!(launcher.wait(), 1);
+        assert_eq!(launcher.wait(), code);
         let said = launcher.read("stderr");
         assert_eq!(said.lines().count(), 1, "{said}");
         assert!(said.starts_with("vcpu-runner: "), "{said}");
