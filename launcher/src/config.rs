@@ -80,10 +80,17 @@ pub struct Disk {
     /// Refuse writes.
     #[serde(default)]
     pub readonly: bool,
+    /// Lock the image against other programs.
+    #[serde(default = "locked")]
+    pub lock: bool,
     /// Number of queues.
     pub queues: Option<u16>,
     /// Serial number.
     pub serial: Option<String>,
+}
+
+fn locked() -> bool {
+    true
 }
 
 /// Kinds of networks.
@@ -206,6 +213,7 @@ mod tests {
             [[disk]]
             path = "a.img"
             readonly = true
+            lock = false
             queues = 4
             serial = "123"
             [[net]]
@@ -221,7 +229,8 @@ mod tests {
         )
         .unwrap();
         file.check().unwrap();
-        let disk: Disk = keyval::parse("path=a.img,readonly=on,queues=4,serial=123").unwrap();
+        let disk: Disk =
+            keyval::parse("path=a.img,readonly=on,lock=off,queues=4,serial=123").unwrap();
         assert_eq!(file.disk[0], disk);
         let net: Net = keyval::parse("isolated,address=10.1.0.1/24,mtu=1400").unwrap();
         assert_eq!(file.net[0], net);

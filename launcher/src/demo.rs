@@ -51,6 +51,7 @@ pub fn run(quiet: bool) -> anyhow::Result<u8> {
         disk: vec![Disk {
             path: path(&disk),
             readonly: false,
+            lock: true,
             queues: None,
             serial: Some("demo".into()),
         }],

@@ -107,7 +107,7 @@ struct Run {
     cpus: Option<u8>,
 
     /// A disk; may be given several times
-    #[arg(long = "disk", value_name = "path=FILE[,readonly=on][,queues=N][,serial=TEXT]",
+    #[arg(long = "disk", value_name = "path=FILE[,readonly=on][,lock=off][,queues=N][,serial=TEXT]",
           value_parser = keyval::parse::<Disk>)]
     disks: Vec<Disk>,
 

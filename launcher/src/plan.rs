@@ -181,6 +181,9 @@ fn plan_disk(id: String, disk: &Disk) -> Program {
     if disk.readonly {
         program.args.push("--read-only".into());
     }
+    if !disk.lock {
+        program.arg("--lock", "off");
+    }
     program.optional("--queues", disk.queues);
     program.optional("--serial", disk.serial.as_ref());
     program
@@ -262,7 +265,7 @@ mod tests {
 
     fn machine() -> Machine {
         Machine {
-            disk: vec![keyval::parse("path=a.img,readonly=on").unwrap()],
+            disk: vec![keyval::parse("path=a.img,readonly=on,lock=off").unwrap()],
             net: vec![keyval::parse("isolated").unwrap()],
             console: vec![keyval::parse("stdio").unwrap()],
             serial: Some(keyval::parse("stdio").unwrap()),
@@ -283,7 +286,7 @@ mod tests {
         let names: Vec<_> = programs.iter().map(|program| program.id.as_str()).collect();
         assert_eq!(names, ["disk0", "net0", "console0", "platform"]);
         assert_eq!(plan.runner.fds.len(), 4);
-        assert!(has(programs[0], &["--read-only"]));
+        assert!(has(programs[0], &["--read-only", "--lock", "off"]));
         assert!(programs[2].needs_stdin && !programs[3].needs_stdin);
         let devices = plan.runner.args.iter().filter(|a| *a == "--device");
         assert_eq!(devices.count(), 3);

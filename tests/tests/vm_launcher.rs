@@ -149,6 +149,17 @@ fn signals_end_all_of_it() {
     }
 }
 
+/// Both ends of a new terminal.
+fn terminal() -> (File, File) {
+    let flags = rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY;
+    let terminal = rustix::pty::openpt(flags).unwrap();
+    rustix::pty::unlockpt(&terminal).unwrap();
+    let name = rustix::pty::ptsname(&terminal, Vec::new()).unwrap();
+    let mut options = File::options();
+    let slave = options.read(true).write(true).open(name.to_str().unwrap());
+    (terminal.into(), slave.unwrap())
+}
+
 /// Types on a terminal that the launcher runs in.
 #[test]
 fn ctrl_a_x_on_a_stdio_console_ends_the_machine() {
@@ -157,15 +168,7 @@ fn ctrl_a_x_on_a_stdio_console_ends_the_machine() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let flags = rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY;
-    let terminal = rustix::pty::openpt(flags).unwrap();
-    rustix::pty::unlockpt(&terminal).unwrap();
-    let name = rustix::pty::ptsname(&terminal, Vec::new()).unwrap();
-    let slave = File::options()
-        .read(true)
-        .write(true)
-        .open(name.to_str().unwrap())
-        .unwrap();
+    let (mut terminal, slave) = terminal();
     let before = rustix::termios::tcgetattr(&slave).unwrap();
     let guest = embedded_guest().display().to_string();
     let arguments = [
@@ -188,7 +191,6 @@ fn ctrl_a_x_on_a_stdio_console_ends_the_machine() {
         !raw.local_modes
             .contains(rustix::termios::LocalModes::ICANON)
     );
-    let mut terminal = File::from(terminal);
     terminal.write_all(b"typed\r").unwrap();
     launcher.wait_file("stdout", "typed");
     terminal.write_all(b"\x01x").unwrap();
@@ -299,6 +301,65 @@ fn the_printed_script_does_the_same_in_any_shell() {
     }
 }
 
+/// A VM file makes the same script as the options that it stands for.
+#[test]
+fn up_prints_what_run_prints() {
+    let options = [
+        "run",
+        "--print-script",
+        "--kernel",
+        "k",
+        "--disk",
+        "path=a b",
+    ];
+    let mut run = Launcher::start(&options);
+    let directory = tempfile::tempdir().unwrap();
+    let file = "kernel = 'k'\n[[disk]]\npath = 'a b'\n";
+    std::fs::write(directory.path().join("vm.toml"), file).unwrap();
+    let mut up = Launcher::start_in(directory, &["up", "--print-script", "vm.toml"]);
+    assert_eq!((run.wait(), up.wait()), (0, 0));
+    assert!(run.read("stdout").contains("--blk-file 'a b'"));
+    assert_eq!(run.read("stdout"), up.read("stdout"));
+}
+
+/// What somebody types reaches the console's process, though it runs in the
+/// background, and Ctrl-A x is no failure.
+#[test]
+fn the_printed_script_has_a_console_that_one_can_leave() {
+    use std::io::Write;
+    if skip_kvm() {
+        return;
+    }
+    let guest = embedded_guest().display().to_string();
+    let mut printing = Launcher::start(&[
+        "run",
+        "--print-script",
+        "--kernel",
+        &guest,
+        "--cmdline",
+        "job=echo",
+        "--memory",
+        "64M",
+        "--console",
+        "stdio",
+    ]);
+    assert_eq!(printing.wait(), 0);
+    for shell in ["sh", "bash"] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut command = Command::new(shell);
+        command.arg(printing.directory().join("stdout"));
+        let (mut writer, reader) = terminal();
+        let mut script = Launcher::spawn(directory, command, reader.into());
+        script.wait_file("stdout", "size ");
+        writer.write_all(b"typed\r").unwrap();
+        script.wait_file("stdout", "typed");
+        writer.write_all(b"\x01x").unwrap();
+        let code = script.wait();
+        assert_eq!(code, 0, "{shell}: {}", script.read("stderr"));
+        script.expect_nobody_left();
+    }
+}
+
 #[test]
 fn the_printed_script_leaves_nothing_behind_whatever_happens() {
     if skip_kvm() {
@@ -361,4 +422,41 @@ fn the_demo_runs_without_root() {
         + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{text}");
     assert!(text.contains("guest: pass"), "{text}");
+}
+
+/// Mistakes that only the runner notices.
+#[test]
+fn the_runners_mistakes_are_one_line_too() {
+    if skip_kvm() {
+        return;
+    }
+    let guest = embedded_guest().display().to_string();
+    let long = format!("/tmp/{}", "x".repeat(108));
+    for (kernel, more, code, parts) in [
+        ("missing", &[][..], 1, &["missing", "No such file"][..]),
+        ("/", &[], 1, &["/"]),
+        (
+            &guest,
+            &["--control", &long],
+            2,
+            &[long.as_str(), "107 bytes"],
+        ),
+        (
+            &guest,
+            &["--initrd", "missing"],
+            1,
+            &["missing", "No such file"],
+        ),
+    ] {
+        let arguments = [&["run", "--quiet", "--kernel", kernel], more].concat();
+        let mut launcher = Launcher::start(&arguments);
+        assert_eq!(launcher.wait(), code);
+        let said = launcher.read("stderr");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(said.starts_with("vcpu-runner: "), "{said}");
+        for part in parts {
+            assert!(said.contains(part), "no {part:?} in: {said}");
+        }
+        launcher.expect_nobody_left();
+    }
 }
