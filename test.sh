@@ -22,6 +22,7 @@ need objcopy binutils
 need unshare util-linux
 need python3 python3-minimal
 need systemd-analyze systemd
+need systemd-socket-activate systemd
 if [ ${#missing[@]} -gt 0 ]; then
     say "installing ${missing[*]}"
     if [ "$(id -u)" != 0 ]; then
