@@ -75,7 +75,7 @@ if command -v cargo-nextest >/dev/null; then
     failed=0
     cargo nextest run --workspace --locked --no-fail-fast "${skip[@]}" 2>&1 | tee "$log" || failed=$?
     say "who served whom (docs/interop.md)"
-    tests/interop.py "${CARGO_TARGET_DIR:-target}/nextest/default/junit.xml"
+    tests/interop.py target/nextest/default/junit.xml
     # The runner's own words once more, where one looks for them.
     printf '\n'
     sed -n '/^ *Summary \[/,$p' "$log"

@@ -196,7 +196,7 @@ fn a_stopped_device_does_not_hold_up_pause_and_stop() {
     machine.try_control("pause");
     machine.expect(5);
     assert!(
-        machine.runner.log().contains("no answer"),
+        machine.runner.log().contains("no complete answer"),
         "{}",
         machine.runner.log()
     );

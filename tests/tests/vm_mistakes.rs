@@ -243,6 +243,35 @@ fn sockets_that_nobody_serves_and_descriptors_that_are_none() {
     }
 }
 
+/// vhost-user does not tell what a device is, but a process that speaks something else
+/// is known by its first answer.
+#[test]
+fn a_process_that_is_no_device() {
+    if skip_kvm() {
+        return;
+    }
+    let place = Place::default();
+    let guest = embedded_guest().display().to_string();
+    let platform = Launch::new("device-platform").listening();
+    let platform = platform.directory().join("socket");
+    let device = format!("--device x,type=block,socket={}", platform.display());
+    place.expect(&[mistake(
+        &format!("--kernel {guest} --memory 64M {device}"),
+        FAILURE,
+        &["device x", "GET_FEATURES"],
+    )]);
+
+    let console = Launch::new("device-console").args(["--file", "/dev/null"]);
+    let console = console.listening();
+    let console = console.directory().join("socket");
+    let device = format!("--platform socket={}", console.display());
+    place.expect(&[mistake(
+        &format!("--kernel {guest} --memory 64M {device}"),
+        FAILURE,
+        &["platform"],
+    )]);
+}
+
 #[test]
 fn a_control_path_that_is_taken() {
     if skip_kvm() {
@@ -256,12 +285,20 @@ fn a_control_path_that_is_taken() {
     let directory = place.path().display().to_string();
     let args = |path: &str| format!("--kernel {guest} --memory 64M --control {path}");
     place.expect(&[
-        mistake(&args(&file), FAILURE, &["--control", &file, "in use"]),
-        mistake(&args(&served), FAILURE, &["--control", &served, "in use"]),
+        mistake(
+            &args(&file),
+            FAILURE,
+            &["--control", &file, "no socket is there"],
+        ),
+        mistake(
+            &args(&served),
+            FAILURE,
+            &["--control", &served, "listens there already"],
+        ),
         mistake(
             &args(&directory),
             FAILURE,
-            &["--control", &directory, "in use"],
+            &["--control", &directory, "no socket is there"],
         ),
     ]);
     assert_eq!(std::fs::read(&file).unwrap(), b"x");

@@ -292,13 +292,14 @@ impl Thread {
         }
         let ready = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
         let (gone, announced) = (ready(1), ready(2));
+        // First: the next message would take it for its answer.
+        if gone && let Some(session) = &self.session {
+            return Err(session.why_readable());
+        }
         // EAGAIN: woken by something else.
         let _ = self.slot.wake.read();
         while let Ok(message) = self.messages.try_recv() {
             self.handle(message)?;
-        }
-        if gone && let Some(session) = &self.session {
-            return Err(session.why_readable());
         }
         if announced
             && let Some(session) = &mut self.session
