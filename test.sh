@@ -73,9 +73,11 @@ if command -v cargo-nextest >/dev/null; then
     log=$(mktemp)
     trap 'rm -f "$log"' EXIT
     failed=0
+    # What an earlier run left is no result of this one.
+    rm -f target/nextest/default/junit.xml
     cargo nextest run --workspace --locked --no-fail-fast "${skip[@]}" 2>&1 | tee "$log" || failed=$?
     say "who served whom (docs/interop.md)"
-    tests/interop.py target/nextest/default/junit.xml
+    tests/interop.py target/nextest/default/junit.xml || failed=1
     # The runner's own words once more, where one looks for them.
     printf '\n'
     sed -n '/^ *Summary \[/,$p' "$log"

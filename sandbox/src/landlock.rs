@@ -33,7 +33,8 @@ pub(crate) fn allow_nothing() -> Result<u32, Error> {
 }
 
 /// Forbids the calling thread, and those it starts later, to remove files but
-/// those beneath `directory`. Everything else stays as it was. False when the
+/// those beneath `directory`, at any depth. Mounts, and moves between directories, are
+/// forbidden by any Landlock domain; everything else stays as it was. False when the
 /// kernel has no Landlock: then nothing is forbidden.
 ///
 /// # Errors

@@ -18,8 +18,10 @@ use crate::session::Session;
 pub const SET_VRING_ENABLE: u32 = 18;
 /// Length of its body: queue index and state.
 const BODY: u32 = 8;
-/// Version 1, and that this is a reply.
-const REPLY: u32 = 1 | 1 << 2;
+/// Version 1 in the header's flags, and the flag that says that it is a reply.
+const VERSION: u32 = 1;
+const VERSION_BITS: u32 = 3;
+const REPLY: u32 = VERSION | 1 << 2;
 /// need_reply in the header's flags.
 const NEED_REPLY: u32 = 1 << 3;
 
@@ -30,14 +32,17 @@ const NEED_REPLY: u32 = 1 << 3;
 /// The socket's; a message of a wrong form; and a request that cannot be done and
 /// that nobody would be told of.
 pub fn take(mut stream: &UnixStream, session: &mut Session) -> io::Result<()> {
-    let mut message = [0; 20];
-    stream.read_exact(&mut message)?;
-    let word = |at: usize| {
-        let bytes = [0, 1, 2, 3].map(|i| message[at + i]);
-        u32::from_le_bytes(bytes)
-    };
-    let (flags, size, index, state) = (word(4), word(8), word(12), word(16));
-    if size != BODY || state > 1 {
+    let mut header = [0; 12];
+    stream.read_exact(&mut header)?;
+    let [_, flags, size] = words(&header);
+    // The body is read only if it is one: what follows may be another message.
+    if size != BODY || flags & VERSION_BITS != VERSION {
+        return Err(io::Error::other("SET_VRING_ENABLE of a wrong form"));
+    }
+    let mut body = [0; BODY as usize];
+    stream.read_exact(&mut body)?;
+    let [index, state] = words(&body);
+    if state > 1 {
         return Err(io::Error::other("SET_VRING_ENABLE of a wrong form"));
     }
     let result = session.set_vring_enable(index, state == 1);
@@ -52,4 +57,12 @@ pub fn take(mut stream: &UnixStream, session: &mut Session) -> io::Result<()> {
         .concat();
     reply.extend(u64::from(result.is_err()).to_le_bytes());
     stream.write_all(&reply)
+}
+
+fn words<const N: usize>(bytes: &[u8]) -> [u32; N] {
+    let mut words = [0; N];
+    for (word, bytes) in words.iter_mut().zip(bytes.as_chunks::<4>().0) {
+        *word = u32::from_le_bytes(*bytes);
+    }
+    words
 }

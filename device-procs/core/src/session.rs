@@ -33,7 +33,8 @@ pub struct Session {
     description: Arc<Description>,
     workers: Arc<[Worker]>,
     table: MemoryTable,
-    features: u64,
+    /// What SET_FEATURES said, once it came.
+    features: Option<u64>,
     /// `None` until SET_PROTOCOL_FEATURES.
     protocol_features: Option<u64>,
 }
@@ -45,7 +46,7 @@ impl Session {
             description,
             workers,
             table: MemoryTable::default(),
-            features: 0,
+            features: None,
             protocol_features: None,
         }
     }
@@ -65,10 +66,10 @@ impl Session {
             .is_some_and(|features| features & feature.bits() != 0)
     }
 
-    /// Whether the protocol features are negotiated and the feature bit that says so
-    /// is not: see [`crate::enable`].
+    /// Whether the protocol features are negotiated and the features not yet: see
+    /// [`crate::enable`].
     pub fn is_early(&self) -> bool {
-        self.protocol_features.is_some() && self.features & PROTOCOL_FEATURES == 0
+        self.protocol_features.is_some() && self.features.is_none()
     }
 
     fn offered(&self) -> u64 {
@@ -132,7 +133,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         if unknown != 0 {
             return Err(Error::Features(unknown).into());
         }
-        self.features = features;
+        self.features = Some(features);
         for worker in self.workers.iter() {
             worker.control(|state, _| state.set_features(features));
         }
@@ -236,7 +237,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         };
         let queue = usize::from(index);
         let kick = nonblocking(fd, "kick descriptor")?;
-        let enable = self.features & PROTOCOL_FEATURES == 0;
+        let enable = self.features.unwrap_or(0) & PROTOCOL_FEATURES == 0;
         Ok(self
             .worker(queue)?
             .control(|state, poller| state.start(queue, kick, enable, &self.table, poller))?)

@@ -81,17 +81,33 @@ pub fn may_be_enabled_before_the_features_are_set<S: Subject>() {
     device.round_trip(&mut guest);
     drop(guest);
 
-    // Without protocol features the message means nothing; nor does a third state.
-    for state in [1, 2] {
+    // Without protocol features, or with features that leave them out, the message
+    // means nothing; nor does a third state, or a message without a body.
+    let cases = [
+        (false, false, 1, 8),
+        (true, true, 1, 8),
+        (true, false, 2, 8),
+        (true, false, 1, 0),
+    ];
+    for (negotiate, set, state, size) in cases {
         let mut guest = Guest::new(device.process.connect(), Ram::small());
         guest.frontend.set_owner().unwrap();
         guest.frontend.get_features().unwrap();
-        if state == 2 {
+        if negotiate {
             guest.frontend.get_protocol_features().unwrap();
             guest.frontend.set_protocol_features(protocol).unwrap();
         }
-        enable(&guest, 0, state, raw::VERSION);
-        assert!(raw::hangs_up(&guest.stream));
+        if set {
+            guest.frontend.set_features(VERSION_1).unwrap();
+        }
+        let body = [0, state].map(u32::to_le_bytes).concat();
+        let request = FrontendReq::SET_VRING_ENABLE as u32;
+        let body = &body[..size as usize];
+        raw::send(&guest.stream, request, raw::VERSION, size, body, &[]).unwrap();
+        assert!(
+            raw::hangs_up(&guest.stream),
+            "{negotiate} {set} {state} {size}"
+        );
     }
     device.must_serve();
 }
