@@ -6,6 +6,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+
 /// How often a path that nobody serves is tried again.
 const RETRY: Duration = Duration::from_millis(5);
 
@@ -31,12 +35,9 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
                     "a file that is no socket is there",
                 ));
             }
-            match UnixStream::connect(path) {
-                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {}
-                _ => {
-                    let why = "a process listens there already";
-                    return Err(io::Error::new(e.kind(), why));
-                }
+            if !matches!(try_connect(path), Err(Errno::CONNREFUSED)) {
+                let why = "a process listens there already";
+                return Err(io::Error::new(e.kind(), why));
             }
             std::fs::remove_file(path)?;
             UnixListener::bind(path)
@@ -48,16 +49,21 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
     }
 }
 
-/// Connects to `path`. Until `deadline`, waits for somebody to serve it, unless
-/// there is something that nobody can serve; without one, tries once.
+/// Connects to `path`. Until `deadline`, waits for somebody to serve it and to have
+/// room for one more, unless there is something that nobody can serve; without a
+/// deadline, tries once.
 ///
 /// # Errors
-/// connect(2)'s own, or that `path` is no socket.
+/// connect(2)'s own, that `path` is no socket, or that nobody accepts there.
 pub fn connect(path: &Path, deadline: Option<Instant>) -> io::Result<UnixStream> {
     loop {
-        let error = match UnixStream::connect(path) {
-            Err(error) => error,
-            connected => return connected,
+        let error = match try_connect(path) {
+            Ok(stream) => return Ok(stream),
+            Err(Errno::AGAIN) => {
+                let why = "a process listens there, but accepts nobody";
+                io::Error::new(io::ErrorKind::WouldBlock, why)
+            }
+            Err(error) => error.into(),
         };
         let Some(deadline) = deadline else {
             return Err(error);
@@ -71,6 +77,18 @@ pub fn connect(path: &Path, deadline: Option<Instant>) -> io::Result<UnixStream>
         }
         std::thread::sleep(RETRY);
     }
+}
+
+/// Connects to `path` now or not at all. To std's connect(2) a listener that nobody
+/// accepts from is one to wait for without end, once its queue is full; here that is
+/// EAGAIN (unix(7)).
+fn try_connect(path: &Path) -> rustix::io::Result<UnixStream> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    // As in `fd`: not by the ioctl of std, which the sandbox forbids.
+    fcntl_setfl(&socket, fcntl_getfl(&socket)? - OFlags::NONBLOCK)?;
+    Ok(socket.into())
 }
 
 #[cfg(test)]
@@ -110,5 +128,35 @@ mod tests {
         std::fs::write(&path, "x").unwrap();
         let error = wait(Duration::from_secs(30)).unwrap_err();
         assert_eq!(error.to_string(), "not a socket");
+    }
+
+    #[test]
+    fn a_listener_that_accepts_nobody_is_not_waited_for_without_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let flags = SocketFlags::CLOEXEC;
+        let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let wait = |time| connect(&path, Some(Instant::now() + time));
+        let first = wait(Duration::from_secs(30)).unwrap();
+        assert!(!fcntl_getfl(&first).unwrap().contains(OFlags::NONBLOCK));
+        for error in [
+            wait(Duration::from_millis(20)).unwrap_err(),
+            connect(&path, None).unwrap_err(),
+        ] {
+            assert!(error.to_string().contains("accepts nobody"), "{error}");
+        }
+        let error = bind(&path).unwrap_err();
+        assert!(
+            error.to_string().contains("listens there already"),
+            "{error}"
+        );
+        // Once there is room, it is used.
+        std::thread::scope(|scope| {
+            let client = scope.spawn(|| wait(Duration::from_secs(30)).map(drop));
+            rustix::net::accept(&listener).unwrap();
+            client.join().unwrap().unwrap();
+        });
     }
 }

@@ -45,11 +45,12 @@ fn run(options: &Options) -> anyhow::Result<End> {
     vcpu::state::install_kick_handler();
     let control = options.control.as_deref().map(Place::open).transpose()?;
     let removes = may_remove(control.as_ref(), options.sandbox)?;
+    let watch = signals::Watch::start().context("signals")?;
     let mut machine = Machine::new(options)?;
+    watch.hand_over(machine.stopper());
     if let Some(place) = control {
         machine.serve_control(place, removes)?;
     }
-    signals::start(machine.stopper()).context("signals")?;
     if options.sandbox == Mode::Off {
         tracing::warn!("sandbox off: whoever breaks into this process has all its rights");
     }
