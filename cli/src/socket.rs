@@ -1,12 +1,13 @@
 //! Unix sockets that a program listens on.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::fs::{FlockOperation, Mode, OFlags, fcntl_getfl, fcntl_setfl, flock};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
@@ -16,8 +17,11 @@ const RETRY: Duration = Duration::from_millis(5);
 /// Bytes of sockaddr_un's path, less the one that ends it.
 const LONGEST: usize = 107;
 
+/// How long somebody else may lock a directory that a socket is to be made in.
+const LOCK_DEADLINE: Duration = Duration::from_secs(5);
+
 /// Binds `path`. A socket that a dead process left behind is replaced; one that
-/// somebody serves is not.
+/// somebody serves is not. Of several that try at the same time, one succeeds.
 ///
 /// # Errors
 /// bind(2)'s own; a path that is too long (unix(7)), that somebody serves, that names
@@ -27,6 +31,8 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
         let why = format!("longer than the {LONGEST} bytes that a socket's path may have");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     }
+    // Looking and replacing are not one step, nor are bind(2) and listen(2).
+    let _locked = lock_directory(path)?;
     match UnixListener::bind(path) {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
             if !path.symlink_metadata()?.file_type().is_socket() {
@@ -42,10 +48,39 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
             std::fs::remove_file(path)?;
             UnixListener::bind(path)
         }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            Err(io::Error::new(e.kind(), "its directory does not exist"))
-        }
         result => result,
+    }
+}
+
+/// Keeps others who call [`bind`] out of the directory that `path` is in, until the
+/// descriptor is closed; none for a directory that may be written to but not read.
+fn lock_directory(path: &Path) -> io::Result<Option<OwnedFd>> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = match rustix::fs::open(parent, flags, Mode::empty()) {
+        Ok(directory) => directory,
+        Err(Errno::ACCESS) => return Ok(None),
+        Err(e @ Errno::NOENT) => {
+            let why = "its directory does not exist";
+            return Err(io::Error::new(e.kind(), why));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let deadline = Instant::now() + LOCK_DEADLINE;
+    loop {
+        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(Some(directory)),
+            Err(Errno::INTR) => {}
+            Err(e @ Errno::WOULDBLOCK) if Instant::now() >= deadline => {
+                let why = "another process keeps its directory locked";
+                return Err(io::Error::new(e.kind(), why));
+            }
+            Err(Errno::WOULDBLOCK) => std::thread::sleep(RETRY),
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 
@@ -158,5 +193,31 @@ mod tests {
             rustix::net::accept(&listener).unwrap();
             client.join().unwrap().unwrap();
         });
+    }
+
+    #[test]
+    fn a_stale_socket_is_replaced_by_one_of_many() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        for _ in 0..50 {
+            // What the round before left is stale now.
+            let together = std::sync::Barrier::new(8);
+            let bound: Vec<UnixListener> = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..8)
+                    .map(|_| {
+                        scope.spawn(|| {
+                            together.wait();
+                            bind(&path)
+                        })
+                    })
+                    .collect();
+                let results = threads.into_iter().map(|thread| thread.join().unwrap());
+                results.filter_map(Result::ok).collect()
+            });
+            assert_eq!(bound.len(), 1);
+            let _client = connect(&path, None).unwrap();
+            bound[0].set_nonblocking(true).unwrap();
+            bound[0].accept().unwrap();
+        }
     }
 }
