@@ -2,9 +2,9 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, Mode, OFlags, fcntl_getfl, fcntl_setfl, flock};
@@ -26,13 +26,22 @@ const LOCK_DEADLINE: Duration = Duration::from_secs(5);
 /// # Errors
 /// bind(2)'s own; a path that is too long (unix(7)), that somebody serves, that names
 /// a file of another kind or lies in no directory is called so.
-pub fn bind(path: &Path) -> io::Result<UnixListener> {
+pub fn bind(path: &Path) -> io::Result<(UnixListener, Unserved)> {
     if path.as_os_str().len() > LONGEST {
         let why = format!("longer than the {LONGEST} bytes that a socket's path may have");
         return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     }
     // Looking and replacing are not one step, nor are bind(2) and listen(2).
     let _locked = lock_directory(path)?;
+    let listener = bind_locked(path)?;
+    let unserved = Unserved {
+        identity: identity(path)?,
+        path: Some(path.to_owned()),
+    };
+    Ok((listener, unserved))
+}
+
+fn bind_locked(path: &Path) -> io::Result<UnixListener> {
     match UnixListener::bind(path) {
         Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
             if !path.symlink_metadata()?.file_type().is_socket() {
@@ -50,6 +59,39 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
         }
         result => result,
     }
+}
+
+/// A socket in the file system that nobody serves yet. Dropped, it is removed, if it
+/// is the same one still: a start that fails leaves nothing behind.
+#[must_use]
+#[derive(Debug)]
+pub struct Unserved {
+    identity: (u64, u64),
+    path: Option<PathBuf>,
+}
+
+impl Unserved {
+    /// Serving begins: the socket stays.
+    pub fn keep(mut self) {
+        self.path = None;
+    }
+}
+
+impl Drop for Unserved {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path
+            && identity(path).is_ok_and(|there| there == self.identity)
+        {
+            // The program ends with an error that says more.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Device and inode of what is at `path`.
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    let there = path.symlink_metadata()?;
+    Ok((there.dev(), there.ino()))
 }
 
 /// Keeps others who call [`bind`] out of the directory that `path` is in, until the
@@ -134,10 +176,20 @@ mod tests {
     fn a_stale_socket_is_replaced_and_a_served_one_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let first = bind(&path).unwrap();
+        let (first, unserved) = bind(&path).unwrap();
+        unserved.keep();
         assert!(bind(&path).is_err());
         drop(first);
-        bind(&path).unwrap();
+        let second = bind(&path).unwrap();
+        drop(second);
+        assert!(!path.exists());
+        // What somebody else put there is not removed.
+        let third = bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let other = UnixListener::bind(&path).unwrap();
+        drop(third);
+        assert!(path.exists());
+        drop(other);
         let file = dir.path().join("file");
         std::fs::write(&file, "x").unwrap();
         assert!(bind(&file).is_err());
@@ -155,11 +207,10 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
         std::thread::scope(|scope| {
             let client = scope.spawn(|| wait(Duration::from_secs(30)).map(drop));
-            let server = bind(&path).unwrap();
+            let (server, _unserved) = bind(&path).unwrap();
             server.accept().unwrap();
             client.join().unwrap().unwrap();
         });
-        std::fs::remove_file(&path).unwrap();
         std::fs::write(&path, "x").unwrap();
         let error = wait(Duration::from_secs(30)).unwrap_err();
         assert_eq!(error.to_string(), "not a socket");
@@ -207,7 +258,9 @@ mod tests {
                     .map(|_| {
                         scope.spawn(|| {
                             together.wait();
-                            bind(&path)
+                            let (listener, unserved) = bind(&path)?;
+                            unserved.keep();
+                            io::Result::Ok(listener)
                         })
                     })
                     .collect();

@@ -106,6 +106,11 @@ fn sockets(program: &str, good: &str) {
             "--fd 1000: Bad file descriptor (os error 9)",
         ),
         (
+            "--socket-path @/s --ready-fd 1000",
+            FAILED,
+            "--ready-fd 1000: Bad file descriptor (os error 9)",
+        ),
+        (
             "--fd three",
             USAGE,
             "invalid value 'three' for '--fd <N>': invalid digit found in string",
@@ -119,6 +124,17 @@ fn sockets(program: &str, good: &str) {
     for (arguments, code, message) in mistakes {
         table(program, &[(&format!("{good} {arguments}"), code, message)]);
     }
+    // Nobody to tell that the program serves.
+    let mut launch = Launch::new(program);
+    let here = launch.directory().to_owned();
+    let _served = prepare(&here);
+    let before = names(&here);
+    launch.command().env("NOTIFY_SOCKET", here.join("nobody"));
+    let arguments = format!("{good} --socket-path @/s").replace(HERE, here.to_str().unwrap());
+    let process = launch.args(arguments.split_whitespace()).spawn();
+    let line = format!("{program}: NOTIFY_SOCKET: No such file or directory (os error 2)");
+    expect(&process, FAILED, &line);
+    assert_eq!(names(&here), before);
     // A descriptor that is no socket.
     let file = OwnedFd::from(File::open("/dev/null").unwrap());
     let number = std::os::fd::AsRawFd::as_raw_fd(&file);
@@ -147,6 +163,35 @@ fn sockets_of_the_network() {
 #[test]
 fn sockets_of_the_console() {
     sockets("device-console", "--pty");
+}
+
+#[test]
+fn sockets_of_the_platform() {
+    sockets("device-platform", "--serial null");
+}
+
+#[test]
+fn platforms() {
+    table(
+        "device-platform",
+        &[
+            (
+                "--socket-path @/s --serial file=@/nowhere/file",
+                FAILED,
+                "--serial file=@/nowhere/file: No such file or directory (os error 2)",
+            ),
+            (
+                "--socket-path @/s --serial file=@/folder",
+                FAILED,
+                "--serial file=@/folder: Is a directory (os error 21)",
+            ),
+            (
+                "--socket-path @/s --serial file=@/image --debug-console file=@/image",
+                FAILED,
+                "--debug-console names the file of --serial: leave it out to share",
+            ),
+        ],
+    );
 }
 
 #[test]
@@ -306,6 +351,11 @@ fn consoles() {
     table(
         "device-console",
         &[
+            (
+                "--socket-path @/s --unix @/u --ready-fd 1000",
+                FAILED,
+                "--ready-fd 1000: Bad file descriptor (os error 9)",
+            ),
             (&unix, FAILED, &too_long),
             (
                 "--socket-path @/s --unix @/served",

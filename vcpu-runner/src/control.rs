@@ -117,7 +117,7 @@ pub fn start(
     orders: impl Fn(Order) + Send + 'static,
 ) -> Result<Served, Error> {
     let what = format!("--control {}", place.path.display());
-    let listener = socket::bind(&place.path).map_err(Error::io(what.clone()))?;
+    let (listener, unserved) = socket::bind(&place.path).map_err(Error::io(what.clone()))?;
     let identity = place
         .identity()
         .map_err(|e| Error::io(what.clone())(e.into()))?;
@@ -126,6 +126,8 @@ pub fn start(
         place,
         identity,
     };
+    // From here on it is removed by way of its directory.
+    unserved.keep();
     set_nonblocking(&listener).map_err(Error::io(what))?;
     std::thread::Builder::new()
         .name("control".into())

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
+use outrigger_cli::socket::Unserved;
 use outrigger_sandbox::{BASE, Check, LISTENER, Mode, Policy, Rule, SOCKET, VHOST_USER};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
@@ -58,6 +59,8 @@ pub struct Program {
     /// Puts right what the program changed outside itself (a terminal's mode)
     /// when it ends.
     pub restore: Option<Box<dyn FnOnce() + Send>>,
+    /// A socket of the device's own, which is removed if the start fails.
+    pub unserved: Option<Unserved>,
 }
 
 /// Runs a device program to its end.
@@ -107,7 +110,8 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
         syscalls,
         keep_network,
         restore,
-    } = build().inspect_err(|_| listener.abandon(common))?;
+        unserved,
+    } = build()?;
 
     let mut layers = vec![BASE, SOCKET, VHOST_USER, SERVE, syscalls];
     // A device may listen, too, and a call has one rule.
@@ -127,6 +131,10 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
     let workers = start_workers(&description, devices)?;
     signals::exit_on_signal(ending, Arc::clone(&workers), restore)?;
     outrigger_sandbox::seal(&policy, common.sandbox)?;
+    listener.keep();
+    if let Some(unserved) = unserved {
+        unserved.keep();
+    }
     ready.announce();
 
     while let Some(stream) = listener.accept().context("accepting a front end")? {
