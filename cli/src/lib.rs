@@ -8,7 +8,7 @@ pub mod signals;
 pub mod socket;
 
 pub use logging::LogFormat;
-pub use options::parse;
+pub use options::{Usage, parse};
 
 /// Exit code of a console whose user left by its way out (Ctrl-A x), for a
 /// launcher that ends the machine then.

@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use clap::builder::{PathBufValueParser, TypedValueParser};
 use rustix::fs::{FlockOperation, Mode, OFlags, fcntl_getfl, fcntl_setfl, flock};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
@@ -17,6 +18,26 @@ const RETRY: Duration = Duration::from_millis(5);
 /// Bytes of sockaddr_un's path, less the one that ends it.
 const LONGEST: usize = 107;
 
+/// A path that fits into `struct sockaddr_un` (unix(7)).
+///
+/// # Errors
+/// When it does not.
+pub fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
+    match path.as_os_str().len() {
+        0 => Err("a socket's path is not empty".into()),
+        1..=LONGEST => Ok(path),
+        _ => {
+            let why = format!("longer than the {LONGEST} bytes that a socket's path may have");
+            Err(why)
+        }
+    }
+}
+
+/// [`socket_path`] for an option of the command line.
+pub fn path_parser() -> impl TypedValueParser<Value = PathBuf> {
+    PathBufValueParser::new().try_map(socket_path)
+}
+
 /// How long somebody else may lock a directory that a socket is to be made in.
 const LOCK_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -24,13 +45,9 @@ const LOCK_DEADLINE: Duration = Duration::from_secs(5);
 /// somebody serves is not. Of several that try at the same time, one succeeds.
 ///
 /// # Errors
-/// bind(2)'s own; a path that is too long (unix(7)), that somebody serves, that names
+/// bind(2)'s own; a path that somebody serves, that names
 /// a file of another kind or lies in no directory is called so.
 pub fn bind(path: &Path) -> io::Result<(UnixListener, Unserved)> {
-    if path.as_os_str().len() > LONGEST {
-        let why = format!("longer than the {LONGEST} bytes that a socket's path may have");
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
-    }
     // Looking and replacing are not one step, nor are bind(2) and listen(2).
     let _locked = lock_directory(path)?;
     let listener = bind_locked(path)?;
@@ -194,8 +211,14 @@ mod tests {
         std::fs::write(&file, "x").unwrap();
         assert!(bind(&file).is_err());
         assert_eq!(std::fs::read(&file).unwrap(), b"x");
-        let long = bind(&dir.path().join("x".repeat(100))).unwrap_err();
-        assert!(long.to_string().contains("107 bytes"), "{long}");
+    }
+
+    #[test]
+    fn a_path_of_a_socket_is_neither_empty_nor_too_long() {
+        assert!(socket_path(PathBuf::new()).is_err());
+        assert!(socket_path("x".repeat(107).into()).is_ok());
+        let long = socket_path("x".repeat(108).into()).unwrap_err();
+        assert!(long.contains("107 bytes"), "{long}");
     }
 
     #[test]

@@ -66,10 +66,11 @@ const LONG: &str = "@/0123456789012345678901234567890123456789012345678901234567
 /// device that has nothing else to complain of.
 fn sockets(program: &str, good: &str) {
     let long = format!("--socket-path {LONG}");
-    let too_long =
-        format!("--socket-path {LONG}: longer than the 107 bytes that a socket's path may have");
+    let too_long = format!(
+        "invalid value '{LONG}' for '--socket-path <PATH>': longer than the 107 bytes that a socket's path may have"
+    );
     let mistakes = [
-        (&*long, FAILED, &*too_long),
+        (&*long, USAGE, &*too_long),
         (
             "--socket-path @/served",
             FAILED,
@@ -87,7 +88,7 @@ fn sockets(program: &str, good: &str) {
         ),
         (
             "",
-            FAILED,
+            USAGE,
             "no socket: give --socket-path or --fd, or use socket activation",
         ),
         (
@@ -346,8 +347,9 @@ fn a_tap_that_does_not_exist() {
 #[test]
 fn consoles() {
     let unix = format!("--socket-path @/s --unix {LONG}");
-    let too_long =
-        format!("--unix {LONG}: longer than the 107 bytes that a socket's path may have");
+    let too_long = format!(
+        "invalid value '{LONG}' for '--unix <PATH>': longer than the 107 bytes that a socket's path may have"
+    );
     table(
         "device-console",
         &[
@@ -356,7 +358,7 @@ fn consoles() {
                 FAILED,
                 "--ready-fd 1000: Bad file descriptor (os error 9)",
             ),
-            (&unix, FAILED, &too_long),
+            (&unix, USAGE, &too_long),
             (
                 "--socket-path @/s --unix @/served",
                 FAILED,

@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use clap::{ArgGroup, Parser};
 use device_core::signals::{self, Restore};
 use device_core::{ConfigSpace, Description, Program, cli::Common};
-use outrigger_cli::socket::Unserved;
+use outrigger_cli::socket::{self, Unserved};
 use outrigger_sandbox::{Check, Rule};
 
 use crate::backend::Backend;
@@ -54,7 +54,7 @@ pub struct Options {
     pty_link: Option<PathBuf>,
 
     /// Unix socket to listen on for one client at a time
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = socket::path_parser())]
     unix: Option<PathBuf>,
 
     /// File to append output to; there is no input

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
+use outrigger_cli::Usage;
 use outrigger_cli::socket::{self, Unserved};
 use rustix::net::sockopt;
 
@@ -44,7 +45,8 @@ impl Listener {
         if let Some(listener) = listenfd::ListenFd::from_env().take_unix_listener(0)? {
             return Ok(Self::others(listener));
         }
-        anyhow::bail!("no socket: give --socket-path or --fd, or use socket activation")
+        let why = "no socket: give --socket-path or --fd, or use socket activation";
+        Err(Usage(why.into()).into())
     }
 
     fn inherited(fd: RawFd) -> io::Result<Self> {

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
+use outrigger_cli::options::{USAGE, Usage};
 use outrigger_cli::socket::Unserved;
 use outrigger_sandbox::{BASE, Check, LISTENER, Mode, Policy, Rule, SOCKET, VHOST_USER};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -67,7 +68,8 @@ pub struct Program {
 ///
 /// `capabilities` is what `--print-capabilities` prints; `build` opens the
 /// device's files. Returns 0 when the front end of a connected socket left or
-/// SIGTERM came, and 1 on an error, which is printed as one line.
+/// SIGTERM came, 2 when the command line makes no sense, and 1 on another error; each
+/// is printed as one line.
 pub fn run(
     name: &'static str,
     common: &Common,
@@ -78,8 +80,8 @@ pub fn run(
 }
 
 /// [`run`] for a program with a serve loop of its own: prints the capabilities
-/// or starts the log and serves. Returns 0 when `serve` has come to its end, and 1
-/// on an error, which is printed as one line.
+/// or starts the log and serves. Returns 0 when `serve` has come to its end, 2 on an
+/// error that is a [`Usage`], and 1 on another; each is printed as one line.
 pub fn run_with(
     name: &'static str,
     common: &Common,
@@ -91,12 +93,12 @@ pub fn run_with(
         return ExitCode::SUCCESS;
     }
     let started = outrigger_cli::logging::start(common.log_format, &common.log_level)
-        .map_err(anyhow::Error::msg);
+        .map_err(|why| Usage(why).into());
     match started.and_then(|()| serve()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{name}: {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(if error.is::<Usage>() { USAGE } else { 1 })
         }
     }
 }
