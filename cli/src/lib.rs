@@ -1,12 +1,14 @@
 //! What all programs of outrigger share at their edges: how they read their command
 //! line, log, listen and end, and how they take over descriptors that somebody else opened.
 
+pub mod complaint;
 pub mod fd;
 pub mod logging;
 pub mod options;
 pub mod signals;
 pub mod socket;
 
+pub use complaint::complain;
 pub use logging::LogFormat;
 pub use options::{Usage, parse};
 

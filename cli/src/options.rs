@@ -4,6 +4,8 @@
 use clap::Parser;
 use clap::error::ErrorKind;
 
+use crate::complain;
+
 /// Exit code for a command line that makes no sense.
 pub const USAGE: u8 = 2;
 
@@ -25,7 +27,7 @@ pub fn parse<T: Parser>() -> T {
             }
             _ => one_line(&error.render().to_string()),
         };
-        eprintln!("{}: {line}", T::command().get_name());
+        complain(T::command().get_name(), line);
         std::process::exit(USAGE.into())
     })
 }

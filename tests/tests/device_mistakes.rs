@@ -254,6 +254,25 @@ fn images() {
     );
 }
 
+/// A name of several lines does not make the message one.
+#[test]
+fn control_characters() {
+    for (program, option, named) in [
+        ("device-disk", "--blk-file=", "--blk-file "),
+        ("device-platform", "--serial=file=", "--serial file="),
+    ] {
+        let launch = Launch::new(program);
+        let socket = launch.directory().join("s");
+        let process = launch
+            .args(["--socket-path".as_ref(), socket.as_os_str()])
+            .args([format!("{option}/nowhere\n/b")])
+            .spawn();
+        let why = "No such file or directory (os error 2)";
+        let line = format!("{program}: {named}/nowhere\\n/b: {why}");
+        expect(&process, FAILED, &line);
+    }
+}
+
 /// By an ordinary user: root may write to any file.
 #[test]
 fn an_image_that_may_only_be_read() {

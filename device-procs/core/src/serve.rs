@@ -97,7 +97,7 @@ pub fn run_with(
     match started.and_then(|()| serve()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{name}: {error:#}");
+            outrigger_cli::complain(name, &error);
             ExitCode::from(if error.is::<Usage>() { USAGE } else { 1 })
         }
     }
