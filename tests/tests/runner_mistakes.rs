@@ -161,6 +161,11 @@ fn files_that_cannot_be_opened() {
             FAILURE,
             &["--control /nowhere/c", "No such file"],
         ),
+        mistake(
+            &format!("--kernel {kernel} --control {directory}/.."),
+            FAILURE,
+            &["--control", "/..: it names no file"],
+        ),
     ]);
 }
 
