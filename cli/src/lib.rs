@@ -1,14 +1,16 @@
 //! What all programs of outrigger share at their edges: how they read their command
 //! line, log, listen and end, and how they take over descriptors that somebody else opened.
 
+pub mod complaint;
 pub mod fd;
 pub mod logging;
 pub mod options;
 pub mod signals;
 pub mod socket;
 
+pub use complaint::complain;
 pub use logging::LogFormat;
-pub use options::parse;
+pub use options::{Usage, parse};
 
 /// Exit code of a console whose user left by its way out (Ctrl-A x), for a
 /// launcher that ends the machine then.

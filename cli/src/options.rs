@@ -4,8 +4,15 @@
 use clap::Parser;
 use clap::error::ErrorKind;
 
+use crate::complain;
+
 /// Exit code for a command line that makes no sense.
-const USAGE: i32 = 2;
+pub const USAGE: u8 = 2;
+
+/// What is wrong with a command line, where the parser cannot see it.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
 
 /// Parses this program's command line. `--help` and `--version` are answered and
 /// end the program; so does a mistake, with one line on stderr and exit code 2.
@@ -20,8 +27,8 @@ pub fn parse<T: Parser>() -> T {
             }
             _ => one_line(&error.render().to_string()),
         };
-        eprintln!("{}: {line}", T::command().get_name());
-        std::process::exit(USAGE)
+        complain(T::command().get_name(), line);
+        std::process::exit(USAGE.into())
     })
 }
 

@@ -186,7 +186,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("outrigger: {error:#}");
+            outrigger_cli::complain("outrigger", &error);
             ExitCode::from(if error.is::<check::Invalid>() {
                 exit::USAGE
             } else {

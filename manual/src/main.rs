@@ -38,7 +38,7 @@ fn main() -> ExitCode {
     match write(&options.directory) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("outrigger-manual: {error:#}");
+            outrigger_cli::complain("outrigger-manual", error);
             ExitCode::FAILURE
         }
     }

@@ -66,10 +66,11 @@ const LONG: &str = "@/0123456789012345678901234567890123456789012345678901234567
 /// device that has nothing else to complain of.
 fn sockets(program: &str, good: &str) {
     let long = format!("--socket-path {LONG}");
-    let too_long =
-        format!("--socket-path {LONG}: longer than the 107 bytes that a socket's path may have");
+    let too_long = format!(
+        "invalid value '{LONG}' for '--socket-path <PATH>': longer than the 107 bytes that a socket's path may have"
+    );
     let mistakes = [
-        (&*long, FAILED, &*too_long),
+        (&*long, USAGE, &*too_long),
         (
             "--socket-path @/served",
             FAILED,
@@ -87,7 +88,7 @@ fn sockets(program: &str, good: &str) {
         ),
         (
             "",
-            FAILED,
+            USAGE,
             "no socket: give --socket-path or --fd, or use socket activation",
         ),
         (
@@ -106,6 +107,11 @@ fn sockets(program: &str, good: &str) {
             "--fd 1000: Bad file descriptor (os error 9)",
         ),
         (
+            "--socket-path @/s --ready-fd 1000",
+            FAILED,
+            "--ready-fd 1000: Bad file descriptor (os error 9)",
+        ),
+        (
             "--fd three",
             USAGE,
             "invalid value 'three' for '--fd <N>': invalid digit found in string",
@@ -119,6 +125,17 @@ fn sockets(program: &str, good: &str) {
     for (arguments, code, message) in mistakes {
         table(program, &[(&format!("{good} {arguments}"), code, message)]);
     }
+    // Nobody to tell that the program serves.
+    let mut launch = Launch::new(program);
+    let here = launch.directory().to_owned();
+    let _served = prepare(&here);
+    let before = names(&here);
+    launch.command().env("NOTIFY_SOCKET", here.join("nobody"));
+    let arguments = format!("{good} --socket-path @/s").replace(HERE, here.to_str().unwrap());
+    let process = launch.args(arguments.split_whitespace()).spawn();
+    let line = format!("{program}: NOTIFY_SOCKET: No such file or directory (os error 2)");
+    expect(&process, FAILED, &line);
+    assert_eq!(names(&here), before);
     // A descriptor that is no socket.
     let file = OwnedFd::from(File::open("/dev/null").unwrap());
     let number = std::os::fd::AsRawFd::as_raw_fd(&file);
@@ -147,6 +164,35 @@ fn sockets_of_the_network() {
 #[test]
 fn sockets_of_the_console() {
     sockets("device-console", "--pty");
+}
+
+#[test]
+fn sockets_of_the_platform() {
+    sockets("device-platform", "--serial null");
+}
+
+#[test]
+fn platforms() {
+    table(
+        "device-platform",
+        &[
+            (
+                "--socket-path @/s --serial file=@/nowhere/file",
+                FAILED,
+                "--serial file=@/nowhere/file: No such file or directory (os error 2)",
+            ),
+            (
+                "--socket-path @/s --serial file=@/folder",
+                FAILED,
+                "--serial file=@/folder: Is a directory (os error 21)",
+            ),
+            (
+                "--socket-path @/s --serial file=@/image --debug-console file=@/image",
+                FAILED,
+                "--debug-console names the file of --serial: leave it out to share",
+            ),
+        ],
+    );
 }
 
 #[test]
@@ -206,6 +252,25 @@ fn images() {
             ),
         ],
     );
+}
+
+/// A name of several lines does not make the message one.
+#[test]
+fn control_characters() {
+    for (program, option, named) in [
+        ("device-disk", "--blk-file=", "--blk-file "),
+        ("device-platform", "--serial=file=", "--serial file="),
+    ] {
+        let launch = Launch::new(program);
+        let socket = launch.directory().join("s");
+        let process = launch
+            .args(["--socket-path".as_ref(), socket.as_os_str()])
+            .args([format!("{option}/nowhere\n/b")])
+            .spawn();
+        let why = "No such file or directory (os error 2)";
+        let line = format!("{program}: {named}/nowhere\\n/b: {why}");
+        expect(&process, FAILED, &line);
+    }
 }
 
 /// By an ordinary user: root may write to any file.
@@ -301,12 +366,18 @@ fn a_tap_that_does_not_exist() {
 #[test]
 fn consoles() {
     let unix = format!("--socket-path @/s --unix {LONG}");
-    let too_long =
-        format!("--unix {LONG}: longer than the 107 bytes that a socket's path may have");
+    let too_long = format!(
+        "invalid value '{LONG}' for '--unix <PATH>': longer than the 107 bytes that a socket's path may have"
+    );
     table(
         "device-console",
         &[
-            (&unix, FAILED, &too_long),
+            (
+                "--socket-path @/s --unix @/u --ready-fd 1000",
+                FAILED,
+                "--ready-fd 1000: Bad file descriptor (os error 9)",
+            ),
+            (&unix, USAGE, &too_long),
             (
                 "--socket-path @/s --unix @/served",
                 FAILED,

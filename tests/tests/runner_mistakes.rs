@@ -135,6 +135,10 @@ fn files_that_cannot_be_opened() {
             ),
         ]);
     }
+    // A name of several lines does not make the message one.
+    let mut lines = mistake("--kernel", FAILURE, &["a\\nb\\u{1b}[1m", "No such file"]);
+    lines.args.push(place.name("a\nb\u{1b}[1m"));
+    place.expect(&[lines]);
     let events = |target: &str| format!("--kernel {kernel} --events {target}");
     place.expect(&[
         mistake(
@@ -156,6 +160,11 @@ fn files_that_cannot_be_opened() {
             &format!("--kernel {kernel} --control /nowhere/c"),
             FAILURE,
             &["--control /nowhere/c", "No such file"],
+        ),
+        mistake(
+            &format!("--kernel {kernel} --control {directory}/.."),
+            FAILURE,
+            &["--control", "/..: it names no file"],
         ),
     ]);
 }

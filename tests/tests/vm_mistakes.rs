@@ -2,11 +2,18 @@
 //! the thing, nothing left behind.
 
 use std::fs::File;
-use std::os::unix::net::UnixListener;
+use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 
 use outrigger_tests::machine::{embedded_guest, skip_kvm};
 use outrigger_tests::process::Launch;
 use outrigger_tests::runner::{Place, check_line, mistake};
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+};
+use rustix::process::Signal;
 
 const FAILURE: i32 = 1;
 
@@ -241,6 +248,69 @@ fn sockets_that_nobody_serves_and_descriptors_that_are_none() {
         let code = process.wait().code();
         check_line(&mistake(option, FAILURE, &words), code, &process.log());
     }
+}
+
+/// A socket whose queue is full: it listens, one is connected, nobody accepts.
+fn full(path: &str) -> (OwnedFd, UnixStream) {
+    let flags = SocketFlags::CLOEXEC;
+    let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+    bind(&listener, &SocketAddrUnix::new(path).unwrap()).unwrap();
+    listen(&listener, 0).unwrap();
+    (listener, UnixStream::connect(path).unwrap())
+}
+
+#[test]
+fn sockets_that_nobody_accepts_from() {
+    if skip_kvm() {
+        return;
+    }
+    let place = Place::default();
+    let guest = embedded_guest().display().to_string();
+    let path = place.name("full");
+    let _full = full(&path);
+    let with = |option: &str| format!("--kernel {guest} --memory 64M {option}");
+    place.expect(&[
+        mistake(
+            &with(&format!("--device d0,type=block,socket={path}")),
+            FAILURE,
+            &["device d0", &path, "accepts nobody"],
+        ),
+        mistake(
+            &with(&format!("--platform socket={path}")),
+            FAILURE,
+            &["platform", &path, "accepts nobody"],
+        ),
+        mistake(
+            &with(&format!("--control {path}")),
+            FAILURE,
+            &["--control", &path, "listens there already"],
+        ),
+    ]);
+}
+
+/// It ends the runner while that waits for a device, long before the deadline.
+#[test]
+fn a_signal_during_the_set_up() {
+    if skip_kvm() {
+        return;
+    }
+    let place = Place::default();
+    let socket = place.name("socket");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let control = place.name("control");
+    let process = Launch::new("vcpu-runner")
+        .args(["--kernel".as_ref(), embedded_guest().as_os_str()])
+        .args(["--memory", "64M", "--control", &control])
+        .args(["--device", &format!("d0,type=block,socket={socket}")])
+        .spawn();
+    let (mut device, _) = listener.accept().unwrap();
+    // The first request is on its way: the runner waits for the answer.
+    device.read_exact(&mut [0; 12]).unwrap();
+    process.signal(Signal::TERM);
+    assert_eq!(process.wait().code(), Some(0), "{}", process.log());
+    let log = process.log();
+    assert!(log.contains("stopped by a signal"), "{log}");
+    assert!(!Path::new(&control).exists());
 }
 
 /// vhost-user does not tell what a device is, but a process that speaks something else

@@ -3,7 +3,7 @@
 //! write holds nobody up.
 
 use std::ffi::OsString;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -56,7 +56,8 @@ impl Place {
     pub fn open(path: &Path) -> Result<Self, Error> {
         let error = Error::io(format!("--control {}", path.display()));
         let (Some(name), Some(parent)) = (path.file_name(), path.parent()) else {
-            return Err(error(ErrorKind::InvalidInput.into()));
+            let why = "it names no file";
+            return Err(error(io::Error::new(ErrorKind::InvalidInput, why)));
         };
         let parent = if parent.as_os_str().is_empty() {
             Path::new(".")
@@ -117,7 +118,7 @@ pub fn start(
     orders: impl Fn(Order) + Send + 'static,
 ) -> Result<Served, Error> {
     let what = format!("--control {}", place.path.display());
-    let listener = socket::bind(&place.path).map_err(Error::io(what.clone()))?;
+    let (listener, unserved) = socket::bind(&place.path).map_err(Error::io(what.clone()))?;
     let identity = place
         .identity()
         .map_err(|e| Error::io(what.clone())(e.into()))?;
@@ -126,6 +127,8 @@ pub fn start(
         place,
         identity,
     };
+    // From here on it is removed by way of its directory.
+    unserved.keep();
     set_nonblocking(&listener).map_err(Error::io(what))?;
     std::thread::Builder::new()
         .name("control".into())

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Context;
+use outrigger_cli::complain;
 use outrigger_protocol::exit;
 use outrigger_sandbox::Mode;
 use vcpu_runner::control::Place;
@@ -10,14 +11,16 @@ use vcpu_runner::machine::{End, Machine};
 use vcpu_runner::options::Options;
 use vcpu_runner::{policy, probe, signals, vcpu};
 
+const NAME: &str = "vcpu-runner";
+
 fn main() -> ExitCode {
     let options: Options = outrigger_cli::parse();
     if let Err(error) = options.check() {
-        eprintln!("vcpu-runner: {error}");
+        complain(NAME, error);
         return ExitCode::from(exit::USAGE);
     }
     if let Err(error) = outrigger_cli::logging::start(options.log_format, &options.log_level) {
-        eprintln!("vcpu-runner: {error}");
+        complain(NAME, error);
         return ExitCode::from(exit::USAGE);
     }
     if options.probe {
@@ -28,12 +31,12 @@ fn main() -> ExitCode {
             if code == exit::POWERED_OFF {
                 tracing::info!("{reason}");
             } else {
-                eprintln!("vcpu-runner: {reason}");
+                complain(NAME, reason);
             }
             ExitCode::from(code)
         }
         Err(error) => {
-            eprintln!("vcpu-runner: {error:#}");
+            complain(NAME, error);
             ExitCode::from(exit::FAILURE)
         }
     }
@@ -45,11 +48,12 @@ fn run(options: &Options) -> anyhow::Result<End> {
     vcpu::state::install_kick_handler();
     let control = options.control.as_deref().map(Place::open).transpose()?;
     let removes = may_remove(control.as_ref(), options.sandbox)?;
+    let watch = signals::Watch::start().context("signals")?;
     let mut machine = Machine::new(options)?;
+    watch.hand_over(machine.stopper());
     if let Some(place) = control {
         machine.serve_control(place, removes)?;
     }
-    signals::start(machine.stopper()).context("signals")?;
     if options.sandbox == Mode::Off {
         tracing::warn!("sandbox off: whoever breaks into this process has all its rights");
     }

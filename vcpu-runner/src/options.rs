@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
-use outrigger_cli::LogFormat;
+use outrigger_cli::{LogFormat, socket};
 use outrigger_sandbox::Mode;
 
 use crate::boot::flat::{EntrySpec, LoadSpec};
 use crate::frontend::DeviceSpec;
-use crate::frontend::spec::{Endpoint, socket_path};
+use crate::frontend::spec::Endpoint;
 use crate::pci::bus::MAX_DEVICES;
 use crate::trap::parse_endpoint;
 use crate::vm::memory::MemorySpec;
@@ -89,7 +89,7 @@ pub struct Options {
     pub platform: Option<Endpoint>,
 
     /// Unix socket to create for control commands
-    #[arg(long, value_name = "PATH", value_parser = socket_path)]
+    #[arg(long, value_name = "PATH", value_parser = socket::path_parser())]
     pub control: Option<PathBuf>,
 
     /// Where to report events: an inherited descriptor or a file

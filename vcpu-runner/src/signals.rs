@@ -1,29 +1,62 @@
 //! SIGTERM and its relatives end the machine in order.
 
 use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use outrigger_cli::signals;
+use outrigger_protocol::exit;
+
+const REASON: &str = "stopped by a signal";
 
 /// Blocks the signals that end a program, in this thread and all that it makes.
 pub fn block() {
     signals::block(&signals::ending());
 }
 
-/// Starts the thread that waits for one of them and calls `stop`.
-///
-/// # Errors
-/// When there are no threads left.
-pub fn start(stop: impl Fn(&'static str) + Send + 'static) -> io::Result<()> {
-    std::thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || {
-            let set = signals::ending();
-            loop {
-                signals::wait(&set);
-                stop("stopped by a signal");
-            }
-        })?;
-    Ok(())
+/// Stops a machine, for the reason given.
+type Stop = Box<dyn Fn(&'static str) + Send>;
+
+/// What the thread that waits for signals does when one comes: until there is a
+/// machine, it ends the process, for the set-up may wait for others for seconds.
+#[derive(Clone)]
+pub struct Watch(Arc<Mutex<Option<Stop>>>);
+
+impl Watch {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// When there are no threads left.
+    pub fn start() -> io::Result<Self> {
+        let watch = Watch(Arc::default());
+        let this = watch.clone();
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                let set = signals::ending();
+                loop {
+                    signals::wait(&set);
+                    // Held to the end of the process, so that no machine comes up
+                    // meanwhile that leaves something behind.
+                    match &*this.lock() {
+                        Some(stop) => stop(REASON),
+                        None => {
+                            tracing::info!("{REASON}");
+                            std::process::exit(exit::POWERED_OFF.into())
+                        }
+                    }
+                }
+            })?;
+        Ok(watch)
+    }
+
+    /// There is a machine: from now on `stop` is called.
+    pub fn hand_over(&self, stop: impl Fn(&'static str) + Send + 'static) {
+        *self.lock() = Some(Box::new(stop));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Stop>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Eventfds and irqfds: two for each queue of up to 32 devices are more than the

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use memfd::{FileSeal, MemfdOptions};
+use outrigger_cli::socket::socket_path;
 use outrigger_protocol::channel;
 use outrigger_protocol::trap::{
     Access, FromPlatform, Header, MAGIC, MAX_VCPUS, REGION_SIZE, SLOTS_OFFSET, Slot, ToPlatform,
@@ -21,7 +22,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 use rustix::thread::futex;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::frontend::spec::{Endpoint, socket_path};
+use crate::frontend::spec::Endpoint;
 use crate::layout::IOAPIC_PINS;
 use crate::vcpu::state::Control;
 use crate::vm::irq::{Gsi, Interrupts};
@@ -57,7 +58,7 @@ pub enum Notice {
 /// What is wrong with the option.
 pub fn parse_endpoint(text: &str) -> Result<Endpoint, String> {
     match text.split_once('=') {
-        Some(("socket", path)) => Ok(Endpoint::Path(socket_path(path)?)),
+        Some(("socket", path)) => Ok(Endpoint::Path(socket_path(path.into())?)),
         Some(("fd", fd)) => fd
             .parse::<RawFd>()
             .ok()

@@ -21,6 +21,7 @@ use std::process::ExitCode;
 use clap::{ArgGroup, Parser};
 use device_core::signals::{self, Restore};
 use device_core::{ConfigSpace, Description, Program, cli::Common};
+use outrigger_cli::socket::{self, Unserved};
 use outrigger_sandbox::{Check, Rule};
 
 use crate::backend::Backend;
@@ -53,7 +54,7 @@ pub struct Options {
     pty_link: Option<PathBuf>,
 
     /// Unix socket to listen on for one client at a time
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = socket::path_parser())]
     unix: Option<PathBuf>,
 
     /// File to append output to; there is no input
@@ -88,6 +89,7 @@ struct Connection {
     backend: Box<dyn Backend>,
     syscalls: &'static [Rule],
     restore: Option<Restore>,
+    unserved: Option<Unserved>,
 }
 
 fn connect(options: &Options) -> anyhow::Result<Connection> {
@@ -96,10 +98,12 @@ fn connect(options: &Options) -> anyhow::Result<Connection> {
         move |error: std::io::Error| anyhow::anyhow!("{option} {path}: {error}")
     };
     if let Some(path) = &options.unix {
+        let (unix, unserved) = unix::Unix::bind(path).map_err(named("--unix", path))?;
         return Ok(Connection {
-            backend: Box::new(unix::Unix::bind(path).map_err(named("--unix", path))?),
+            backend: Box::new(unix),
             syscalls: outrigger_sandbox::LISTENER,
             restore: None,
+            unserved: Some(unserved),
         });
     }
     if let Some(path) = &options.file {
@@ -107,6 +111,7 @@ fn connect(options: &Options) -> anyhow::Result<Connection> {
             backend: Box::new(file::File::open(path).map_err(named("--file", path))?),
             syscalls: &[],
             restore: None,
+            unserved: None,
         });
     }
     if options.pty {
@@ -119,6 +124,7 @@ fn connect(options: &Options) -> anyhow::Result<Connection> {
             backend: Box::new(pty),
             syscalls: TERMINAL,
             restore: None,
+            unserved: None,
         });
     }
     let stdio = stdio::Stdio::open()?;
@@ -130,6 +136,7 @@ fn connect(options: &Options) -> anyhow::Result<Connection> {
         backend: Box::new(stdio),
         syscalls: TERMINAL,
         restore,
+        unserved: None,
     })
 }
 
@@ -148,6 +155,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
         backend,
         syscalls,
         restore,
+        unserved,
     } = connect(options)?;
     let size = backend.size();
     let config = ConfigSpace::new(console::config_space(size.unwrap_or_default()));
@@ -163,5 +171,6 @@ fn build(options: &Options) -> anyhow::Result<Program> {
         syscalls,
         keep_network: false,
         restore,
+        unserved,
     })
 }

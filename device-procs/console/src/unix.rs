@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use device_core::Poller;
-use outrigger_cli::socket;
+use outrigger_cli::socket::{self, Unserved};
 use rustix::net::{SocketFlags, accept_with};
 
 use crate::backend::{Backend, Written};
@@ -34,18 +34,19 @@ struct Client {
 }
 
 impl Unix {
-    /// Listens on `path`.
+    /// Listens on `path`, which is removed again unless it comes to be served.
     ///
     /// # Errors
     /// bind(2)'s own.
-    pub fn bind(path: &Path) -> io::Result<Self> {
-        let listener = OwnedFd::from(socket::bind(path)?);
+    pub fn bind(path: &Path) -> io::Result<(Self, Unserved)> {
+        let (listener, unserved) = socket::bind(path)?;
         device_core::fd::set_nonblocking(&listener)?;
-        Ok(Unix {
-            listener,
+        let unix = Unix {
+            listener: listener.into(),
             client: None,
             left_behind: VecDeque::new(),
-        })
+        };
+        Ok((unix, unserved))
     }
 
     /// Takes the next client, if there is none and one waits.

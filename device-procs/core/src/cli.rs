@@ -5,14 +5,15 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::Args;
-use outrigger_cli::LogFormat;
+use outrigger_cli::{LogFormat, socket};
 use outrigger_sandbox::Mode;
 
 /// Options of every device program.
 #[derive(Args, Clone, Debug)]
 pub struct Common {
     /// Unix socket to create and listen on
-    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    #[arg(long, value_name = "PATH", conflicts_with = "fd",
+          value_parser = socket::path_parser())]
     pub socket_path: Option<PathBuf>,
 
     /// Inherited socket: a listening one, or one that is already connected

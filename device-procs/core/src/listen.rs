@@ -5,7 +5,8 @@ use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
-use outrigger_cli::socket;
+use outrigger_cli::Usage;
+use outrigger_cli::socket::{self, Unserved};
 use rustix::net::sockopt;
 
 use crate::cli::Common;
@@ -13,7 +14,12 @@ use crate::cli::Common;
 /// A source of connections.
 pub enum Listener {
     /// Any number of front ends, one after the other.
-    Listening(UnixListener),
+    Listening {
+        /// Where they connect.
+        socket: UnixListener,
+        /// Its path, if this program made it, until it is served.
+        unserved: Option<Unserved>,
+    },
     /// One front end, connected already; when it leaves, the program is done.
     Connected(Option<UnixStream>),
 }
@@ -26,17 +32,21 @@ impl Listener {
     /// One line that names the socket and what is wrong with it.
     pub fn new(common: &Common) -> anyhow::Result<Self> {
         if let Some(path) = &common.socket_path {
-            let listener = socket::bind(path)
+            let (socket, unserved) = socket::bind(path)
                 .map_err(|e| anyhow::anyhow!("--socket-path {}: {e}", path.display()))?;
-            return Ok(Listener::Listening(listener));
+            return Ok(Listener::Listening {
+                socket,
+                unserved: Some(unserved),
+            });
         }
         if let Some(fd) = common.fd {
             return Self::inherited(fd).map_err(|e| anyhow::anyhow!("--fd {fd}: {e}"));
         }
         if let Some(listener) = listenfd::ListenFd::from_env().take_unix_listener(0)? {
-            return Ok(Listener::Listening(listener));
+            return Ok(Self::others(listener));
         }
-        anyhow::bail!("no socket: give --socket-path or --fd, or use socket activation")
+        let why = "no socket: give --socket-path or --fd, or use socket activation";
+        Err(Usage(why.into()).into())
     }
 
     fn inherited(fd: RawFd) -> io::Result<Self> {
@@ -45,24 +55,33 @@ impl Listener {
             return Err(io::Error::other("not a unix socket"));
         }
         Ok(if sockopt::socket_acceptconn(&fd)? {
-            Listener::Listening(fd.into())
+            Self::others(fd.into())
         } else {
             Listener::Connected(Some(fd.into()))
         })
     }
 
-    /// Removes the socket that [`Listener::new`] made, for a program that will not serve
-    /// it. In the sandbox this is no longer possible.
-    pub fn abandon(&self, common: &Common) {
-        if let Some(path) = &common.socket_path {
-            // The program ends with an error that says more.
-            let _ = std::fs::remove_file(path);
+    /// A socket that somebody else made.
+    fn others(socket: UnixListener) -> Self {
+        Listener::Listening {
+            socket,
+            unserved: None,
+        }
+    }
+
+    /// Serving begins. Dropped before, the socket that [`Listener::new`] made is removed,
+    /// unless the sandbox is closed already.
+    pub fn keep(&mut self) {
+        if let Listener::Listening { unserved, .. } = self
+            && let Some(unserved) = unserved.take()
+        {
+            unserved.keep();
         }
     }
 
     /// Whether front ends are accepted, which the sandbox must then allow.
     pub fn is_listening(&self) -> bool {
-        matches!(self, Listener::Listening(_))
+        matches!(self, Listener::Listening { .. })
     }
 
     /// The next front end; `None` when there will be none.
@@ -71,7 +90,7 @@ impl Listener {
     /// accept(2)'s own.
     pub fn accept(&mut self) -> io::Result<Option<UnixStream>> {
         match self {
-            Listener::Listening(listener) => listener.accept().map(|(stream, _)| Some(stream)),
+            Listener::Listening { socket, .. } => socket.accept().map(|(stream, _)| Some(stream)),
             Listener::Connected(stream) => Ok(stream.take()),
         }
     }

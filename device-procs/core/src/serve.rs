@@ -8,6 +8,8 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
+use outrigger_cli::options::{USAGE, Usage};
+use outrigger_cli::socket::Unserved;
 use outrigger_sandbox::{BASE, Check, LISTENER, Mode, Policy, Rule, SOCKET, VHOST_USER};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
@@ -58,13 +60,16 @@ pub struct Program {
     /// Puts right what the program changed outside itself (a terminal's mode)
     /// when it ends.
     pub restore: Option<Box<dyn FnOnce() + Send>>,
+    /// A socket of the device's own, which is removed if the start fails.
+    pub unserved: Option<Unserved>,
 }
 
 /// Runs a device program to its end.
 ///
 /// `capabilities` is what `--print-capabilities` prints; `build` opens the
 /// device's files. Returns 0 when the front end of a connected socket left or
-/// SIGTERM came, and 1 on an error, which is printed as one line.
+/// SIGTERM came, 2 when the command line makes no sense, and 1 on another error; each
+/// is printed as one line.
 pub fn run(
     name: &'static str,
     common: &Common,
@@ -75,8 +80,8 @@ pub fn run(
 }
 
 /// [`run`] for a program with a serve loop of its own: prints the capabilities
-/// or starts the log and serves. Returns 0 when `serve` has come to its end, and 1
-/// on an error, which is printed as one line.
+/// or starts the log and serves. Returns 0 when `serve` has come to its end, 2 on an
+/// error that is a [`Usage`], and 1 on another; each is printed as one line.
 pub fn run_with(
     name: &'static str,
     common: &Common,
@@ -88,12 +93,12 @@ pub fn run_with(
         return ExitCode::SUCCESS;
     }
     let started = outrigger_cli::logging::start(common.log_format, &common.log_level)
-        .map_err(anyhow::Error::msg);
+        .map_err(|why| Usage(why).into());
     match started.and_then(|()| serve()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{name}: {error:#}");
-            ExitCode::FAILURE
+            outrigger_cli::complain(name, &error);
+            ExitCode::from(if error.is::<Usage>() { USAGE } else { 1 })
         }
     }
 }
@@ -107,7 +112,8 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
         syscalls,
         keep_network,
         restore,
-    } = build().inspect_err(|_| listener.abandon(common))?;
+        unserved,
+    } = build()?;
 
     let mut layers = vec![BASE, SOCKET, VHOST_USER, SERVE, syscalls];
     // A device may listen, too, and a call has one rule.
@@ -127,6 +133,10 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
     let workers = start_workers(&description, devices)?;
     signals::exit_on_signal(ending, Arc::clone(&workers), restore)?;
     outrigger_sandbox::seal(&policy, common.sandbox)?;
+    listener.keep();
+    if let Some(unserved) = unserved {
+        unserved.keep();
+    }
     ready.announce();
 
     while let Some(stream) = listener.accept().context("accepting a front end")? {

@@ -149,5 +149,6 @@ fn build(options: &Options) -> anyhow::Result<Program> {
         syscalls: SYSCALLS,
         keep_network: false,
         restore: None,
+        unserved: None,
     })
 }

@@ -96,6 +96,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
         syscalls: tap::SYSCALLS,
         keep_network,
         restore: None,
+        unserved: None,
     })
 }
 

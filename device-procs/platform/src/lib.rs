@@ -92,10 +92,11 @@ fn serve(options: &Options) -> anyhow::Result<()> {
     };
     confine(&policy, common.sandbox)?;
     outrigger_sandbox::seal(&policy, common.sandbox)?;
+    listener.keep();
     ready.announce();
 
     loop {
-        if let Listener::Listening(socket) = &listener
+        if let Listener::Listening { socket, .. } = &listener
             && wait::for_input(socket, &signals, None)? == Woken::Signal
         {
             return Ok(());

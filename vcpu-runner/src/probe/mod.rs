@@ -8,6 +8,7 @@ mod text;
 use std::path::Path;
 
 use kvm_ioctls::Kvm;
+use outrigger_cli::complain;
 use outrigger_protocol::exit;
 use serde::Serialize;
 
@@ -123,13 +124,16 @@ pub fn run(format: Format) -> u8 {
         Format::Json => serde_json::to_string(&report).unwrap_or_default() + "\n",
     };
     if let Err(error) = std::io::stdout().lock().write_all(text.as_bytes()) {
-        eprintln!("vcpu-runner: --probe: standard output: {error}");
+        complain("vcpu-runner", format!("--probe: standard output: {error}"));
         return exit::FAILURE;
     }
     match &report.problem {
         None => exit::POWERED_OFF,
         Some(problem) => {
-            eprintln!("vcpu-runner: {}; {}", problem.what, problem.remedy);
+            complain(
+                "vcpu-runner",
+                format!("{}; {}", problem.what, problem.remedy),
+            );
             exit::FAILURE
         }
     }
