@@ -54,6 +54,7 @@ boot_on() { # NAME COMMAND…
         --device "disk0,type=block,socket=$dir/disk" --platform "socket=$dir/platform"
     kill "$back_end" 2>/dev/null || true
     wait "$back_end" 2>/dev/null || true
+    unset 'pids[-1]' # its number may be another's now
     rm -f "$dir/disk"
 }
 

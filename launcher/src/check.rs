@@ -117,8 +117,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Whether its taps exist. `device-net` would make one that does not, with
-    /// nobody at its other end.
+    /// Whether its taps exist, before any process is started.
     ///
     /// # Errors
     /// Names the network and the tap.

@@ -54,7 +54,13 @@ started() {
         exit 1
     }
     # A process that could not start has said why.
-    [ "$ready" = ready ] || { wait "$2" || exit $?; exit 1; }
+    [ "$ready" = ready ] || {
+        code=0
+        wait "$2" || code=$?
+        devices=${devices% "$2"} # its number may be another's now
+        [ "$code" != 0 ] || code=1
+        exit "$code"
+    }
 }
 "#;
 

@@ -14,11 +14,15 @@ const QUOTE: usize = 60;
 /// Reads a VM file.
 ///
 /// # Errors
-/// When it cannot be read; [`Invalid`], with the line, when it does not follow the
-/// schema.
+/// When it cannot be read; [`Invalid`] when it is no text or, with the line, does not
+/// follow the schema.
 pub fn load(path: &Path) -> anyhow::Result<Machine> {
     let what = || format!("VM file {}", path.display());
-    let text = std::fs::read_to_string(path).with_context(what)?;
+    let bytes = std::fs::read(path).with_context(what)?;
+    let text = String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        Invalid(format!("{}: not UTF-8 from byte {at} on", what()))
+    })?;
     toml::from_str(&text).map_err(|error| {
         let message = explain(&text, error.message(), error.span().map(|span| span.start));
         Invalid(format!("{}: {message}", what())).into()

@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::{Command, CommandFactory, Parser};
+use clap::Parser;
 use clap_complete::Shell;
+use outrigger_manual::programs;
 
 /// Writes man pages and shell completion for all programs of outrigger.
 #[derive(Parser)]
@@ -19,18 +20,6 @@ use clap_complete::Shell;
 struct Options {
     /// Directory to write to; made if there is none
     directory: PathBuf,
-}
-
-/// All programs that a user may call.
-fn programs() -> Vec<Command> {
-    vec![
-        outrigger::Options::command(),
-        vcpu_runner::options::Options::command(),
-        device_disk::Options::command(),
-        device_net::Options::command(),
-        device_console::Options::command(),
-        device_platform::Options::command(),
-    ]
 }
 
 fn main() -> ExitCode {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use clap::CommandFactory;
+use outrigger_manual::programs;
 
 fn written() -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
@@ -14,17 +14,6 @@ fn written() -> tempfile::TempDir {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && said.is_empty(), "{said}");
     directory
-}
-
-fn programs() -> [clap::Command; 6] {
-    [
-        outrigger::Options::command(),
-        vcpu_runner::options::Options::command(),
-        device_disk::Options::command(),
-        device_net::Options::command(),
-        device_console::Options::command(),
-        device_platform::Options::command(),
-    ]
 }
 
 /// The programs and the commands of `outrigger`, by the names of their pages.

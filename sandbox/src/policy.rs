@@ -163,6 +163,7 @@ pub const LISTENER: &[Rule] = &[Rule::any(libc::SYS_accept4)];
 pub const VHOST_USER: &[Rule] = &[
     Rule::any(libc::SYS_fstat),
     Rule::any(libc::SYS_memfd_create),
+    // Also for device-disk, whose image may end within a sector.
     Rule::any(libc::SYS_ftruncate),
 ];
 

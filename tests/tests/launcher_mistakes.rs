@@ -91,6 +91,11 @@ fn mistakes_in_a_vm_file() {
         let launcher = Launcher::start_in(directory, &["up", "vm.toml"]);
         expect(launcher, code, parts, vec!["vm.toml".into()]);
     }
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("vm.toml"), b"kernel = '\xff'\n").unwrap();
+    let binary = Launcher::start_in(directory, &["up", "vm.toml"]);
+    let parts = ["outrigger: VM file vm.toml: not UTF-8 from byte 10 on"];
+    expect(binary, USAGE, &parts, vec!["vm.toml".into()]);
     let missing = Launcher::start(&["up", "missing.toml"]);
     let parts = ["outrigger: VM file missing.toml: No such file"];
     expect(missing, FAILURE, &parts, Vec::new());

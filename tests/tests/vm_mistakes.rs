@@ -65,6 +65,15 @@ fn kernels_that_are_truncated_or_none() {
     for cut in [4, 20, 64, 100, 5000, elf.len() / 2, elf.len() - 1] {
         add(&format!("elf-{cut}"), &elf[..cut], &["/elf-", "truncated"]);
     }
+    let foreign = &["/foreign-", "an ELF file, but not for 64-bit x86"];
+    // EI_CLASS: 32-bit. EI_DATA: big-endian. e_machine: AArch64.
+    for (name, offset, value) in [("bits", 4, 1), ("endian", 5, 2), ("machine", 18, 183)] {
+        let mut file = elf.clone();
+        file[offset] = value;
+        add(&format!("foreign-{name}"), &file, foreign);
+    }
+    let program = std::fs::read("/bin/true").unwrap();
+    add("program", &program, &["/program", "a program for Linux"]);
     for cut in [1024, 1025, 4000, 4095] {
         add(
             &format!("bz-{cut}"),

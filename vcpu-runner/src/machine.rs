@@ -79,6 +79,7 @@ impl Machine {
     /// # Errors
     /// The first thing that does not work.
     pub fn new(options: &Options) -> Result<Self, Error> {
+        options.memory.check_host()?;
         let events = Events::open(options.events.as_deref())?;
         let boot = BootSource::open(options)?;
         let kvm = host::open()?;

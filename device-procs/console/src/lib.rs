@@ -20,15 +20,13 @@ use std::process::ExitCode;
 
 use clap::{ArgGroup, Parser};
 use device_core::signals::{self, Restore};
-use device_core::{ConfigSpace, Description, Program, cli::Common};
+use device_core::{ConfigSpace, Description, Program, QUEUE_SIZE, cli::Common};
 use outrigger_cli::socket::{self, Unserved};
 use outrigger_sandbox::{Check, Rule};
 
 use crate::backend::Backend;
 use crate::console::Console;
 
-/// QEMU's virtio-mmio offers rings of this size whatever the device.
-const QUEUE_SIZE: u16 = 1024;
 /// VIRTIO_CONSOLE_F_SIZE (virtio 1.2 section 5.3.3).
 const F_SIZE: u64 = 1 << 0;
 

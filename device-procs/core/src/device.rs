@@ -2,6 +2,10 @@
 
 use crate::{ConfigSpace, Error, GuestMemory, Poller, Ring};
 
+/// Largest ring of every device here: QEMU's virtio-mmio offers rings of this size
+/// whatever the device.
+pub const QUEUE_SIZE: u16 = 1024;
+
 /// What a device is, apart from how it moves data.
 pub struct Description {
     /// The program's name, for logs and errors.

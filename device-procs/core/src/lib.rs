@@ -24,7 +24,7 @@ pub mod worker;
 
 pub use chain::Chain;
 pub use config::ConfigSpace;
-pub use device::{Context, Description, Device};
+pub use device::{Context, Description, Device, QUEUE_SIZE};
 pub use error::Error;
 pub use memory::GuestMemory;
 pub use outrigger_cli::fd;

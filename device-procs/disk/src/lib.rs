@@ -18,14 +18,12 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Parser, ValueEnum};
-use device_core::{ConfigSpace, Description, Device, Program, cli::Common};
+use device_core::{ConfigSpace, Description, Device, Program, QUEUE_SIZE, cli::Common};
 use outrigger_sandbox::Rule;
 
 use crate::disk::{Disk, Drive};
 use crate::image::{Image, raw::RawImage};
 
-/// QEMU's virtio-mmio offers rings of this size whatever the device.
-const QUEUE_SIZE: u16 = 1024;
 /// What fits into one request is reckoned for rings of this size.
 const USUAL_QUEUE_SIZE: u16 = 256;
 
@@ -78,7 +76,9 @@ fn serial(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// What moving data takes beyond the serve loop.
+/// What moving data takes beyond the serve loop. Adding the end of a last sector that
+/// the file does not have (`image::raw`) takes ftruncate as well; that is in
+/// [`outrigger_sandbox::VHOST_USER`], and no call may have two rules.
 const SYSCALLS: &[Rule] = &[
     Rule::any(libc::SYS_preadv),
     Rule::any(libc::SYS_pwritev),

@@ -12,16 +12,20 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
+use crate::image::SECTOR;
+
 /// First byte of what a user does.
 const DOES: i64 = 100;
 /// First byte of what a user keeps others from doing.
 const FORBIDS: i64 = 200;
 
 /// Reads data that makes sense, as against data in mid-change. (QEMU's consistent
-/// read, write-unchanged and resize are permissions 0, 2 and 3.)
+/// read and write-unchanged are permissions 0 and 2.)
 const READ: i64 = 0;
 /// Writes.
 const WRITE: i64 = 1;
+/// Changes the size.
+const RESIZE: i64 = 3;
 
 /// Locks `file` as a disk of a machine: nobody else may write to it.
 ///
@@ -29,7 +33,14 @@ const WRITE: i64 = 1;
 /// One line that says what somebody else does with the image, and who it is if that
 /// can be known; or fcntl(2)'s.
 pub fn take(file: &File, read_only: bool) -> io::Result<()> {
-    let does: &[i64] = if read_only { &[READ] } else { &[READ, WRITE] };
+    let does: &[i64] = if read_only {
+        &[READ]
+    } else if file.metadata()?.len() % SECTOR != 0 {
+        // Its last sector is made whole once the guest writes there.
+        &[READ, WRITE, RESIZE]
+    } else {
+        &[READ, WRITE]
+    };
     for &permission in does {
         lock(file, DOES + permission)?;
     }
@@ -40,6 +51,7 @@ pub fn take(file: &File, read_only: bool) -> io::Result<()> {
     for &permission in does {
         let what = match permission {
             WRITE => "lets nobody else write to it",
+            RESIZE => "lets nobody else change its size",
             _ => "lets nobody else read it",
         };
         look(file, FORBIDS + permission, what)?;
@@ -169,6 +181,29 @@ mod tests {
         assert!(take(&open(&image), true).is_err());
         drop(duplicate);
         take(&open(&image), false).unwrap();
+    }
+
+    /// A file that ends within a sector grows, which somebody may not let it.
+    #[test]
+    fn an_image_that_may_grow_is_marked() {
+        let image = NamedTempFile::new().unwrap();
+        for (len, read_only, grows) in [
+            (1000, false, true),
+            (1000, true, false),
+            (1024, false, false),
+        ] {
+            image.as_file().set_len(len).unwrap();
+            let user = open(&image);
+            take(&user, read_only).unwrap();
+            let marked = look(&open(&image), DOES + RESIZE, "").is_err();
+            assert_eq!(marked, grows, "{len} bytes, read-only {read_only}");
+            drop(user);
+
+            let other = open(&image);
+            lock(&other, FORBIDS + RESIZE).unwrap();
+            let refused = take(&open(&image), read_only).is_err();
+            assert_eq!(refused, grows, "{len} bytes, read-only {read_only}");
+        }
     }
 
     #[test]

@@ -73,11 +73,6 @@ pub fn name_of(request: &libc::ifreq) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// Whether the present network namespace has an interface called `name`.
-pub fn exists(name: &str) -> bool {
-    Interface::new(name).is_ok_and(|interface| interface.mtu().is_ok())
-}
-
 fn internet_address(address: Ipv4Addr) -> libc::sockaddr {
     let address = libc::sockaddr_in {
         sin_family: libc::AF_INET as libc::sa_family_t,

@@ -15,15 +15,13 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser;
-use device_core::{ConfigSpace, Description, Program, cli::Common};
+use device_core::{ConfigSpace, Description, Program, QUEUE_SIZE, cli::Common};
 
 use crate::config::Mac;
 use crate::interface::{Interface, Network};
 use crate::net::Net;
 use crate::tap::Tap;
 
-/// QEMU's virtio-mmio offers rings of this size whatever the device.
-const QUEUE_SIZE: u16 = 1024;
 /// What an interface has that was not asked (RFC 894), in bytes.
 const USUAL_MTU: u16 = 1500;
 
@@ -34,7 +32,7 @@ pub struct Options {
     #[command(flatten)]
     common: Common,
 
-    /// Tap device to attach to; made if there is none
+    /// Existing tap device to attach to
     #[arg(
         long,
         value_name = "NAME",
@@ -111,12 +109,7 @@ fn open(options: &Options) -> anyhow::Result<(Tap, bool)> {
         return Ok((tap.with_context(|| format!("--tap-fd {fd}"))?, false));
     }
     let name = options.tap.as_deref().unwrap_or_default();
-    let was_there = interface::exists(name);
-    let tap = Tap::create(name).with_context(|| format!("--tap {name}"))?;
-    if !was_there {
-        // It may be a slip of the pen: nobody is at the far end.
-        tracing::warn!("--tap {name}: there was none; made one that ends with this process");
-    }
+    let tap = Tap::attach(name).with_context(|| format!("--tap {name}"))?;
     Ok((tap, false))
 }
 

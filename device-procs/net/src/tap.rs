@@ -15,7 +15,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_TSO6,
 };
 
-use crate::interface;
+use crate::interface::{self, Interface};
 
 /// Length of `struct virtio_net_hdr_v1` in bytes (virtio 1.2 section 5.1.6).
 pub const HEADER: usize = 12;
@@ -33,36 +33,56 @@ pub struct Tap {
     name: String,
 }
 
-/// What TUNSETIFF's `error` means.
-fn refusal(name: &str, error: io::Error) -> io::Error {
-    let there = interface::exists(name);
+/// What an `error` means of TUNSETIFF, or of the question for the interface before it.
+fn refusal(error: io::Error) -> io::Error {
     let why = match error.raw_os_error() {
+        Some(libc::ENODEV) => "there is no such tap device",
         Some(libc::EBUSY) => "another process is attached to it",
-        Some(libc::EINVAL) if there => "no tap device, or one of another kind (with many queues)",
-        Some(libc::EPERM) if there => "it belongs to another user",
-        Some(libc::EPERM) => "there is no such tap device, and this user may not make one",
+        Some(libc::EINVAL) => "no tap device, or one of another kind (with many queues)",
+        Some(libc::EPERM) => "it belongs to another user",
         _ => return error,
     };
     io::Error::new(error.kind(), why)
 }
 
 impl Tap {
-    /// Attaches to the tap device `name`; makes it if there is none.
+    /// Attaches to the tap device `name` of the present network namespace.
     ///
     /// # Errors
-    /// When the caller may not, or somebody else is attached to it.
+    /// When there is none, when the caller may not, or when somebody else is attached
+    /// to it.
+    pub fn attach(name: &str) -> anyhow::Result<Self> {
+        let fd = Self::open()?;
+        // TUNSETIFF would make one, with nobody at its far end, for a slip of the pen.
+        Interface::new(name)
+            .and_then(|interface| interface.mtu())
+            .map_err(refusal)?;
+        Ok(Self::named(fd, name).map_err(refusal)?)
+    }
+
+    /// Makes a tap device `name` that goes with this process.
+    ///
+    /// # Errors
+    /// When the caller may not.
     pub fn create(name: &str) -> anyhow::Result<Self> {
+        Ok(Self::named(Self::open()?, name)?)
+    }
+
+    fn open() -> anyhow::Result<OwnedFd> {
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let fd = rustix::fs::open("/dev/net/tun", flags, Mode::empty()).context("/dev/net/tun")?;
+        rustix::fs::open("/dev/net/tun", flags, Mode::empty()).context("/dev/net/tun")
+    }
+
+    fn named(fd: OwnedFd, name: &str) -> io::Result<Self> {
         let mut request = interface::request(name)?;
         let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
         request.ifr_ifru.ifru_flags = flags as libc::c_short;
         // SAFETY: TUNSETIFF takes a `struct ifreq`.
         if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNSETIFF, &mut request) } < 0 {
-            return Err(refusal(name, io::Error::last_os_error()).into());
+            return Err(io::Error::last_os_error());
         }
         let name = interface::name_of(&request);
-        Ok(Tap { fd, name }.with_header()?)
+        Tap { fd, name }.with_header()
     }
 
     /// Takes over a tap device that somebody else has attached to `fd`.

@@ -3,7 +3,9 @@
 use std::mem::offset_of;
 use std::os::unix::fs::FileExt;
 
-use libc::{Elf64_Ehdr, Elf64_Phdr};
+use libc::{
+    EI_CLASS, EI_DATA, ELFCLASS64, ELFDATA2LSB, EM_X86_64, Elf64_Ehdr, Elf64_Phdr, PT_INTERP,
+};
 use linux_loader::bootparam::{XLF_KERNEL_64, setup_header};
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{self, BzImage, Elf, KernelLoader, bzimage, elf};
@@ -47,7 +49,8 @@ pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<Image, Error> {
         .map_err(|_| kernel.error("shorter than any kernel"))?;
     let highest = Some(GuestAddress(HIGH_MEMORY));
     let image = if magic == ELF_MAGIC {
-        check_whole(kernel, elf_size(kernel)?)?;
+        let headers = ElfHeaders::read(kernel)?;
+        check_whole(kernel, headers.whole)?;
         let loaded = Elf::load(ram.memory(), None, &mut file, None).map_err(|e| match e {
             // The file is whole, so it is memory that is missing.
             loader::Error::Elf(elf::Error::ReadKernelImage) => too_large(kernel, ram),
@@ -55,6 +58,10 @@ pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<Image, Error> {
         })?;
         let (protocol, entry) = match loaded.pvh_boot_cap {
             PvhBootCapability::PvhEntryPresent(address) => (Protocol::Pvh, address.0),
+            // FreeBSD's kernel names an interpreter too, and has a PVH entry point.
+            _ if headers.has_interpreter => {
+                return Err(kernel.error("a program for Linux, not a kernel"));
+            }
             _ => (Protocol::Linux64(None), loaded.kernel_load.0),
         };
         Image {
@@ -118,27 +125,48 @@ fn check_whole(kernel: &NamedFile, whole: u64) -> Result<(), Error> {
     Ok(())
 }
 
-/// How long an ELF file is at least: up to the end of its last segment and of its
-/// section headers, which linkers put last.
-fn elf_size(kernel: &NamedFile) -> Result<u64, Error> {
-    let mut header = [0; size_of::<Elf64_Ehdr>()];
-    read(kernel, &mut header, 0)?;
-    let sections = word64(&header, offset_of!(Elf64_Ehdr, e_shoff));
-    let section_size = word16(&header, offset_of!(Elf64_Ehdr, e_shentsize));
-    let section_count = word16(&header, offset_of!(Elf64_Ehdr, e_shnum));
-    let mut end = sections.saturating_add(section_size * section_count);
+/// What the headers of an ELF file say.
+struct ElfHeaders {
+    /// How long the file is at least: up to the end of its last segment and of its
+    /// section headers, which linkers put last.
+    whole: u64,
+    /// Whether it asks for a program that loads it (PT_INTERP in elf(5)).
+    has_interpreter: bool,
+}
 
-    let segments = word64(&header, offset_of!(Elf64_Ehdr, e_phoff));
-    let segment_count = word16(&header, offset_of!(Elf64_Ehdr, e_phnum));
-    let mut segment = [0; size_of::<Elf64_Phdr>()];
-    for index in 0..segment_count {
-        let at = segments.saturating_add(index * segment.len() as u64);
-        read(kernel, &mut segment, at)?;
-        let start = word64(&segment, offset_of!(Elf64_Phdr, p_offset));
-        let size = word64(&segment, offset_of!(Elf64_Phdr, p_filesz));
-        end = end.max(start.saturating_add(size));
+impl ElfHeaders {
+    fn read(kernel: &NamedFile) -> Result<Self, Error> {
+        let mut header = [0; size_of::<Elf64_Ehdr>()];
+        read(kernel, &mut header, 0)?;
+        if header[EI_CLASS] != ELFCLASS64
+            || header[EI_DATA] != ELFDATA2LSB
+            || word16(&header, offset_of!(Elf64_Ehdr, e_machine)) != u64::from(EM_X86_64)
+        {
+            return Err(kernel.error("an ELF file, but not for 64-bit x86"));
+        }
+        let sections = word64(&header, offset_of!(Elf64_Ehdr, e_shoff));
+        let section_size = word16(&header, offset_of!(Elf64_Ehdr, e_shentsize));
+        let section_count = word16(&header, offset_of!(Elf64_Ehdr, e_shnum));
+        let mut whole = sections.saturating_add(section_size * section_count);
+        let mut has_interpreter = false;
+
+        let segments = word64(&header, offset_of!(Elf64_Ehdr, e_phoff));
+        let segment_count = word16(&header, offset_of!(Elf64_Ehdr, e_phnum));
+        let mut segment = [0; size_of::<Elf64_Phdr>()];
+        for index in 0..segment_count {
+            let at = segments.saturating_add(index * segment.len() as u64);
+            read(kernel, &mut segment, at)?;
+            let start = word64(&segment, offset_of!(Elf64_Phdr, p_offset));
+            let size = word64(&segment, offset_of!(Elf64_Phdr, p_filesz));
+            whole = whole.max(start.saturating_add(size));
+            let kind = word32(&segment, offset_of!(Elf64_Phdr, p_type));
+            has_interpreter |= kind == PT_INTERP;
+        }
+        Ok(ElfHeaders {
+            whole,
+            has_interpreter,
+        })
     }
-    Ok(end)
 }
 
 fn read(kernel: &NamedFile, bytes: &mut [u8], at: u64) -> Result<(), Error> {
@@ -153,6 +181,12 @@ fn word64(bytes: &[u8], at: usize) -> u64 {
     let mut word = [0; 8];
     word.copy_from_slice(&bytes[at..at + 8]);
     u64::from_le_bytes(word)
+}
+
+fn word32(bytes: &[u8], at: usize) -> u32 {
+    let mut word = [0; 4];
+    word.copy_from_slice(&bytes[at..at + 4]);
+    u32::from_le_bytes(word)
 }
 
 fn word16(bytes: &[u8], at: usize) -> u64 {

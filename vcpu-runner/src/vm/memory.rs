@@ -57,6 +57,24 @@ pub struct MemorySpec {
     pub pages: Pages,
 }
 
+impl MemorySpec {
+    /// Refuses more than this host has, swap included: nothing is allocated before
+    /// the guest touches it, so that a size beyond all reason would be found late.
+    ///
+    /// # Errors
+    /// Says how much the host has.
+    pub fn check_host(self) -> Result<(), Error> {
+        let host = host_memory();
+        if self.size > host {
+            return Err(Error::Memory {
+                bytes: self.size,
+                why: format!("this host has {host} bytes, swap included"),
+            });
+        }
+        Ok(())
+    }
+}
+
 impl FromStr for MemorySpec {
     type Err = String;
 
@@ -110,16 +128,12 @@ impl Ram {
     /// Creates and maps RAM: up to 3 GiB below the hole, the rest beyond 4 GiB.
     ///
     /// # Errors
-    /// When the host has no such memory, or not enough huge pages.
+    /// When the host will not map so much, or has not enough huge pages.
     pub fn new(spec: MemorySpec) -> Result<Self, Error> {
         let error = |why: String| Error::Memory {
             bytes: spec.size,
             why,
         };
-        let host = host_memory();
-        if spec.size > host {
-            return Err(error(format!("this host has {host} bytes, swap included")));
-        }
         let low = spec.size.min(LOW_RAM_END);
         let mut ranges = vec![(0, low)];
         if spec.size > low {
