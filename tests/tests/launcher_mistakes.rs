@@ -199,8 +199,8 @@ fn mistakes_on_the_command_line() {
         ),
         (
             &["--console", &long],
-            FAILURE,
-            &["device-console: --unix /tmp/xxx", "107 bytes"],
+            USAGE,
+            &["device-console: ", "/tmp/xxx", "--unix", "107 bytes"],
         ),
     ] {
         let arguments = [&["run", "--quiet"], &kernel[..], arguments].concat();
