@@ -152,6 +152,9 @@ impl Session {
         operation: &str,
         f: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T, Error> {
+        if let Some(error) = self.unasked() {
+            return Err(error);
+        }
         let guard = self.watchdog.guard(&self.socket, DEADLINE)?;
         let result = f(&mut self.frontend);
         let late = guard.finish();
@@ -324,14 +327,16 @@ impl Session {
         &self.socket
     }
 
-    /// Which of the two it is.
-    pub fn why_readable(&self) -> Error {
+    /// What is wrong with the connection, if it is readable outside a request: the
+    /// next one would take what lies there for its answer.
+    pub fn unasked(&self) -> Option<Error> {
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         let why = match rustix::net::recv(&self.socket, &mut [0; 1][..], flags) {
             Ok((1.., _)) => "the process sent what nobody asked for",
+            Err(rustix::io::Errno::AGAIN) => return None,
             _ => "the process has left",
         };
-        self.error("connection", why)
+        Some(self.error("connection", why))
     }
 
     /// The back-end channel, for polling.

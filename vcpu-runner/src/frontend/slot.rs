@@ -292,9 +292,8 @@ impl Thread {
         }
         let ready = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
         let (gone, announced) = (ready(1), ready(2));
-        // First: the next message would take it for its answer.
-        if gone && let Some(session) = &self.session {
-            return Err(session.why_readable());
+        if gone && let Some(error) = self.session.as_ref().and_then(Session::unasked) {
+            return Err(error);
         }
         // EAGAIN: woken by something else.
         let _ = self.slot.wake.read();
