@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use outrigger_protocol::memory::USER_ADDRESS_OFFSET;
+use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
 use vhost::vhost_user::{
@@ -332,9 +333,10 @@ impl Session {
     pub fn unasked(&self) -> Option<Error> {
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         let why = match rustix::net::recv(&self.socket, &mut [0; 1][..], flags) {
-            Ok((1.., _)) => "the process sent what nobody asked for",
-            Err(rustix::io::Errno::AGAIN) => return None,
-            _ => "the process has left",
+            Ok((1.., _)) => "the process sent what nobody asked for".to_owned(),
+            Ok((0, _)) | Err(Errno::CONNRESET) => "the process has left".to_owned(),
+            Err(Errno::AGAIN) => return None,
+            Err(error) => error.to_string(),
         };
         Some(self.error("connection", why))
     }
