@@ -1,14 +1,18 @@
-//! Unix sockets that a program listens on.
+//! Unix sockets that a program listens on or connects to.
 
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::builder::{PathBufValueParser, TypedValueParser};
-use rustix::fs::{FlockOperation, Mode, OFlags, fcntl_getfl, fcntl_setfl, flock};
+use rustix::fs::{
+    AtFlags, FlockOperation, Mode, OFlags, fcntl_getfl, fcntl_setfl, flock, openat, statat,
+    unlinkat,
+};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
@@ -47,15 +51,18 @@ const LOCK_DEADLINE: Duration = Duration::from_secs(5);
 /// # Errors
 /// bind(2)'s own; a path that somebody serves, that names
 /// a file of another kind or lies in no directory is called so.
-pub fn bind(path: &Path) -> io::Result<(UnixListener, Unserved)> {
+pub fn bind(path: &Path) -> io::Result<(UnixListener, Bound)> {
+    let (directory, name) = directory(path)?;
     // Looking and replacing are not one step, nor are bind(2) and listen(2).
-    let _locked = lock_directory(path)?;
+    let _locked = lock(&directory)?;
     let listener = bind_locked(path)?;
-    let unserved = Unserved {
-        identity: identity(path)?,
-        path: Some(path.to_owned()),
+    let bound = Bound {
+        identity: identity(&directory, &name)?,
+        directory,
+        name,
+        kept: false,
     };
-    Ok((listener, unserved))
+    Ok((listener, bound))
 }
 
 fn bind_locked(path: &Path) -> io::Result<UnixListener> {
@@ -78,54 +85,71 @@ fn bind_locked(path: &Path) -> io::Result<UnixListener> {
     }
 }
 
-/// A socket in the file system that nobody serves yet. Dropped, it is removed, if it
-/// is the same one still: a start that fails leaves nothing behind.
+/// A socket in the file system. Dropped, it is removed, if it is the same one still: a
+/// start that fails leaves nothing behind. It is found by way of its directory, which was
+/// opened while that was allowed.
 #[must_use]
 #[derive(Debug)]
-pub struct Unserved {
+pub struct Bound {
+    directory: OwnedFd,
+    name: OsString,
     identity: (u64, u64),
-    path: Option<PathBuf>,
+    kept: bool,
 }
 
-impl Unserved {
-    /// Serving begins: the socket stays.
+impl Bound {
+    /// The socket stays, for whoever comes next to replace.
     pub fn keep(mut self) {
-        self.path = None;
+        self.kept = true;
     }
 }
 
-impl Drop for Unserved {
+impl Drop for Bound {
     fn drop(&mut self) {
-        if let Some(path) = &self.path
-            && identity(path).is_ok_and(|there| there == self.identity)
+        if !self.kept
+            && identity(&self.directory, &self.name).is_ok_and(|there| there == self.identity)
         {
-            // The program ends with an error that says more.
-            let _ = std::fs::remove_file(path);
+            // One that stays behind is replaced by the next program.
+            let _ = unlinkat(&self.directory, &self.name, AtFlags::empty());
         }
     }
 }
 
-/// Device and inode of what is at `path`.
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    let there = path.symlink_metadata()?;
-    Ok((there.dev(), there.ino()))
+/// Device and inode of what has this name.
+fn identity(directory: &OwnedFd, name: &OsString) -> rustix::io::Result<(u64, u64)> {
+    let there = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    Ok((there.st_dev, there.st_ino))
 }
 
-/// Keeps others who call [`bind`] out of the directory that `path` is in, until the
-/// descriptor is closed; none for a directory that may be written to but not read.
-fn lock_directory(path: &Path) -> io::Result<Option<OwnedFd>> {
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
+/// The directory that `path` is in, opened (O_PATH in open(2)), and its name there.
+///
+/// # Errors
+/// When there is no such directory, or `path` names no file.
+pub fn directory(path: &Path) -> io::Result<(OwnedFd, OsString)> {
+    let (Some(name), Some(parent)) = (path.file_name(), path.parent()) else {
+        let why = "it names no file";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     };
+    let parent = if parent.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        parent
+    };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(parent, flags, Mode::empty()).map_err(|e| match e {
+        Errno::NOENT => io::Error::new(e.kind(), "its directory does not exist"),
+        _ => e.into(),
+    })?;
+    Ok((directory, name.to_owned()))
+}
+
+/// Keeps others who call [`bind`] out of `directory` until the descriptor is closed;
+/// none for a directory that may be written to but not read.
+fn lock(directory: &OwnedFd) -> io::Result<Option<OwnedFd>> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = match rustix::fs::open(parent, flags, Mode::empty()) {
+    let directory = match openat(directory, ".", flags, Mode::empty()) {
         Ok(directory) => directory,
         Err(Errno::ACCESS) => return Ok(None),
-        Err(e @ Errno::NOENT) => {
-            let why = "its directory does not exist";
-            return Err(io::Error::new(e.kind(), why));
-        }
         Err(error) => return Err(error.into()),
     };
     let deadline = Instant::now() + LOCK_DEADLINE;

@@ -11,6 +11,7 @@ use alloc::vec::Vec;
 use core::arch::x86_64::_rdtsc;
 use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
+// SAFETY: boot/interrupts.s defines them, with these types.
 unsafe extern "C" {
     static irq_counts: [AtomicU64; 256];
     static irq_total: AtomicU64;

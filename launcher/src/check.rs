@@ -3,19 +3,15 @@
 use std::path::Path;
 
 use anyhow::Context;
+use outrigger_cli::Usage;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with};
 
 use crate::config::{ConsoleKind, DebugConsoleKind, Machine, NetKind, SerialKind};
 
-/// A description that makes no sense.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct Invalid(pub String);
-
-fn need(what: &str, key: &str, given: bool, wanted: bool) -> Result<(), Invalid> {
+fn need(what: &str, key: &str, given: bool, wanted: bool) -> Result<(), Usage> {
     match (given, wanted) {
-        (false, true) => Err(Invalid(format!("{what} needs {key}="))),
-        (true, false) => Err(Invalid(format!("{what} takes no {key}="))),
+        (false, true) => Err(Usage(format!("{what} needs {key}="))),
+        (true, false) => Err(Usage(format!("{what} takes no {key}="))),
         _ => Ok(()),
     }
 }
@@ -25,16 +21,16 @@ impl Machine {
     ///
     /// # Errors
     /// Names the device and the option.
-    pub fn check(&self) -> Result<(), Invalid> {
+    pub fn check(&self) -> Result<(), Usage> {
         if self.kernel.is_none() && self.load.is_empty() {
-            return Err(Invalid("nothing to boot: kernel or load is missing".into()));
+            return Err(Usage("nothing to boot: kernel or load is missing".into()));
         }
         self.check_nets()?;
         self.check_consoles()?;
         self.check_paths()
     }
 
-    fn check_nets(&self) -> Result<(), Invalid> {
+    fn check_nets(&self) -> Result<(), Usage> {
         for (index, net) in self.net.iter().enumerate() {
             let tap = net.kind == NetKind::Tap;
             let kind = if tap { "a tap" } else { "an isolated" };
@@ -45,7 +41,7 @@ impl Machine {
                 let again = |other: &crate::config::Net| other.name == net.name;
                 if let Some(first) = self.net[..index].iter().position(again) {
                     let name = net.name.as_deref().unwrap_or_default();
-                    return Err(Invalid(format!(
+                    return Err(Usage(format!(
                         "net{index}: tap {name} is net{first}'s already"
                     )));
                 }
@@ -54,7 +50,7 @@ impl Machine {
         Ok(())
     }
 
-    fn check_consoles(&self) -> Result<(), Invalid> {
+    fn check_consoles(&self) -> Result<(), Usage> {
         for (index, console) in self.console.iter().enumerate() {
             let (kind, wanted) = match console.kind {
                 ConsoleKind::Unix => ("a unix", true),
@@ -75,13 +71,13 @@ impl Machine {
         }
         let on_stdin = self.console.iter().filter(|c| c.kind == ConsoleKind::Stdio);
         if on_stdin.count() > 1 {
-            return Err(Invalid("only one console can be on stdio".into()));
+            return Err(Usage("only one console can be on stdio".into()));
         }
         Ok(())
     }
 
     /// No path is empty, and none that is written to has two uses.
-    fn check_paths(&self) -> Result<(), Invalid> {
+    fn check_paths(&self) -> Result<(), Usage> {
         let mut uses: Vec<(String, &Path, bool)> = Vec::new();
         for (index, disk) in self.disk.iter().enumerate() {
             uses.push((format!("disk{index}"), &disk.path, disk.readonly));
@@ -104,14 +100,14 @@ impl Machine {
         uses.extend(control.map(|path| ("the control socket".to_owned(), path, false)));
         for (index, (what, path, shared)) in uses.iter().enumerate() {
             if path.as_os_str().is_empty() {
-                return Err(Invalid(format!("{what}: its path is empty")));
+                return Err(Usage(format!("{what}: its path is empty")));
             }
             let again = uses[..index]
                 .iter()
                 .find(|u| u.1 == *path && !(u.2 && *shared));
             if let Some((first, ..)) = again {
                 let path = path.display();
-                return Err(Invalid(format!("{what}: {path} is in use by {first}")));
+                return Err(Usage(format!("{what}: {path} is in use by {first}")));
             }
         }
         Ok(())

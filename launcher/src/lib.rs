@@ -187,7 +187,7 @@ pub fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             outrigger_cli::complain("outrigger", &error);
-            ExitCode::from(if error.is::<check::Invalid>() {
+            ExitCode::from(if error.is::<outrigger_cli::Usage>() {
                 exit::USAGE
             } else {
                 exit::FAILURE

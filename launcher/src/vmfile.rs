@@ -4,9 +4,9 @@ use std::path::Path;
 
 use anyhow::Context;
 
-use crate::check::Invalid;
 use crate::config::Machine;
 use crate::nearest;
+use outrigger_cli::Usage;
 
 /// Characters of a line that are quoted.
 const QUOTE: usize = 60;
@@ -14,18 +14,18 @@ const QUOTE: usize = 60;
 /// Reads a VM file.
 ///
 /// # Errors
-/// When it cannot be read; [`Invalid`] when it is no text or, with the line, does not
+/// When it cannot be read; [`Usage`] when it is no text or, with the line, does not
 /// follow the schema.
 pub fn load(path: &Path) -> anyhow::Result<Machine> {
     let what = || format!("VM file {}", path.display());
     let bytes = std::fs::read(path).with_context(what)?;
     let text = String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
-        Invalid(format!("{}: not UTF-8 from byte {at} on", what()))
+        Usage(format!("{}: not UTF-8 from byte {at} on", what()))
     })?;
     toml::from_str(&text).map_err(|error| {
         let message = explain(&text, error.message(), error.span().map(|span| span.start));
-        Invalid(format!("{}: {message}", what())).into()
+        Usage(format!("{}: {message}", what())).into()
     })
 }
 
@@ -53,7 +53,7 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), text).unwrap();
         let error = load(file.path()).unwrap_err();
-        assert!(error.is::<Invalid>());
+        assert!(error.is::<Usage>());
         let said = error.to_string();
         assert!(!said.contains('\n'), "{said}");
         said.replace(file.path().to_str().unwrap(), "FILE")

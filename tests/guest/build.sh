@@ -15,6 +15,9 @@ fail() {
     exit 1
 }
 
+# shellcheck source=../packages.sh
+. "$here/../packages.sh"
+
 # The installed version of a package, else the one apt would install, else nothing.
 version_of() {
     local state
@@ -23,22 +26,6 @@ version_of() {
     "installed "*) echo "${state#* }" ;;
     *) apt-cache policy "$1" | sed -n '/(none)/d; s/^ *Candidate: //p' ;;
     esac
-}
-
-apt_install() {
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >&2
-}
-
-install_packages() {
-    local package missing=()
-    for package in "$@"; do
-        dpkg-query -W -f '${db:Status-Status}\n' "$package" 2>/dev/null | grep -qx installed ||
-            missing+=("$package")
-    done
-    [ ${#missing[@]} -gt 0 ] || return 0
-    [ "$(id -u)" -eq 0 ] || fail "these packages are missing, install them as root: ${missing[*]}"
-    apt_install "${missing[@]}" || { apt-get update >&2 && apt_install "${missing[@]}"; } ||
-        fail "apt-get could not install: ${missing[*]}"
 }
 
 # Without a version there is no name for the result. A fresh machine knows no versions yet.

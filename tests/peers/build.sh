@@ -3,7 +3,7 @@
 # that crates.io has as the last line of standard output. Usage: build.sh
 #
 # QEMU and qemu-storage-daemon are Debian's; vhost-device-rng and virtiofsd are built once and kept
-# in ${XDG_CACHE_HOME:-~/.cache}/outrigger, by the hash of this file and the compiler's version.
+# in ${XDG_CACHE_HOME:-~/.cache}/outrigger, by the hash of their versions and the compiler's.
 set -euo pipefail
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/outrigger
@@ -15,10 +15,8 @@ fail() {
     exit 1
 }
 
-apt_install() {
-    [ "$(id -u)" -eq 0 ] || fail "install as root: $*"
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >&2
-}
+# shellcheck source=../packages.sh
+. "$(dirname "$(realpath "$0")")/../packages.sh"
 
 # qemu-system-x86 and qemu-utils have to be of one version. Where qemu-utils comes from
 # bookworm-backports, so does the other.
@@ -36,18 +34,8 @@ install_qemu() {
         }
         release=(-t bookworm-backports)
     fi
+    [ "$(id -u)" -eq 0 ] || fail "install as root: qemu-system-x86 qemu-utils"
     apt_install "${release[@]}" qemu-system-x86 qemu-utils
-}
-
-install_libraries() {
-    local package missing=()
-    for package in "${libraries[@]}"; do
-        dpkg-query -W -f '${db:Status-Status}\n' "$package" 2>/dev/null | grep -qx installed ||
-            missing+=("$package")
-    done
-    [ ${#missing[@]} -eq 0 ] || apt_install "${missing[@]}" || {
-        apt-get update -qq >&2 && apt_install "${missing[@]}"
-    }
 }
 
 build_crates() {
@@ -64,9 +52,9 @@ install_qemu
 mkdir -p "$cache"
 exec 9>"$cache/peers.lock"
 flock 9
-peers=$cache/peers-$({ rustc --version && cat "$0"; } | sha256sum | cut -c 1-16)
+peers=$cache/peers-$({ rustc --version && echo "${crates[*]}"; } | sha256sum | cut -c 1-16)
 if [ ! -d "$peers" ]; then
-    install_libraries
+    install_packages "${libraries[@]}"
     temporary=$(mktemp -d "$cache/building-peers.XXXXXX")
     trap 'rm -rf "$temporary"' EXIT
     trap 'exit 1' HUP INT TERM

@@ -159,7 +159,7 @@ fn files_that_cannot_be_opened() {
         mistake(
             &format!("--kernel {kernel} --control /nowhere/c"),
             FAILURE,
-            &["--control /nowhere/c", "No such file"],
+            &["--control /nowhere/c", "its directory does not exist"],
         ),
         mistake(
             &format!("--kernel {kernel} --control {directory}/.."),

@@ -2,19 +2,16 @@
 //! (`outrigger_protocol::control`). One thread; a client that does not read or
 //! write holds nobody up.
 
-use std::ffi::OsString;
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use outrigger_cli::fd::set_nonblocking;
-use outrigger_cli::socket;
+use outrigger_cli::socket::{self, Bound};
 use outrigger_protocol::control::{Command, MAX_LINE, Reply};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::{AtFlags, Mode, OFlags, statat};
 
 use crate::Error;
 
@@ -40,101 +37,28 @@ struct Client {
     input: Vec<u8>,
 }
 
-/// The socket's place in the file system: its directory, opened while that is
-/// allowed, and its name there.
-pub struct Place {
-    directory: OwnedFd,
-    name: OsString,
-    path: PathBuf,
-}
-
-impl Place {
-    /// Opens the directory that `path` is in.
-    ///
-    /// # Errors
-    /// When there is no such directory, or `path` names no file in one.
-    pub fn open(path: &Path) -> Result<Self, Error> {
-        let error = Error::io(format!("--control {}", path.display()));
-        let (Some(name), Some(parent)) = (path.file_name(), path.parent()) else {
-            let why = "it names no file";
-            return Err(error(io::Error::new(ErrorKind::InvalidInput, why)));
-        };
-        let parent = if parent.as_os_str().is_empty() {
-            Path::new(".")
-        } else {
-            parent
-        };
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(Place {
-            directory: rustix::fs::open(parent, flags, Mode::empty())
-                .map_err(|e| error(e.into()))?,
-            name: name.to_owned(),
-            path: path.to_owned(),
-        })
-    }
-
-    /// The directory.
-    pub fn directory(&self) -> BorrowedFd<'_> {
-        self.directory.as_fd()
-    }
-
-    /// Device and inode of what is there now.
-    fn identity(&self) -> rustix::io::Result<(u64, u64)> {
-        let stat = statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW)?;
-        Ok((stat.st_dev, stat.st_ino))
-    }
-}
-
-/// A control socket that is served; it is removed when this is dropped.
-pub struct Served {
-    removes: bool,
-    place: Place,
-    identity: (u64, u64),
-}
-
-impl Drop for Served {
-    fn drop(&mut self) {
-        if !self.removes {
-            return;
-        }
-        // Somebody may have put another one there.
-        if self.place.identity() == Ok(self.identity)
-            && let Err(error) =
-                rustix::fs::unlinkat(&self.place.directory, &self.place.name, AtFlags::empty())
-        {
-            tracing::warn!("{} stays behind: {error}", self.place.path.display());
-        }
-    }
-}
-
-/// Binds the socket and starts the thread. Unless this process `removes` it, it
-/// stays behind, to be replaced by the next one.
+/// Binds `path` and starts the thread. If this process `removes` it at its end, that is
+/// when what this returns is dropped; else it stays behind, and the next one replaces it.
 ///
 /// # Errors
 /// When the path cannot be bound.
 pub fn start(
-    place: Place,
+    path: &Path,
     removes: bool,
     orders: impl Fn(Order) + Send + 'static,
-) -> Result<Served, Error> {
-    let what = format!("--control {}", place.path.display());
-    let (listener, unserved) = socket::bind(&place.path).map_err(Error::io(what.clone()))?;
-    let identity = place
-        .identity()
-        .map_err(|e| Error::io(what.clone())(e.into()))?;
-    let served = Served {
-        removes,
-        place,
-        identity,
-    };
-    // From here on it is removed by way of its directory.
-    unserved.keep();
+) -> Result<Option<Bound>, Error> {
+    let what = format!("--control {}", path.display());
+    let (listener, bound) = socket::bind(path).map_err(Error::io(what.clone()))?;
     set_nonblocking(&listener).map_err(Error::io(what))?;
     std::thread::Builder::new()
         .name("control".into())
         .spawn(move || serve(&listener, &orders))
         .map_err(Error::io("starting the control thread"))?;
-    Ok(served)
+    if removes {
+        return Ok(Some(bound));
+    }
+    bound.keep();
+    Ok(None)
 }
 
 fn serve(listener: &UnixListener, orders: &impl Fn(Order)) {

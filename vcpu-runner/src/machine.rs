@@ -1,6 +1,7 @@
 //! The machine as a whole: sets everything up, then decides what happens next.
 //! One thread, the main one, takes all notices and carries out all commands.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -8,11 +9,12 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
 };
+use outrigger_cli::socket::Bound;
 use outrigger_protocol::control::{Command, Event, MachineState, Reply, Status};
 use outrigger_protocol::exit;
 
 use crate::boot::{BootSource, cpuid};
-use crate::control::{Order as ControlOrder, Place, Served};
+use crate::control::Order as ControlOrder;
 use crate::events::Events;
 use crate::frontend::session::DEADLINE;
 use crate::frontend::{Slot, Watchdog, slot};
@@ -66,7 +68,7 @@ pub struct Machine {
     events: Events,
     on_reset: OnReset,
     /// Kept for its end.
-    control_socket: Option<Served>,
+    control_socket: Option<Bound>,
     state: MachineState,
     resets: u64,
     sender: Sender<Notice>,
@@ -171,14 +173,14 @@ impl Machine {
         })
     }
 
-    /// Serves the control socket `place`; `removes`: this process may remove it when
+    /// Serves the control socket `path`; `removes`: this process may remove it when
     /// the machine ends.
     ///
     /// # Errors
     /// When it cannot be bound.
-    pub fn serve_control(&mut self, place: Place, removes: bool) -> Result<(), Error> {
+    pub fn serve_control(&mut self, path: &Path, removes: bool) -> Result<(), Error> {
         let to = send(self.sender.clone(), Notice::Control);
-        self.control_socket = Some(control::start(place, removes, to)?);
+        self.control_socket = control::start(path, removes, to)?;
         Ok(())
     }
 

@@ -1,12 +1,14 @@
 //! `vcpu-runner`: options, set-up, sandbox, run, exit code.
 
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use outrigger_cli::complain;
 use outrigger_protocol::exit;
 use outrigger_sandbox::Mode;
-use vcpu_runner::control::Place;
+use vcpu_runner::Error;
 use vcpu_runner::machine::{End, Machine};
 use vcpu_runner::options::Options;
 use vcpu_runner::{policy, probe, signals, vcpu};
@@ -46,13 +48,13 @@ fn run(options: &Options) -> anyhow::Result<End> {
     signals::block();
     signals::raise_file_limit();
     vcpu::state::install_kick_handler();
-    let control = options.control.as_deref().map(Place::open).transpose()?;
-    let removes = may_remove(control.as_ref(), options.sandbox)?;
+    let control = options.control.as_deref();
+    let removes = may_remove(control, options.sandbox)?;
     let watch = signals::Watch::start().context("signals")?;
     let mut machine = Machine::new(options)?;
     watch.hand_over(machine.stopper());
-    if let Some(place) = control {
-        machine.serve_control(place, removes)?;
+    if let Some(path) = control {
+        machine.serve_control(path, removes)?;
     }
     if options.sandbox == Mode::Off {
         tracing::warn!("sandbox off: whoever breaks into this process has all its rights");
@@ -64,10 +66,14 @@ fn run(options: &Options) -> anyhow::Result<End> {
 /// Sees to it that the control socket is the only file, or at least the only kind
 /// of place, that this process can remove, before there are threads. False: it can
 /// remove none once it is sealed, and the socket stays behind.
-fn may_remove(control: Option<&Place>, sandbox: Mode) -> anyhow::Result<bool> {
+fn may_remove(control: Option<&Path>, sandbox: Mode) -> anyhow::Result<bool> {
     match (control, sandbox) {
         (None, _) => Ok(false),
         (Some(_), Mode::Off) => Ok(true),
-        (Some(place), _) => Ok(outrigger_sandbox::remove_files_only_in(place.directory())?),
+        (Some(path), _) => {
+            let (directory, _) = outrigger_cli::socket::directory(path)
+                .map_err(Error::io(format!("--control {}", path.display())))?;
+            Ok(outrigger_sandbox::remove_files_only_in(directory.as_fd())?)
+        }
     }
 }

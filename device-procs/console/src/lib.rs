@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use clap::{ArgGroup, Parser};
 use device_core::signals::{self, Restore};
 use device_core::{ConfigSpace, Description, Program, QUEUE_SIZE, cli::Common};
-use outrigger_cli::socket::{self, Unserved};
+use outrigger_cli::socket::{self, Bound};
 use outrigger_sandbox::{Check, Rule};
 
 use crate::backend::Backend;
@@ -87,7 +87,7 @@ struct Connection {
     backend: Box<dyn Backend>,
     syscalls: &'static [Rule],
     restore: Option<Restore>,
-    unserved: Option<Unserved>,
+    unserved: Option<Bound>,
 }
 
 fn connect(options: &Options) -> anyhow::Result<Connection> {

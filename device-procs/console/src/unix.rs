@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use device_core::Poller;
-use outrigger_cli::socket::{self, Unserved};
+use outrigger_cli::socket::{self, Bound};
 use rustix::net::{SocketFlags, accept_with};
 
 use crate::backend::{Backend, Written};
@@ -38,7 +38,7 @@ impl Unix {
     ///
     /// # Errors
     /// bind(2)'s own.
-    pub fn bind(path: &Path) -> io::Result<(Self, Unserved)> {
+    pub fn bind(path: &Path) -> io::Result<(Self, Bound)> {
         let (listener, unserved) = socket::bind(path)?;
         device_core::fd::set_nonblocking(&listener)?;
         let unix = Unix {

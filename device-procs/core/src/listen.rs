@@ -6,7 +6,7 @@ use std::os::fd::RawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use outrigger_cli::Usage;
-use outrigger_cli::socket::{self, Unserved};
+use outrigger_cli::socket::{self, Bound};
 use rustix::net::sockopt;
 
 use crate::cli::Common;
@@ -18,7 +18,7 @@ pub enum Listener {
         /// Where they connect.
         socket: UnixListener,
         /// Its path, if this program made it, until it is served.
-        unserved: Option<Unserved>,
+        unserved: Option<Bound>,
     },
     /// One front end, connected already; when it leaves, the program is done.
     Connected(Option<UnixStream>),

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
 use outrigger_cli::options::{USAGE, Usage};
-use outrigger_cli::socket::Unserved;
+use outrigger_cli::socket::Bound;
 use outrigger_sandbox::{BASE, Check, LISTENER, Mode, Policy, Rule, SOCKET, VHOST_USER};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
@@ -61,7 +61,7 @@ pub struct Program {
     /// when it ends.
     pub restore: Option<Box<dyn FnOnce() + Send>>,
     /// A socket of the device's own, which is removed if the start fails.
-    pub unserved: Option<Unserved>,
+    pub unserved: Option<Bound>,
 }
 
 /// Runs a device program to its end.

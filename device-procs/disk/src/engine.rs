@@ -43,6 +43,7 @@ pub trait Engine: Send + Sync {
 /// preadv(2) and pwritev(2) in the worker's own thread.
 pub struct SyncEngine;
 
+// SAFETY: calls are as preadv(2) and pwritev(2) want them: see `transfer`.
 type Vectored = unsafe extern "C" fn(
     libc::c_int,
     *const libc::iovec,
@@ -94,6 +95,7 @@ unsafe fn transfer(
 }
 
 impl Engine for SyncEngine {
+    // SAFETY: as the trait says.
     unsafe fn read(
         &self,
         file: BorrowedFd<'_>,

@@ -9,6 +9,7 @@ use core::ptr::null_mut;
 const SMALLEST: usize = 16;
 const SIZES: usize = 18;
 
+// SAFETY: linker.ld defines them; only their addresses are used.
 unsafe extern "C" {
     static mut heap_start: u8;
     static mut heap_end: u8;
@@ -72,6 +73,7 @@ unsafe impl GlobalAlloc for Heap {
         start as *mut u8
     }
 
+    // SAFETY: the caller got the block from `alloc` with this layout.
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
         let (class, _) = class(layout);
         // SAFETY: as in `alloc`; the block is at least 16 bytes and no longer used.

@@ -7,6 +7,7 @@ pub mod start_info;
 
 /// The range of addresses that the image, its stacks and its heap take up.
 pub fn image() -> core::ops::Range<u64> {
+    // SAFETY: linker.ld defines them; only their addresses are used.
     unsafe extern "C" {
         static image_start: u8;
         static image_end: u8;

@@ -35,6 +35,7 @@ impl Kind {
 #[repr(C, align(4096))]
 struct Table([u64; 512]);
 
+// SAFETY: boot/tables.s defines it, a page that is aligned.
 unsafe extern "C" {
     static mut pml4: Table;
 }
@@ -69,6 +70,7 @@ pub fn map(range: Range<u64>, kind: Kind) -> u64 {
 }
 
 /// The entry for the low nine bits of `index`.
+// SAFETY: the caller passes a table.
 unsafe fn entry(table: *mut Table, index: u64) -> *mut u64 {
     // SAFETY: the caller passes a table, and nine bits stay within it.
     unsafe {

@@ -23,8 +23,9 @@ unsafe impl Hal for Identity {
         }
     }
 
+    // SAFETY: the caller got it from `dma_alloc` with the same number of pages.
     unsafe fn dma_dealloc(_: PhysAddr, start: NonNull<u8>, pages: usize) -> i32 {
-        // SAFETY: the caller got it from `dma_alloc` with the same number of pages.
+        // SAFETY: as above.
         unsafe { dealloc(start.as_ptr(), layout(pages)) };
         0
     }
@@ -33,6 +34,7 @@ unsafe impl Hal for Identity {
         NonNull::new(address as *mut u8).unwrap_or(NonNull::dangling())
     }
 
+    // SAFETY: addresses are physical ones here, so the buffer is where it was.
     unsafe fn share(buffer: NonNull<[u8]>, _: BufferDirection) -> PhysAddr {
         buffer.as_ptr().cast::<u8>() as PhysAddr
     }

@@ -22,16 +22,12 @@ const HEADER: usize = 12;
 /// Offset, size and flags, before the bytes themselves.
 const FIXED: usize = 12;
 
-/// The bytes from the start of the space, and as many as the process gives: at
-/// first at most `longest` (0: as many as there is room for).
+/// The bytes from the start of the space, and as many as the process gives, up to
+/// `longest`.
 ///
 /// # Errors
 /// When the process is gone, answers with something else, or refuses every length.
 pub fn read(socket: &UnixStream, longest: usize) -> io::Result<Vec<u8>> {
-    let longest = match longest {
-        0 => CONFIG_LENGTH,
-        length => length.min(CONFIG_LENGTH),
-    };
     for length in (1..=longest).rev() {
         if let Some(bytes) = ask(socket, length)? {
             return Ok(bytes);
@@ -138,20 +134,23 @@ mod tests {
 
     #[test]
     fn a_space_of_any_length_is_found() {
-        assert_eq!(served_by(given, 0).unwrap().len(), CONFIG_LENGTH);
+        assert_eq!(
+            served_by(given, CONFIG_LENGTH).unwrap().len(),
+            CONFIG_LENGTH
+        );
         assert_eq!(served_by(given, 8).unwrap(), [7; 8]);
         // No more than the structure has; the refusal has no payload at all.
         let up_to_60 = |length| match length {
             ..=60 => given(length),
             _ => message(24, 5, None, &[]),
         };
-        assert_eq!(served_by(up_to_60, 0).unwrap(), [7; 60]);
+        assert_eq!(served_by(up_to_60, CONFIG_LENGTH).unwrap(), [7; 60]);
         // One length only; the refusal is a payload of size 0.
         let three = |length| match length {
             3 => given(length),
             _ => message(24, 5, Some([0, 0, 0]), &[]),
         };
-        assert_eq!(served_by(three, 0).unwrap(), [7; 3]);
+        assert_eq!(served_by(three, CONFIG_LENGTH).unwrap(), [7; 3]);
     }
 
     #[test]

@@ -26,7 +26,7 @@ use super::spec::DeviceSpec;
 use super::watchdog::Watchdog;
 use crate::Error;
 use crate::pci::virtio::backend::QueueSetup;
-use crate::pci::virtio::{DeviceInfo, MAX_QUEUES};
+use crate::pci::virtio::{CONFIG_LENGTH, DeviceInfo, MAX_QUEUES};
 
 /// How long a process may take to answer one message.
 pub const DEADLINE: Duration = Duration::from_secs(5);
@@ -80,7 +80,7 @@ pub struct Session {
     protocol: VhostUserProtocolFeatures,
     /// All that the process offered, in its own terms.
     offered: u64,
-    /// Length of its configuration space; 0 until it is known.
+    /// Length of its configuration space; the most it can be until it is known.
     config_length: usize,
     queue_size: u16,
     changes: Arc<ConfigChanges>,
@@ -113,7 +113,7 @@ impl Session {
             watchdog: Arc::clone(watchdog),
             protocol: VhostUserProtocolFeatures::empty(),
             offered: 0,
-            config_length: 0,
+            config_length: CONFIG_LENGTH,
             queue_size: spec.queue_size,
             changes: Arc::default(),
             channel: None,
@@ -143,32 +143,39 @@ impl Session {
         Error::device(&self.id, operation, why)
     }
 
-    fn late(&self, operation: &str) -> Error {
-        self.error(operation, format!("no complete answer in {DEADLINE:?}"))
+    /// Does something with the connection under a deadline.
+    fn timed<T, E>(
+        &mut self,
+        operation: &str,
+        f: impl FnOnce(&mut Self) -> Result<T, E>,
+    ) -> Result<Result<T, E>, Error> {
+        if let Some(error) = self.unasked() {
+            return Err(error);
+        }
+        let guard = self.watchdog.guard(&self.socket, DEADLINE)?;
+        let result = f(self);
+        if guard.finish() && result.is_err() {
+            return Err(self.error(operation, format!("no complete answer in {DEADLINE:?}")));
+        }
+        Ok(result)
     }
 
-    /// Sends a message under a deadline.
+    /// Sends a message.
     fn call<T>(
         &mut self,
         operation: &str,
         f: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> Result<T, Error> {
-        if let Some(error) = self.unasked() {
-            return Err(error);
-        }
-        let guard = self.watchdog.guard(&self.socket, DEADLINE)?;
-        let result = f(&mut self.frontend);
-        let late = guard.finish();
-        result.map_err(|e| match e {
-            _ if late => self.late(operation),
-            vhost::Error::VhostUserProtocol(VhostUserError::BackendInternalError) => {
-                Error::Refused {
-                    id: self.id.clone(),
-                    operation: operation.to_owned(),
+        self.timed(operation, |session| f(&mut session.frontend))?
+            .map_err(|e| match e {
+                vhost::Error::VhostUserProtocol(VhostUserError::BackendInternalError) => {
+                    Error::Refused {
+                        id: self.id.clone(),
+                        operation: operation.to_owned(),
+                    }
                 }
-            }
-            e => self.error(operation, e),
-        })
+                e => self.error(operation, e),
+            })
     }
 
     fn negotiate_protocol(&mut self) -> Result<(), Error> {
@@ -232,12 +239,11 @@ impl Session {
         if !self.protocol.contains(VhostUserProtocolFeatures::CONFIG) {
             return Ok(Vec::new());
         }
-        let guard = self.watchdog.guard(&self.socket, DEADLINE)?;
-        let result = config_space::read(&self.socket, self.config_length);
-        if guard.finish() {
-            return Err(self.late("GET_CONFIG"));
-        }
-        let bytes = result.map_err(|e| self.error("GET_CONFIG", e))?;
+        let bytes = self
+            .timed("GET_CONFIG", |session| {
+                config_space::read(&session.socket, session.config_length)
+            })?
+            .map_err(|e| self.error("GET_CONFIG", e))?;
         // From here on the length is known.
         self.config_length = bytes.len();
         Ok(bytes)
