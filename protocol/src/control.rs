@@ -2,6 +2,8 @@
 //! line. A client sends a [`Command`] and gets one [`Reply`]; events go to the
 //! file descriptor or file given with `--events`.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 /// The longest command line in bytes that the control socket accepts.
@@ -22,6 +24,28 @@ pub enum Command {
     Stop {},
     /// Resets the machine as its reset button would.
     Reset {},
+    /// From now on events come over this connection as well, a line each, between
+    /// the answers.
+    Watch {},
+    /// Puts another process behind a device, under the running guest. On any
+    /// failure the old one goes on.
+    Swap {
+        /// The device.
+        id: String,
+        /// Where the new process listens.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        socket: Option<PathBuf>,
+        /// What the new process is to be started with, in the launcher's
+        /// `key=value` form. Only the launcher can start one.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        device: Option<String>,
+    },
+    /// Puts a new process of the same kind behind a device: the program that is on
+    /// disk now. Only the launcher can.
+    Restart {
+        /// The device.
+        id: String,
+    },
 }
 
 /// States of the machine.
@@ -48,6 +72,8 @@ pub enum SlotState {
     Running,
     /// Its rings stand still.
     Paused,
+    /// Its process finishes what it has begun, before another takes its place.
+    Draining,
     /// The process is gone or does not answer.
     Lost,
 }
@@ -65,6 +91,13 @@ pub struct DeviceStatus {
     pub driver_ok: bool,
     /// Rings that are running.
     pub active_queues: usize,
+    /// Whether the process tracks what it has in work (INFLIGHT_SHMFD), so that its
+    /// successor can finish it.
+    pub tracked: bool,
+    /// How often a process was lost.
+    pub losses: u64,
+    /// How often a process was swapped for another.
+    pub swaps: u64,
 }
 
 /// Answer to [`Command::Status`].
@@ -80,6 +113,9 @@ pub struct Status {
     pub resets: u64,
     /// All devices in slot order.
     pub devices: Vec<DeviceStatus>,
+    /// The platform process, if there is one: running or lost.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub platform: Option<SlotState>,
 }
 
 /// Answer to a command: `{"ok":true}`, with `status` where asked for, or
@@ -94,6 +130,10 @@ pub struct Reply {
     /// Answer to [`Command::Status`].
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub status: Option<Status>,
+    /// Answer to [`Command::Swap`] and [`Command::Restart`]: for how many
+    /// microseconds no process worked on the device's rings.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub outage_us: Option<u64>,
 }
 
 impl Reply {
@@ -103,6 +143,7 @@ impl Reply {
             ok: true,
             error: None,
             status: None,
+            outage_us: None,
         }
     }
 
@@ -112,6 +153,7 @@ impl Reply {
             ok: false,
             error: Some(text.into()),
             status: None,
+            outage_us: None,
         }
     }
 }
@@ -142,6 +184,44 @@ pub enum Event {
         /// Its name.
         id: String,
         /// What happened.
+        reason: String,
+        /// Whether it tracked what it had in work. If not, that may be lost, or done
+        /// twice.
+        tracked: bool,
+    },
+    /// A process came for a lost device; now hands are shaken.
+    DeviceReconnecting {
+        /// Its name.
+        id: String,
+    },
+    /// A process came for a lost device, and does not suit.
+    DeviceRefused {
+        /// The device's name.
+        id: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A lost device works again.
+    DeviceRunning {
+        /// Its name.
+        id: String,
+        /// Microseconds since it was lost.
+        outage_us: u64,
+        /// Requests that the lost process had in work and its successor does again.
+        replayed: u64,
+    },
+    /// Another process works for a device now.
+    DeviceSwapped {
+        /// Its name.
+        id: String,
+        /// For how many microseconds no process worked on its rings.
+        outage_us: u64,
+    },
+    /// A device keeps its process.
+    DeviceSwapRefused {
+        /// Its name.
+        id: String,
+        /// Why.
         reason: String,
     },
     /// The vCPUs stand still.

@@ -225,7 +225,11 @@ impl Machine {
             }
             Notice::Slot(slot::Notice::Lost(id, reason)) => {
                 let lost = format!("device {id} is lost: {reason}");
-                self.events.emit(&Event::DeviceLost { id, reason });
+                self.events.emit(&Event::DeviceLost {
+                    id,
+                    reason,
+                    tracked: false,
+                });
                 Ok(Some(end(exit::DEVICE_LOST, lost)))
             }
             Notice::Platform(notice) => self.platform(notice),
@@ -252,7 +256,11 @@ impl Machine {
             }
             trap::Notice::Lost(reason, for_good) => {
                 let lost = format!("the platform process is lost: {reason}");
-                self.events.emit(&Event::DeviceLost { id, reason });
+                self.events.emit(&Event::DeviceLost {
+                    id,
+                    reason,
+                    tracked: false,
+                });
                 Ok(for_good.then(|| end(exit::DEVICE_LOST, lost)))
             }
             trap::Notice::PowerOff => Ok(Some(powered_off())),
@@ -277,6 +285,9 @@ impl Machine {
             Command::Resume {} => self.resume().map(|()| None),
             Command::Reset {} => self.reset("control").map(|()| None),
             Command::Stop {} => Ok(Some(end(exit::POWERED_OFF, "stopped by command"))),
+            Command::Watch {} | Command::Swap { .. } | Command::Restart { .. } => {
+                Err(Error::device("", "swap", "not yet"))
+            }
         };
         let reply = match &result {
             Ok(_) if matches!(order.command, Command::Status {}) => Reply {
@@ -302,6 +313,7 @@ impl Machine {
             memory: self.shared.ram.size(),
             resets: self.resets,
             devices: self.slots.iter().map(|slot| slot.status()).collect(),
+            platform: None,
         }
     }
 

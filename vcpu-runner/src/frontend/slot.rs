@@ -130,6 +130,9 @@ impl Slot {
             state: self.state(),
             driver_ok: self.device.get().is_some_and(|device| device.is_live()),
             active_queues: self.active.load(Ordering::Relaxed),
+            tracked: false,
+            losses: 0,
+            swaps: 0,
         }
     }
 
