@@ -142,6 +142,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             queues: (0..queues).collect(),
             queue_size: QUEUE_SIZE,
             config: ConfigSpace::new(config::space(&geometry, options.queues, USUAL_QUEUE_SIZE)),
+            inflight: false,
         },
         workers: (0..queues)
             .map(|_| Box::new(Disk::new(Arc::clone(&drive))) as Box<dyn Device>)
