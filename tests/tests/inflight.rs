@@ -11,13 +11,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use device_core::fault;
+use outrigger_tests::DEADLINE;
 use outrigger_tests::binaries::{binary, helper};
 use outrigger_tests::disk::{Request, SECTOR, pattern_of};
 use outrigger_tests::guest::{EVENT_IDX, Guest, PROTOCOL_FEATURES, VERSION_1, known};
 use outrigger_tests::process::{Launch, Process, readable_within};
 use outrigger_tests::queue::{Buffer, DriverQueue};
 use outrigger_tests::ram::Ram;
-use outrigger_tests::{DEADLINE, wait_until};
 use rustix::process::Signal;
 use tempfile::TempDir;
 use vhost::vhost_user::message::{
@@ -510,34 +510,4 @@ fn tables_without_sense_stop_a_queue_and_nothing_else() {
     let _frontend = world.connect(&process).unwrap();
     assert!(world.settle(&process));
     assert_eq!(world.completed, 4 * 5);
-}
-
-/// A process that was asked to go still holds its socket while it works.
-#[test]
-fn hangs_up_only_when_all_rings_stand_still() {
-    for round in 0..20 {
-        let mut world = World::new();
-        let process = world.process(None);
-        let stream = process.connect();
-        let mut guest = Guest::new(stream, Ram::new(&[(0, 4096)]));
-        (guest.ram, guest.queues) = (Arc::clone(&world.ram), std::mem::take(&mut world.queues));
-        guest.negotiate(EVENT_IDX);
-        guest.share_memory();
-        for index in 0..QUEUES {
-            guest.start(index, 0);
-        }
-        world.queues = std::mem::take(&mut guest.queues);
-        world.offer(20);
-        std::thread::sleep(Duration::from_micros(50 * round));
-        guest.stream.shutdown(std::net::Shutdown::Write).unwrap();
-        assert!(outrigger_tests::raw::hangs_up(&guest.stream));
-        let before = world.ram.snapshot();
-        world.queues.iter().for_each(|queue| {
-            queue.interrupts();
-        });
-        std::thread::sleep(Duration::from_millis(5));
-        assert!(world.ram.snapshot() == before, "written to afterwards");
-        assert!(world.queues.iter().all(|queue| queue.interrupts() == 0));
-        wait_until("it serves the next", || process.is_running());
-    }
 }
