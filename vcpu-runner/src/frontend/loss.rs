@@ -26,6 +26,7 @@ const LATEST: Duration = Duration::from_millis(250);
 /// The state of the search.
 pub(super) struct Down {
     since: Instant,
+    reason: String,
     /// Connections to processes that are given up, until their ends are closed: only
     /// then is it certain that they touch guest memory no more.
     old: Vec<UnixStream>,
@@ -42,10 +43,11 @@ pub(super) struct Down {
 }
 
 impl Down {
-    fn new(limit: Option<Duration>) -> Self {
+    fn new(reason: String, limit: Option<Duration>) -> Self {
         let now = Instant::now();
         Down {
             since: now,
+            reason,
             old: Vec::new(),
             knock: None,
             next: now,
@@ -106,7 +108,7 @@ impl Thread {
         if let Link::Down(_) = self.link {
             return;
         }
-        let down = Link::Down(Down::new(self.on_loss.limit()));
+        let down = Link::Down(Down::new(error.to_string(), self.on_loss.limit()));
         let mut tracked = false;
         if let Link::Up(session) = std::mem::replace(&mut self.link, down) {
             tracked = session.is_tracked();
@@ -141,7 +143,10 @@ impl Thread {
             match self.on_loss {
                 OnLoss::Wait => {}
                 OnLoss::Error(_) => self.device.failed(),
-                OnLoss::Stop(_) => self.end(format!("device {} is lost", self.slot.id())),
+                OnLoss::Stop(_) => {
+                    let why = format!("device {} is lost: {}", self.slot.id(), down.reason);
+                    self.end(why);
+                }
             }
             return;
         }

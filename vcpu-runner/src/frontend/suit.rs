@@ -60,6 +60,12 @@ const BLOCK: &[Field] = &[
 /// Section 5.3.4: a terminal's size may change.
 const CONSOLE: &[Field] = &[field("max_nr_ports", Some(1), 4, 4, Rule::NotLess)];
 
+/// Feature bits of a type that take something away from a driver that has not accepted
+/// them: VIRTIO_BLK_F_RO (section 5.2.3).
+fn restrictions(virtio_id: u16) -> u64 {
+    if virtio_id == 2 { 1 << 5 } else { 0 }
+}
+
 fn fields(virtio_id: u16) -> Option<&'static [Field]> {
     match virtio_id {
         1 => Some(NET),
@@ -98,6 +104,12 @@ pub fn check(seen: &DeviceInfo, accepted: Option<u64>, new: &DeviceInfo) -> Resu
             "it lacks features {missing:#x} that the driver accepted"
         ));
     }
+    let restricted = new.features & !accepted & restrictions(seen.virtio_id);
+    if restricted != 0 {
+        return Err(format!(
+            "it has features {restricted:#x} that the driver did not accept"
+        ));
+    }
     let Some(fields) = fields(seen.virtio_id) else {
         let same = new.config == seen.config;
         return same
@@ -132,7 +144,7 @@ mod tests {
         DeviceInfo {
             id: "disk0".into(),
             virtio_id: 2,
-            features: 0b111_0101,
+            features: 0b101_0101,
             queues: 2,
             queue_size: 256,
             config,
@@ -167,6 +179,9 @@ mod tests {
         let why = check(&seen, Some(0b101), &new).unwrap_err();
         assert!(why.contains("lacks features 0x4"), "{why}");
         assert_eq!(check(&seen, Some(0b001), &new), Ok(()));
+        // Read-only, to a driver that writes.
+        new.features |= 1 << 5;
+        assert!(check(&seen, Some(0b001), &new).is_err());
         new.queues = 1;
         let why = check(&seen, None, &new).unwrap_err();
         assert!(why.contains("1 queues, the guest sees 2"), "{why}");
