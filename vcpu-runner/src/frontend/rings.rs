@@ -233,11 +233,8 @@ impl Rings {
     pub fn wake(&self) {
         for ring in &self.active {
             let index = ring.setup.index;
-            for fd in [self.device.kick(index), self.device.call(index)] {
-                if let Some(fd) = fd {
-                    eventfd::signal(fd);
-                }
-            }
+            let fds = [self.device.kick(index), self.device.call(index)];
+            fds.into_iter().flatten().for_each(eventfd::signal);
         }
     }
 }
