@@ -114,7 +114,7 @@ mod tests {
     fn nonsense_is_survived() {
         assert_eq!(count(&[], 3), 0);
         assert_eq!(count(&[0xff; HEADER], 3), 0);
-        assert_eq!(count(&vec![0xff; HEADER + ENTRY], 3), 1);
+        assert_eq!(count(&[0xff; HEADER + ENTRY], 3), 1);
         // A list that goes round.
         let table = region(&[3, 4], 0, 3, &[(3, 3)]);
         assert_eq!(count(&table, 0x8000), 1);
