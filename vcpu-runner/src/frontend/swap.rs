@@ -20,9 +20,6 @@ use super::thread::{Link, Thread};
 use crate::Error;
 use crate::pci::virtio::DeviceInfo;
 
-/// How long a path may be served by nobody.
-const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
-
 /// What is answered, and whether the slot's process is lost by it.
 type Outcome = (Result<Duration, Error>, Result<(), Error>);
 
@@ -53,8 +50,7 @@ impl Thread {
     }
 
     fn connect_to(&self, path: &Path) -> Result<UnixStream, Error> {
-        let deadline = Some(Instant::now() + CONNECT_DEADLINE);
-        outrigger_cli::socket::connect(path, deadline)
+        outrigger_cli::socket::connect(path, None)
             .map_err(|e| self.error(&format!("swap: connecting to {}", path.display()), e))
     }
 
