@@ -226,7 +226,7 @@ fn a_disk_is_swapped_and_stays_when_the_other_does_not_suit() {
     if skip_kvm() {
         return;
     }
-    let machine = reading(500_000, &[]);
+    let machine = reading(150_000, &[]);
     let path = |name: &str| machine.directory().join(name);
     let second = disk(&image(&machine), &path("second.sock"), []);
     let first = path("disk.sock");
