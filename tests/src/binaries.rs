@@ -17,10 +17,22 @@ static BUILT: Mutex<Option<HashSet<String>>> = Mutex::new(None);
 /// # Panics
 /// When it does not build.
 pub fn binary(name: &str) -> PathBuf {
+    of_package(name, name)
+}
+
+/// Path of the program `name` of this package, which only tests use.
+///
+/// # Panics
+/// When it does not build.
+pub fn helper(name: &str) -> PathBuf {
+    of_package(env!("CARGO_PKG_NAME"), name)
+}
+
+fn of_package(package: &str, name: &str) -> PathBuf {
     let directory = profile_directory();
     let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
     if !built.get_or_insert_default().contains(name) {
-        build_once_per_run(name, &directory);
+        build_once_per_run(package, name, &directory);
         built.get_or_insert_default().insert(name.to_owned());
     }
     let path = directory.join(name);
@@ -48,7 +60,7 @@ pub fn target_directory() -> PathBuf {
 
 /// Under cargo-nextest each test is a process; a file tells them whether another
 /// of the same run was here before.
-fn build_once_per_run(name: &str, directory: &Path) {
+fn build_once_per_run(package: &str, name: &str, directory: &Path) {
     let run = std::env::var("NEXTEST_RUN_ID").unwrap_or_default();
     let mut stamp = File::options()
         .read(true)
@@ -63,13 +75,13 @@ fn build_once_per_run(name: &str, directory: &Path) {
     if !run.is_empty() && previous == run {
         return;
     }
-    build(name, directory);
+    build(package, name, directory);
     stamp.set_len(0).unwrap();
     stamp.rewind().unwrap();
     stamp.write_all(run.as_bytes()).unwrap();
 }
 
-fn build(name: &str, directory: &Path) {
+fn build(package: &str, name: &str, directory: &Path) {
     let profile = match directory.file_name().and_then(|name| name.to_str()) {
         Some("debug") | None => "dev",
         Some(profile) => profile,
@@ -77,7 +89,7 @@ fn build(name: &str, directory: &Path) {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
         .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .args(["build", "--quiet", "--package", name, "--bin", name])
+        .args(["build", "--quiet", "--package", package, "--bin", name])
         .args(["--profile", profile, "--target-dir"])
         .arg(directory.parent().unwrap())
         .status()

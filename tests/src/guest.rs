@@ -160,10 +160,11 @@ impl Guest {
 }
 
 /// The protocol features that this front end makes use of.
-fn known() -> VhostUserProtocolFeatures {
+pub fn known() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
         | VhostUserProtocolFeatures::REPLY_ACK
 }

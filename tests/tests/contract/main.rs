@@ -39,6 +39,8 @@ macro_rules! contract {
                     do_not_lose_a_kick_from_before_the_start
                     stop_for_good_before_the_answer
                     go_on_where_they_stopped_and_lose_nothing
+                    reset_in_the_middle_of_work
+                    stand_still_when_the_device_hangs_up
                     are_silent_and_answer_while_stopped
                     interrupt_only_when_asked
                     do_not_lose_an_interrupt

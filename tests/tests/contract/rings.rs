@@ -207,13 +207,14 @@ pub fn stop_for_good_before_the_answer<S: Subject>() {
         let at_the_stop = guest.ram.snapshot();
         let queue = &guest.queues[S::REQUESTS];
         in_the_middle += usize::from(queue.avail_index != base[S::REQUESTS]);
+        guest.interrupts();
         sleep(Duration::from_millis(5));
         assert!(
             guest.ram.snapshot() == at_the_stop,
             "written to after the stop"
         );
+        assert_eq!(guest.interrupts(), 0, "interrupted after the stop");
 
-        guest.interrupts();
         for (index, base) in base.into_iter().enumerate() {
             guest.start(index, base);
         }
@@ -251,6 +252,45 @@ pub fn go_on_where_they_stopped_and_lose_nothing<S: Subject>() {
     let queue = &mut next.queues[S::REQUESTS];
     assert_eq!(queue.wait_all().len(), offered);
     device.round_trip(&mut next);
+}
+
+/// A driver resets the device while it works, and starts anew in the same memory.
+pub fn reset_in_the_middle_of_work<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    let mut guest = device.boot(EVENT_IDX | S::FEATURES);
+    for round in 0..20 {
+        fill::<S>(&mut guest);
+        guest.queues[S::REQUESTS].kick();
+        sleep(Duration::from_micros(20 * round));
+        for index in 0..S::QUEUES {
+            guest.stop(index);
+            guest.queues[index].clear();
+        }
+        guest.frontend.set_features(guest.features).unwrap();
+        for index in 0..S::QUEUES {
+            guest.start(index, 0);
+        }
+        device.round_trip(&mut guest);
+    }
+}
+
+/// Who sees the device's end of the socket closed may be sure that it writes nowhere.
+pub fn stand_still_when_the_device_hangs_up<S: Subject>() {
+    let mut device = Device::<S>::listening();
+    for round in 0..20 {
+        let mut guest = device.boot(EVENT_IDX);
+        fill::<S>(&mut guest);
+        guest.queues[S::REQUESTS].kick();
+        sleep(Duration::from_micros(20 * round));
+        guest.stream.shutdown(std::net::Shutdown::Write).unwrap();
+        assert!(raw::hangs_up(&guest.stream));
+        let before = guest.ram.snapshot();
+        guest.interrupts();
+        sleep(Duration::from_millis(5));
+        assert!(guest.ram.snapshot() == before, "written to afterwards");
+        assert_eq!(guest.interrupts(), 0);
+    }
+    device.must_serve();
 }
 
 pub fn are_silent_and_answer_while_stopped<S: Subject>() {
