@@ -271,6 +271,13 @@ impl Running {
         self.directory.path()
     }
 
+    /// Puts `process` into the place of the one that serves device `id`, which is
+    /// returned.
+    pub fn replace(&mut self, id: &str, process: Process) -> Process {
+        let device = self.devices.iter_mut().find(|d| d.id == id).unwrap();
+        std::mem::replace(&mut device.process, process)
+    }
+
     /// Kills the platform process and starts another one in its place.
     pub fn replace_platform(&mut self) {
         let old = self.platform.take().unwrap();
