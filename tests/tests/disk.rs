@@ -150,8 +150,9 @@ fn gives_discarded_ranges_back() {
         return; // the file system cannot punch holes
     }
     let before = std::fs::metadata(&disk.image).unwrap();
-    let ranges = [range(0, 256, 0), range(512, 1024, 0)].concat();
-    assert_eq!(disk.send(VIRTIO_BLK_T_DISCARD, 0, &ranges), VIRTIO_BLK_S_OK);
+    for range in [range(0, 256, 0), range(512, 1024, 0)] {
+        assert_eq!(disk.send(VIRTIO_BLK_T_DISCARD, 0, &range), VIRTIO_BLK_S_OK);
+    }
     let after = std::fs::metadata(&disk.image).unwrap();
     assert_eq!(after.len(), before.len());
     assert!(after.blocks() < before.blocks());
@@ -164,11 +165,12 @@ fn gives_discarded_ranges_back() {
 fn writes_zeroes() {
     let mut disk = Disk::new(&[]);
     let unmap = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
-    let ranges = [range(1, 3, 0), range(100, 64, unmap), range(9, 0, 0)].concat();
-    assert_eq!(
-        disk.send(VIRTIO_BLK_T_WRITE_ZEROES, 0, &ranges),
-        VIRTIO_BLK_S_OK
-    );
+    for range in [range(1, 3, 0), range(100, 64, unmap), range(9, 0, 0)] {
+        assert_eq!(
+            disk.send(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range),
+            VIRTIO_BLK_S_OK
+        );
+    }
     let mut expected = pattern_of(0, SIZE);
     expected[SECTOR..4 * SECTOR].fill(0);
     expected[100 * SECTOR..164 * SECTOR].fill(0);
@@ -210,8 +212,9 @@ fn refuses_ranges_that_make_no_sense() {
         range(u64::MAX - 1, u32::MAX, 0),
         range(u64::MAX / 512 + 1, 8, 0),
         range(0, u32::MAX, 0),
+        range(0, 32_769, 0),
         range(0, 1, 0)[..15].to_vec(),
-        range(0, 1, 0).repeat(1000),
+        range(0, 1, 0).repeat(2),
         [range(0, 1, 0), vec![0]].concat(),
         vec![],
     ];
@@ -222,12 +225,7 @@ fn refuses_ranges_that_make_no_sense() {
         // A flag nobody knows asks for something that nobody does.
         assert_eq!(disk.send(kind, 0, &range(0, 1, 2)), VIRTIO_BLK_S_UNSUPP);
     }
-    // Not even the good one before a bad one is touched.
-    let mixed = [range(0, 8, 0), range(SECTORS, 1, 0)].concat();
-    assert_eq!(
-        disk.send(VIRTIO_BLK_T_WRITE_ZEROES, 0, &mixed),
-        VIRTIO_BLK_S_IOERR
-    );
+    // None of several is touched.
     assert!(disk.file() == pattern_of(0, SIZE));
 }
 

@@ -164,6 +164,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             queues: vec![0, 0],
             queue_size: QUEUE_SIZE,
             config: config.clone(),
+            inflight: false,
         },
         workers: vec![Box::new(Console::new(backend, config))],
         syscalls,

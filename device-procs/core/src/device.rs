@@ -18,6 +18,10 @@ pub struct Description {
     pub queue_size: u16,
     /// The configuration space.
     pub config: ConfigSpace,
+    /// Whether the front end may keep a table of what is in flight, so that each request
+    /// is completed exactly once over the death of the process. Without, a successor
+    /// goes on at the used index.
+    pub inflight: bool,
 }
 
 /// A device as one worker thread drives it. A device with several workers

@@ -82,6 +82,9 @@ pub enum Error {
         /// Size in bytes.
         size: usize,
     },
+    /// An inflight table that cannot be, or not for this ring.
+    #[error("inflight table: {0}")]
+    InflightTable(String),
     /// A message that this device cannot serve.
     #[error("{0} is not supported")]
     Unsupported(&'static str),

@@ -13,6 +13,8 @@ pub mod config;
 pub mod device;
 pub mod enable;
 pub mod error;
+pub mod fault;
+pub mod inflight;
 pub mod listen;
 pub mod memory;
 pub mod poller;
@@ -20,6 +22,8 @@ pub mod ring;
 pub mod serve;
 pub mod session;
 pub mod signals;
+#[cfg(test)]
+mod testing;
 pub mod worker;
 
 pub use chain::Chain;

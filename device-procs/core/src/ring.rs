@@ -3,12 +3,16 @@
 
 use std::fmt::Display;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::chain::Origin;
+use crate::fault::{self, Point};
+use crate::inflight::{Table, Tracker};
 use crate::memory::MemoryTable;
 use crate::{Chain, Error, GuestMemory};
 
@@ -51,6 +55,8 @@ pub struct Ring {
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
     err: Option<OwnedFd>,
+    /// What is in flight, if the front end keeps a table of it.
+    tracker: Option<Tracker>,
     /// Must be served although no event says so.
     pub(crate) pending: bool,
     budget: u32,
@@ -58,6 +64,11 @@ pub struct Ring {
     pushed: bool,
     /// Used index up to which the driver has been told.
     announced: u16,
+    /// Somebody served the ring before this start, and may have died with an interrupt
+    /// still to be sent.
+    resumed: bool,
+    /// The driver is to be told in any case.
+    unannounced: bool,
     complaints: u32,
 }
 
@@ -81,11 +92,14 @@ impl Ring {
             kick: None,
             call: None,
             err: None,
+            tracker: None,
             pending: false,
             budget: 0,
             starved: false,
             pushed: false,
             announced: 0,
+            resumed: false,
+            unannounced: false,
             complaints: 0,
         })
     }
@@ -129,8 +143,14 @@ impl Ring {
         self.queue.set_next_avail(base);
     }
 
+    /// QEMU says where interrupts go once more after the start, and forgets those that
+    /// went where it said first.
     pub(crate) fn set_call(&mut self, call: Option<OwnedFd>) {
         self.call = call;
+        if self.state == State::Started && self.resumed {
+            self.unannounced = true;
+            self.pending = true;
+        }
     }
 
     pub(crate) fn set_err(&mut self, err: Option<OwnedFd>) {
@@ -188,13 +208,67 @@ impl Ring {
         Ok(())
     }
 
+    /// Whether `table` has room for this ring.
+    ///
+    /// # Errors
+    /// When it has not.
+    pub(crate) fn must_fit(&self, table: &Table) -> Result<(), Error> {
+        table.must_hold(self.index, self.queue.size())
+    }
+
     /// SET_VRING_KICK: the ring, which has its place, starts (vhost-user, "Ring
-    /// states"). Returns the doorbell that it had.
-    pub(crate) fn start(&mut self, kick: OwnedFd) -> Option<OwnedFd> {
+    /// states"). With `inflight`, it goes on where the table says. Returns the doorbell
+    /// that it had.
+    pub(crate) fn start(
+        &mut self,
+        kick: OwnedFd,
+        inflight: Option<&Arc<Table>>,
+        memory: &GuestMemory,
+    ) -> Option<OwnedFd> {
+        let goes_on = self.state == State::Started;
         self.state = State::Started;
         self.pending = true;
         self.complaints = 0;
+        if !goes_on {
+            self.resumed = self.queue.next_used() != 0;
+            self.unannounced = self.resumed;
+            if let Err(error) = self.recover(inflight, memory) {
+                self.break_down(&error);
+            }
+        }
         self.kick.replace(kick)
+    }
+
+    /// Finds out where a ring with an inflight table is. What SET_VRING_BASE said does
+    /// not count: nobody but the table knows after a death, and after an orderly stop
+    /// both say the same.
+    fn recover(
+        &mut self,
+        inflight: Option<&Arc<Table>>,
+        memory: &GuestMemory,
+    ) -> Result<(), Error> {
+        self.tracker = None;
+        let Some(table) = inflight else { return Ok(()) };
+        let queue = self.index;
+        let available = self
+            .queue
+            .avail_idx(memory, Ordering::Acquire)
+            .map_err(|_| Error::RingPlacement { queue })?;
+        let used = self.queue.next_used();
+        let size = self.queue.size();
+        let tracker = Tracker::recover(Arc::clone(table), queue, size, used, available.0)?;
+        let inflight = tracker.inflight();
+        self.queue.set_next_avail(used.wrapping_add(inflight));
+        if inflight > 0 {
+            tracing::info!("queue {queue}: {inflight} requests were in flight: done again");
+        }
+        self.tracker = Some(tracker);
+        Ok(())
+    }
+
+    /// Whether there is work that a process before this one left undone.
+    pub(crate) fn has_left_overs(&self) -> bool {
+        self.is_running() && self.tracker.as_ref().is_some_and(Tracker::has_more)
     }
 
     /// The memory table changed under a started ring.
@@ -213,6 +287,7 @@ impl Ring {
         self.kick = None;
         self.call = None;
         self.pending = false;
+        self.tracker = None;
         self.queue.next_avail()
     }
 
@@ -242,7 +317,8 @@ impl Ring {
     }
 
     /// After a batch: doorbells on again if the ring ran dry, and one look more,
-    /// for what came in between; then the interrupt, if the driver wants one.
+    /// for what came in between; then the interrupt, if the driver wants one or may have
+    /// missed one.
     pub(crate) fn finish(&mut self, memory: &GuestMemory) {
         if !self.is_running() {
             return;
@@ -252,6 +328,10 @@ impl Ring {
                 Ok(more) => self.pending |= more,
                 Err(error) => self.corrupt(&error),
             }
+        }
+        if std::mem::take(&mut self.unannounced) {
+            (self.pushed, self.announced) = (false, self.queue.next_used());
+            self.signal();
         }
         if std::mem::take(&mut self.pushed) {
             match self.wants_interrupt(memory) {
@@ -285,6 +365,7 @@ impl Ring {
     }
 
     fn signal(&self) {
+        fault::reach(Point::Interrupt);
         if let Some(call) = &self.call
             && let Err(error) = rustix::io::write(call, &1u64.to_ne_bytes())
         {
@@ -302,20 +383,10 @@ impl Ring {
                 return None;
             }
             self.budget -= 1;
-            let next = match self.queue.iter(memory) {
-                Ok(mut chains) => chains.next(),
-                Err(error) => {
-                    self.corrupt(&error);
-                    return None;
-                }
-            };
-            let Some(next) = next else {
-                self.starved = true;
-                return None;
-            };
-            let head = next.head_index();
-            let position = self.queue.next_avail().wrapping_sub(1);
-            match Chain::parse(self.index, position, next, memory) {
+            let (head, origin) = self.take(memory)?;
+            fault::reach(Point::Popped);
+            let (table, size) = (GuestAddress(self.queue.desc_table()), self.queue.size());
+            match Chain::parse(self.index, origin, head, table, size, memory) {
                 Ok(chain) => return Some(chain),
                 Err(error) => {
                     self.complain(&error);
@@ -326,11 +397,57 @@ impl Ring {
         None
     }
 
+    /// The head of the next request, which is in flight from now on.
+    fn take(&mut self, memory: &GuestMemory) -> Option<(u16, Origin)> {
+        if let Some(head) = self.tracker.as_mut().and_then(Tracker::take_again) {
+            return Some((head, Origin::Inflight));
+        }
+        let next = match self.queue.iter(memory) {
+            Ok(mut chains) => chains.next(),
+            Err(error) => {
+                self.corrupt(&error);
+                return None;
+            }
+        };
+        let Some(next) = next else {
+            self.starved = true;
+            return None;
+        };
+        let head = next.head_index();
+        let position = self.queue.next_avail().wrapping_sub(1);
+        if let Some(tracker) = &mut self.tracker
+            && let Err(why) = tracker.take(head, position)
+        {
+            self.corrupt(&why);
+            return None;
+        }
+        Some((head, Origin::Available(position)))
+    }
+
     /// Puts `chain`, and all that was popped after it, back, as if it had never
     /// been taken. None of it may have been pushed.
     pub fn unpop(&mut self, chain: &Chain<'_>) {
-        self.queue.set_next_avail(chain.position);
         self.starved = false;
+        if self.tracker.is_none() {
+            if let Origin::Available(position) = chain.origin {
+                self.queue.set_next_avail(position);
+            }
+            return;
+        }
+        while let Some(tracker) = &mut self.tracker {
+            match tracker.take_back() {
+                Ok(Some(last)) => {
+                    if let (_, Origin::Available(position)) = last {
+                        self.queue.set_next_avail(position);
+                    }
+                    if last == (chain.head, chain.origin) {
+                        return;
+                    }
+                }
+                Ok(None) => return,
+                Err(why) => return self.corrupt(&why),
+            }
+        }
     }
 
     /// The device has done enough for one batch: it wants to be called again
@@ -349,33 +466,42 @@ impl Ring {
     pub fn push_all(&mut self, memory: &GuestMemory, completed: &[(u16, u32)]) {
         match self.try_push(memory, completed) {
             Ok(()) => self.pushed = true,
-            Err(error) => self.corrupt(&error),
+            Err(why) => self.corrupt(&why),
         }
     }
 
-    fn try_push(
-        &mut self,
-        memory: &GuestMemory,
-        completed: &[(u16, u32)],
-    ) -> Result<(), virtio_queue::Error> {
+    /// The order matters: whatever the last step of a process is, the next one must see
+    /// from the table and the used index together what is completed.
+    fn try_push(&mut self, memory: &GuestMemory, completed: &[(u16, u32)]) -> Result<(), String> {
+        fault::reach(Point::Done);
+        let outside = |error: vm_memory::GuestMemoryError| error.to_string();
         let size = self.queue.size();
         let used = self.queue.used_ring();
         let mut next = self.queue.next_used();
         for &(head, written) in completed {
             if head >= size {
-                return Err(virtio_queue::Error::InvalidDescriptorIndex);
+                return Err(virtio_queue::Error::InvalidDescriptorIndex.to_string());
+            }
+            if let Some(tracker) = &self.tracker {
+                tracker.link(head)?;
             }
             let at = used + 4 + 8 * u64::from(next % size);
             let element = [u32::from(head).to_le(), written.to_le()];
             memory
                 .write_obj(element, GuestAddress(at))
-                .map_err(virtio_queue::Error::GuestMemory)?;
+                .map_err(outside)?;
             next = next.wrapping_add(1);
         }
+        fault::reach(Point::Written);
         self.queue.set_next_used(next);
         memory
             .store(next.to_le(), GuestAddress(used + 2), Ordering::Release)
-            .map_err(virtio_queue::Error::GuestMemory)
+            .map_err(outside)?;
+        fault::reach(Point::Published);
+        match &mut self.tracker {
+            Some(tracker) => tracker.complete(completed, next),
+            None => Ok(()),
+        }
     }
 
     /// Logs what is wrong with a request, unless there was too much of it already.
@@ -388,10 +514,10 @@ impl Ring {
         self.complaints += 1;
     }
 
-    fn corrupt(&mut self, error: &virtio_queue::Error) {
+    fn corrupt(&mut self, why: &dyn Display) {
         let error = Error::Corrupt {
             queue: self.index,
-            why: error.to_string(),
+            why: why.to_string(),
         };
         self.break_down(&error);
     }

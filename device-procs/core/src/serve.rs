@@ -16,6 +16,7 @@ use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::cli::Common;
 use crate::enable::{self, SET_VRING_ENABLE};
+use crate::fault::{self, Point};
 use crate::listen::Listener;
 use crate::session::Session;
 use crate::worker::Worker;
@@ -142,6 +143,7 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
     while let Some(stream) = listener.accept().context("accepting a front end")? {
         let session = Session::new(Arc::clone(&description), Arc::clone(&workers));
         let session = Arc::new(Mutex::new(session));
+        let front_end = stream.try_clone().context("duplicating a socket")?;
         match serve_one(stream, &session, &description) {
             Ok(()) => tracing::debug!("the front end left"),
             Err(error) => tracing::warn!("front end dropped: {error}"),
@@ -150,6 +152,9 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .close();
+        // Only now: a front end takes an open socket for a sign that somebody may still
+        // write to its memory.
+        drop(front_end);
     }
     signals::finish();
     Ok(())
@@ -211,6 +216,7 @@ fn serve_one(
         let Some(mut next) = peek(&peeker).map_err(VhostError::SocketError)? else {
             return Ok(());
         };
+        fault::reach(Point::Message(next.request));
         if next.request == SET_BACKEND_REQ_FD {
             description
                 .config

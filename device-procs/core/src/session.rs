@@ -14,6 +14,7 @@ use vhost::vhost_user::{Error as VhostError, GpuBackend, Result, VhostUserBacken
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use crate::inflight::{self, Shape, Table};
 use crate::memory::{MAX_REGIONS, MemoryTable, RegionInfo};
 use crate::ring::RingAddresses;
 use crate::worker::Worker;
@@ -33,6 +34,8 @@ pub struct Session {
     description: Arc<Description>,
     workers: Arc<[Worker]>,
     table: MemoryTable,
+    /// What is in flight in the rings that start from now on is kept here.
+    inflight: Option<Arc<Table>>,
     /// What SET_FEATURES said, once it came.
     features: Option<u64>,
     /// `None` until SET_PROTOCOL_FEATURES.
@@ -46,6 +49,7 @@ impl Session {
             description,
             workers,
             table: MemoryTable::default(),
+            inflight: None,
             features: None,
             protocol_features: None,
         }
@@ -57,6 +61,7 @@ impl Session {
             worker.control(|state, poller| state.close(poller));
         }
         self.table = MemoryTable::default();
+        self.inflight = None;
         self.description.config.set_channel(None);
     }
 
@@ -104,6 +109,13 @@ fn nonblocking(file: File, what: &str) -> Result<OwnedFd> {
     let fd = OwnedFd::from(file);
     crate::fd::set_nonblocking(&fd).map_err(Error::io(what))?;
     Ok(fd)
+}
+
+fn shape(inflight: &VhostUserInflight) -> Shape {
+    Shape {
+        queues: inflight.num_queues,
+        size: inflight.queue_size,
+    }
 }
 
 fn unsupported<T>(what: &'static str) -> Result<T> {
@@ -238,9 +250,10 @@ impl VhostUserBackendReqHandlerMut for Session {
         let queue = usize::from(index);
         let kick = nonblocking(fd, "kick descriptor")?;
         let enable = self.features.unwrap_or(0) & PROTOCOL_FEATURES == 0;
-        Ok(self
-            .worker(queue)?
-            .control(|state, poller| state.start(queue, kick, enable, &self.table, poller))?)
+        let inflight = self.inflight.as_ref();
+        Ok(self.worker(queue)?.control(|state, poller| {
+            state.start(queue, kick, enable, &self.table, inflight, poller)
+        })?)
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
@@ -264,7 +277,12 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        Ok(VhostUserProtocolFeatures::MQ
+        let inflight = match self.description.inflight {
+            true => VhostUserProtocolFeatures::INFLIGHT_SHMFD,
+            false => VhostUserProtocolFeatures::empty(),
+        };
+        Ok(inflight
+            | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
@@ -313,15 +331,32 @@ impl VhostUserBackendReqHandlerMut for Session {
         unsupported("GET_SHARED_OBJECT")
     }
 
+    // Nothing of it is kept: a front end may ask as often as it likes, and hands over
+    // the one that it wants.
     fn get_inflight_fd(
         &mut self,
-        _inflight: &VhostUserInflight,
+        inflight: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File)> {
-        unsupported("GET_INFLIGHT_FD")
+        let shape = shape(inflight);
+        let Description {
+            queues, queue_size, ..
+        } = &*self.description;
+        let (file, len) = inflight::create(shape, queues.len(), *queue_size)?;
+        let made = VhostUserInflight::new(len, 0, shape.queues, shape.size);
+        Ok((made, file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        unsupported("SET_INFLIGHT_FD")
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        let table = Table::map(
+            shape(inflight),
+            file,
+            inflight.mmap_offset,
+            inflight.mmap_size,
+            self.description.queues.len(),
+            self.description.queue_size,
+        )?;
+        self.inflight = Some(Arc::new(table));
+        Ok(())
     }
 
     fn set_device_state_fd(

@@ -8,6 +8,7 @@ use std::time::Duration;
 use rustix::event::{EventfdFlags, eventfd};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
+use crate::inflight::Table;
 use crate::memory::MemoryTable;
 use crate::{Context, Device, Error, GuestMemory, Poller, Ring};
 
@@ -162,6 +163,11 @@ impl State {
             memory: &self.memory,
             poller,
         };
+        // A stop leaves nothing in flight, not even what was so before the start.
+        while let Some(ring) = cx.ring(index).filter(|ring| ring.has_left_overs()) {
+            ring.refill();
+            self.device.kicked(index, &mut cx);
+        }
         self.device.drain(index, &mut cx);
         for ring in self.rings.iter_mut().flatten() {
             ring.finish(&self.memory);
@@ -199,26 +205,31 @@ impl State {
         }
     }
 
-    /// Starts a ring.
+    /// Starts a ring, with the table of what is in flight there if there is one.
     ///
     /// # Errors
-    /// When its addresses make no sense or its doorbell cannot be polled.
+    /// When its addresses make no sense, the inflight table has no room for it, or its
+    /// doorbell cannot be polled.
     pub fn start(
         &mut self,
         index: usize,
         kick: OwnedFd,
         enable: bool,
         table: &MemoryTable,
+        inflight: Option<&Arc<Table>>,
         poller: &Poller,
     ) -> Result<(), Error> {
         let ring = self.ring(index)?;
         // First what may fail: a doorbell that stayed in the poller by mistake
         // could not be taken out again, and would be in its own way next time.
         ring.place(table)?;
+        if let Some(inflight) = inflight {
+            ring.must_fit(inflight)?;
+        }
         poller
             .add_readable(&kick, CORE | index as u64)
             .map_err(Error::io(format!("queue {index}: watching its doorbell")))?;
-        if let Some(old) = ring.start(kick) {
+        if let Some(old) = ring.start(kick, inflight, table.memory()) {
             // The front end replaces the doorbell of a running ring.
             let _ = poller.remove(old);
         }

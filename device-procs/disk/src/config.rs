@@ -8,10 +8,17 @@ use virtio_bindings::virtio_blk::{
 
 use crate::image::{Geometry, SECTOR};
 
+// The limits are those of qemu-storage-daemon (QEMU, block/export/virtio-blk-handler.c
+// and vhost-user-blk-server.c), so that either can take over from the other while a
+// driver that knows the limits runs.
+
+/// Buffers of one request: as many as a ring of 128 entries has room for, besides a
+/// header and a status byte.
+const MAX_SEGMENTS: u32 = 126;
 /// Ranges in one discard or write-zeroes request.
-pub const MAX_RANGES: u32 = 32;
-/// Sectors in one such range: 1 GiB, so that one request cannot take for ever.
-pub const MAX_RANGE_SECTORS: u32 = 1 << 21;
+pub const MAX_RANGES: u32 = 1;
+/// Sectors in one such range: 16 MiB.
+pub const MAX_RANGE_SECTORS: u32 = 32_768;
 
 /// The device's feature bits.
 pub fn features(geometry: &Geometry, queues: u16) -> u64 {
@@ -36,7 +43,7 @@ pub fn features(geometry: &Geometry, queues: u16) -> u64 {
 }
 
 /// The bytes of `struct virtio_blk_config`.
-pub fn space(geometry: &Geometry, queues: u16, queue_size: u16) -> Vec<u8> {
+pub fn space(geometry: &Geometry, queues: u16) -> Vec<u8> {
     let block = geometry.logical_block.max(SECTOR as u32);
     let blocks = |bytes: u32| bytes / block;
     let physical_exp = blocks(geometry.physical_block.max(block)).ilog2() as u8;
@@ -45,8 +52,7 @@ pub fn space(geometry: &Geometry, queues: u16, queue_size: u16) -> Vec<u8> {
     let mut space = Vec::with_capacity(60);
     space.extend(geometry.sectors().to_le_bytes());
     space.extend(0u32.to_le_bytes()); // size_max: not offered
-    // A request takes a header and a status descriptor besides its data.
-    space.extend(u32::from(queue_size - 2).to_le_bytes());
+    space.extend(MAX_SEGMENTS.to_le_bytes());
     space.extend([0; 4]); // CHS geometry: not offered
     space.extend(block.to_le_bytes());
     space.push(physical_exp);
@@ -81,10 +87,10 @@ mod tests {
 
     #[test]
     fn the_space_has_the_layout_of_the_specification() {
-        let space = space(&GEOMETRY, 4, 256);
+        let space = space(&GEOMETRY, 4);
         assert_eq!(space.len(), 60);
         assert_eq!(space[0..8], 2048u64.to_le_bytes());
-        assert_eq!(space[12..16], 254u32.to_le_bytes()); // seg_max
+        assert_eq!(space[12..16], 126u32.to_le_bytes()); // seg_max
         assert_eq!(space[20..24], 512u32.to_le_bytes()); // blk_size
         assert_eq!(space[24], 3); // physical_block_exp
         assert_eq!(space[34..36], 4u16.to_le_bytes()); // num_queues

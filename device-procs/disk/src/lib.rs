@@ -24,9 +24,6 @@ use outrigger_sandbox::Rule;
 use crate::disk::{Disk, Drive};
 use crate::image::{Image, raw::RawImage};
 
-/// What fits into one request is reckoned for rings of this size.
-const USUAL_QUEUE_SIZE: u16 = 256;
-
 /// Serves a disk image or block device to a virtual machine over vhost-user.
 #[derive(Parser)]
 #[command(name = "device-disk", version)]
@@ -141,7 +138,8 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             features: config::features(&geometry, options.queues),
             queues: (0..queues).collect(),
             queue_size: QUEUE_SIZE,
-            config: ConfigSpace::new(config::space(&geometry, options.queues, USUAL_QUEUE_SIZE)),
+            config: ConfigSpace::new(config::space(&geometry, options.queues)),
+            inflight: true,
         },
         workers: (0..queues)
             .map(|_| Box::new(Disk::new(Arc::clone(&drive))) as Box<dyn Device>)

@@ -89,6 +89,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             queues: vec![0, 0],
             queue_size: QUEUE_SIZE,
             config: ConfigSpace::new(config::space(mac, mtu)),
+            inflight: false,
         },
         workers: vec![Box::new(Net::new(tap, mtu))],
         syscalls: tap::SYSCALLS,

@@ -1,0 +1,392 @@
+//! A ring with a table is killed wherever it can be, and a driver counts what it gets.
+
+use std::os::unix::fs::FileExt;
+
+use rustix::event::{EventfdFlags, eventfd};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::*;
+use crate::memory::{MemoryTable, RegionInfo};
+use crate::ring::{Ring, RingAddresses};
+use crate::testing::{Random, mortal};
+
+const SIZE: u16 = 8;
+const QUEUES: usize = 2;
+/// Not the first, so that a region's place counts.
+const QUEUE: usize = 1;
+const MEMORY: u64 = 0x1_0000;
+const AVAILABLE: u64 = 0x1000;
+const USED: u64 = 0x2000;
+
+/// What outlives a process: guest memory, the table, and the driver.
+struct World {
+    memory: MemoryTable,
+    shape: Shape,
+    table: File,
+    offered: u16,
+    reaped: u16,
+    /// Heads that the driver waits for.
+    outstanding: Vec<u16>,
+    completed: u64,
+}
+
+impl World {
+    fn new() -> Self {
+        Self::starting_at(0)
+    }
+
+    /// A ring that has been in use: `index` requests have gone through it.
+    fn starting_at(index: u16) -> Self {
+        let file: File = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap().into();
+        file.set_len(MEMORY).unwrap();
+        let region = RegionInfo {
+            guest: 0,
+            size: MEMORY,
+            user: 0,
+            offset: 0,
+        };
+        let shape = Shape {
+            queues: QUEUES as u16,
+            size: SIZE,
+        };
+        let world = World {
+            memory: MemoryTable::new([(region, file)]).unwrap(),
+            shape,
+            table: create(shape, QUEUES, SIZE).unwrap().0,
+            offered: index,
+            reaped: index,
+            outstanding: Vec::new(),
+            completed: 0,
+        };
+        for head in 0..SIZE {
+            let descriptor = [0x8000 + 16 * u64::from(head), 16];
+            world.put(16 * u64::from(head), descriptor);
+        }
+        world.put(AVAILABLE + 2, index);
+        world.put(USED + 2, index);
+        world
+    }
+
+    fn put<T: vm_memory::ByteValued>(&self, at: u64, value: T) {
+        let memory = self.memory.memory();
+        memory.write_obj(value, GuestAddress(at)).unwrap();
+    }
+
+    fn get<T: vm_memory::ByteValued>(&self, at: u64) -> T {
+        self.memory.memory().read_obj(GuestAddress(at)).unwrap()
+    }
+
+    fn offer(&mut self, head: u16) {
+        assert!(!self.outstanding.contains(&head));
+        self.put(AVAILABLE + 4 + 2 * u64::from(self.offered % SIZE), head);
+        self.offered = self.offered.wrapping_add(1);
+        self.put(AVAILABLE + 2, self.offered);
+        self.outstanding.push(head);
+    }
+
+    /// Offers up to `count` requests.
+    fn offer_some(&mut self, count: u64, random: &mut Random) {
+        for _ in 0..count {
+            let mut free = (0..SIZE).filter(|head| !self.outstanding.contains(head));
+            let skip = random.below(u64::from(SIZE)) as usize;
+            match free.clone().nth(skip).or(free.next()) {
+                Some(head) => self.offer(head),
+                None => return,
+            }
+        }
+    }
+
+    fn reap(&mut self) {
+        let used: u16 = self.get(USED + 2);
+        while self.reaped != used {
+            let element: [u32; 2] = self.get(USED + 4 + 8 * u64::from(self.reaped % SIZE));
+            let at = self
+                .outstanding
+                .iter()
+                .position(|&head| u32::from(head) == element[0])
+                .unwrap_or_else(|| panic!("{} is completed once more", element[0]));
+            self.outstanding.swap_remove(at);
+            self.reaped = self.reaped.wrapping_add(1);
+            self.completed += 1;
+        }
+    }
+
+    fn table(&self) -> Arc<Table> {
+        let file = self.table.try_clone().unwrap();
+        let len = self.shape.len();
+        Arc::new(Table::map(self.shape, file, 0, len, QUEUES, SIZE).unwrap())
+    }
+
+    /// A process starts the ring, and is told a base that is wrong.
+    fn start(&self) -> Ring {
+        let mut ring = Ring::new(QUEUE, SIZE).unwrap();
+        ring.set_size(SIZE.into()).unwrap();
+        ring.set_base(4711);
+        let addresses = RingAddresses {
+            descriptors: 0,
+            available: AVAILABLE,
+            used: USED,
+        };
+        ring.set_addresses(addresses, &self.memory).unwrap();
+        ring.place(&self.memory).unwrap();
+        ring.must_fit(&self.table()).unwrap();
+        let kick = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+        ring.start(kick, Some(&self.table()), self.memory.memory());
+        ring.set_enabled(true);
+        ring
+    }
+
+    /// A process takes requests, gives some back and completes others, in any order.
+    fn work(&self, rounds: u64, random: &mut Random) {
+        let memory = self.memory.memory();
+        let mut ring = self.start();
+        let mut taken: Vec<u16> = Vec::new();
+        for _ in 0..rounds {
+            ring.begin(memory);
+            for _ in 0..random.below(5) {
+                let Some(chain) = ring.pop(memory) else { break };
+                if random.below(6) == 0 {
+                    ring.unpop(&chain);
+                } else {
+                    taken.push(chain.head);
+                }
+            }
+            let mut batch = Vec::new();
+            for _ in 0..random.below(4).min(taken.len() as u64) {
+                let at = random.below(taken.len() as u64) as usize;
+                batch.push((taken.swap_remove(at), 0));
+            }
+            ring.push_all(memory, &batch);
+            ring.finish(memory);
+            assert!(ring.is_running());
+        }
+    }
+
+    /// A process that does not die completes all there is.
+    fn finish(&mut self) {
+        let ring = &mut self.start();
+        drain(ring, self.memory.memory());
+        self.reap();
+        assert!(self.outstanding.is_empty(), "lost: {:?}", self.outstanding);
+    }
+
+    /// Writes into the region of the queue.
+    fn spoil(&self, offset: usize, bytes: &[u8]) {
+        let at = QUEUE as u64 * self.shape.stride() + offset as u64;
+        self.table.write_all_at(bytes, at).unwrap();
+    }
+}
+
+fn drain(ring: &mut Ring, memory: &crate::GuestMemory) {
+    loop {
+        ring.begin(memory);
+        let Some(chain) = ring.pop(memory) else {
+            break;
+        };
+        let head = chain.head;
+        ring.push(memory, head, 0);
+        ring.finish(memory);
+    }
+}
+
+#[test]
+fn each_request_is_completed_once_whenever_processes_die() {
+    let mut deaths = 0;
+    for seed in 0..400 {
+        let mut random = Random::new(seed);
+        // Indices wrap around in some.
+        let mut world = World::starting_at(random.pick(&[0, 0, 5, 65_500]));
+        for _ in 0..60 {
+            let count = random.below(5);
+            world.offer_some(count, &mut random);
+            let (steps, rounds) = (random.below(90), 1 + random.below(4));
+            let alive = mortal(steps, || world.work(rounds, &mut random));
+            deaths += u32::from(alive.is_none());
+            // A process that was not killed has stopped in mid-work, which is as bad.
+            world.reap();
+        }
+        world.finish();
+        assert!(world.completed > 60, "seed {seed}: {}", world.completed);
+    }
+    assert!(deaths > 5_000, "{deaths}");
+}
+
+/// The first process dies at each of its steps, and the next, too.
+#[test]
+fn two_deaths_in_a_row_lose_nothing() {
+    let scenario = |world: &World| {
+        let memory = world.memory.memory();
+        let mut ring = world.start();
+        ring.begin(memory);
+        let heads: Vec<u16> = (0..5).map_while(|_| Some(ring.pop(memory)?.head)).collect();
+        let batch = |some: &[u16]| some.iter().map(|&head| (head, 0)).collect::<Vec<_>>();
+        if let [first, second, third, rest @ ..] = &heads[..] {
+            ring.push_all(memory, &batch(&[*second, *third]));
+            ring.push_all(memory, &batch(rest));
+            ring.push(memory, *first, 0);
+        }
+        ring.finish(memory);
+    };
+    let mut both = 0;
+    for first in 0.. {
+        let mut world = World::new();
+        (0..6).for_each(|head| world.offer(head));
+        if mortal(first, || scenario(&world)).is_some() {
+            break;
+        }
+        for second in 0.. {
+            let mut world = World::new();
+            (0..6).for_each(|head| world.offer(head));
+            assert!(mortal(first, || scenario(&world)).is_none());
+            world.reap();
+            let alive = mortal(second, || scenario(&world)).is_some();
+            world.reap();
+            world.finish();
+            if alive {
+                break;
+            }
+            both += 1;
+        }
+    }
+    assert!(both > 1000, "{both}");
+}
+
+#[test]
+fn requests_are_done_again_in_the_order_in_which_they_were_taken() {
+    let mut world = World::new();
+    for head in [6, 2, 3, 0] {
+        world.offer(head);
+    }
+    let memory = Arc::clone(world.memory.memory());
+    let mut ring = world.start();
+    ring.begin(&memory);
+    for _ in 0..3 {
+        ring.pop(&memory).unwrap();
+    }
+    ring.push(&memory, 2, 0);
+    drop(ring);
+
+    let mut ring = world.start();
+    assert!(ring.has_left_overs());
+    ring.begin(&memory);
+    let first = ring.pop(&memory).unwrap();
+    assert_eq!(first.head, 6);
+    // Given back, it comes again, and before what is new.
+    assert_eq!(ring.pop(&memory).unwrap().head, 3);
+    assert_eq!(ring.pop(&memory).unwrap().head, 0);
+    ring.unpop(&first);
+    for head in [6, 3, 0] {
+        assert_eq!(ring.pop(&memory).unwrap().head, head);
+        ring.push(&memory, head, 0);
+    }
+    assert!(ring.pop(&memory).is_none() && ring.is_running());
+    assert!(!ring.has_left_overs());
+    world.reap();
+    assert!(world.outstanding.is_empty());
+
+    // What was given back is not in flight.
+    world.offer(4);
+    let chain = ring.pop(&memory).unwrap();
+    ring.unpop(&chain);
+    drop(ring);
+    assert!(!world.start().has_left_overs());
+}
+
+/// Whether a process that finds `world` works on, which it must not with `wrong`.
+fn breaks(world: &World, wrong: &str) {
+    let mut ring = world.start();
+    assert!(!ring.is_running(), "{wrong}");
+    assert!(ring.pop(world.memory.memory()).is_none());
+}
+
+#[test]
+fn a_table_that_makes_no_sense_breaks_the_ring() {
+    let used = || {
+        let mut world = World::starting_at(3);
+        world.offer(1);
+        drop(world.start()); // from now on the table is in use
+        world
+    };
+    let world = used();
+    world.spoil(VERSION_AT, &7u16.to_ne_bytes());
+    breaks(&world, "version");
+
+    let world = used();
+    for head in [1, 2] {
+        world.spoil(entry(head, INFLIGHT_AT), &[1]);
+    }
+    breaks(&world, "more in flight than available");
+
+    let world = used();
+    world.spoil(USED_INDEX_AT, &2u16.to_ne_bytes());
+    world.spoil(LAST_BATCH_HEAD_AT, &SIZE.to_ne_bytes());
+    breaks(&world, "last batch outside the table");
+
+    // A loop in the last batch ends, as it clears what is cleared.
+    let mut world = used();
+    world.spoil(USED_INDEX_AT, &(3 - SIZE as i16).to_ne_bytes());
+    world.finish();
+}
+
+#[test]
+fn a_table_full_of_anything_does_no_harm() {
+    let mut broken = 0;
+    for seed in 0..3000 {
+        let mut random = Random::new(seed);
+        let world = &mut World::new();
+        world.offer_some(6, &mut random);
+        let mut bytes = vec![0; world.shape.stride() as usize];
+        for _ in 0..random.below(40) {
+            let anywhere = random.below(bytes.len() as u64) as usize;
+            let inflight = entry(random.below(SIZE.into()) as u16, INFLIGHT_AT);
+            let at = random.pick(&[anywhere, inflight, LAST_BATCH_HEAD_AT, USED_INDEX_AT]);
+            bytes[at] = random.pick(&[0, 1, 1, 2, 7, 8, 255]);
+        }
+        bytes[VERSION_AT..][..2].copy_from_slice(&VERSION.to_ne_bytes());
+        world.spoil(0, &bytes);
+        let mut ring = world.start();
+        drain(&mut ring, world.memory.memory());
+        broken += u32::from(!ring.is_running());
+        // No more than was offered, whatever the table says.
+        assert!(world.get::<u16>(USED + 2) <= 6, "seed {seed}");
+    }
+    assert!(broken > 50, "{broken}");
+}
+
+#[test]
+fn a_table_has_the_shape_of_its_rings() {
+    let shape = |queues, size| Shape { queues, size };
+    for wrong in [
+        shape(0, 8),
+        shape(3, 8),
+        shape(2, 0),
+        shape(2, 7),
+        shape(2, 16),
+        shape(u16::MAX, u16::MAX),
+    ] {
+        assert!(create(wrong, QUEUES, SIZE).is_err(), "{wrong:?}");
+    }
+    // 16 bytes of header and 16 for each entry, from 64 to 64 bytes.
+    let (file, len) = create(shape(2, 8), QUEUES, SIZE).unwrap();
+    assert_eq!(len, 2 * 192);
+    let map = |offset, len| {
+        let file = file.try_clone().unwrap();
+        Table::map(shape(2, 8), file, offset, len, QUEUES, SIZE).map(Arc::new)
+    };
+    let table = map(0, len).unwrap();
+    for (offset, len) in [
+        (0, len - 1),
+        (0, len + 1),
+        (64, len),
+        (0, u64::MAX),
+        (u64::MAX, len),
+        (4096, 0),
+    ] {
+        assert!(map(offset, len).is_err(), "{offset} {len}");
+    }
+    assert!(table.must_hold(1, 8).is_ok() && table.must_hold(0, 4).is_ok());
+    assert!(table.must_hold(2, 8).is_err() && table.must_hold(0, 16).is_err());
+    assert!(table.at::<AtomicU8>(1, entry(7, 15)).is_some());
+    assert!(table.at::<AtomicU8>(0, entry(8, 0)).is_none());
+    assert!(table.at::<AtomicU8>(2, 0).is_none());
+}
