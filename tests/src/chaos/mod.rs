@@ -5,8 +5,10 @@
 // The format, and what may be where, is written down once: on the guest's side.
 #[path = "../../../embedded-guest/src/logic/block.rs"]
 pub mod block;
+pub mod guest;
 #[path = "../../../embedded-guest/src/logic/ledger.rs"]
 pub mod ledger;
+pub mod victim;
 
 use std::fmt;
 use std::fs::File;

@@ -1,0 +1,125 @@
+//! A guest writes, reads and verifies while the process behind its disk is killed at
+//! random moments, and at those that are the hardest; in the end the host checks the
+//! image by what the guest was told. Nothing may be lost, done twice, or wrong, and the
+//! guest may see no error.
+//!
+//! The seed of a run is printed; OUTRIGGER_SEED repeats it. `./test.sh --long` kills more
+//! often.
+
+use std::time::Duration;
+
+use outrigger_protocol::control::Event;
+use outrigger_tests::chaos::guest::{Chaos, Prepared};
+use outrigger_tests::chaos::victim::Victim;
+use outrigger_tests::chaos::{Random, Report, long};
+use outrigger_tests::machine::skip_kvm;
+
+/// How often a process is killed, of two tests that kill device-disk.
+fn kills() -> u64 {
+    if long() { 500 } else { 25 }
+}
+
+/// Between two kills the guest works for less than
+const WORK: Duration = Duration::from_millis(30);
+/// The disk is away for less than
+const ABSENCE: Duration = Duration::from_millis(5);
+/// A successor lives for less than this if it is killed while it shakes hands.
+const HANDSHAKE: Duration = Duration::from_millis(3);
+
+/// Kills `victim` until it has died `kills` times; every third time its successor, too,
+/// while it shakes hands.
+fn kill(chaos: &Chaos, victim: &mut Victim, random: &mut Random, kills: u64) {
+    while victim.kills < kills {
+        std::thread::sleep(random.time(WORK));
+        let returns = chaos.returns();
+        victim.kill();
+        std::thread::sleep(random.time(ABSENCE));
+        victim.start();
+        if random.below(3) == 0 {
+            std::thread::sleep(random.time(HANDSHAKE));
+            victim.kill();
+            victim.start();
+        }
+        chaos.wait("the disk is back", |chaos| chaos.returns() > returns);
+    }
+}
+
+/// What the runner saw of it: nothing was refused, everything was tracked.
+fn check_events(chaos: &Chaos) -> (usize, u64) {
+    let mut replays = 0;
+    for event in chaos.events() {
+        match event {
+            Event::DeviceLost { tracked, .. } => assert!(tracked, "{}", chaos.situation()),
+            Event::DeviceRunning { replayed, .. } => replays += replayed,
+            _ => {}
+        }
+    }
+    (chaos.returns(), replays)
+}
+
+fn say(name: &str, victim: &Victim, (returns, replays): (usize, u64), report: &Report) {
+    println!(
+        "{name}: {} kills, {returns} times back, {replays} requests replayed; {}",
+        victim.kills,
+        report.summary()
+    );
+}
+
+fn device_disk(queues: u16, words: &str) {
+    if skip_kvm() {
+        return;
+    }
+    let mut random = Random::announced();
+    let prepared = Prepared::new(&mut random);
+    let mut victim = Victim::device_disk(&prepared.image(), queues);
+    let chaos = prepared.start(words, &victim.device());
+    kill(&chaos, &mut victim, &mut random, kills());
+    let seen = check_events(&chaos);
+    let report = chaos.finish();
+    assert_eq!(report.queues, u64::from(queues));
+    say("device-disk", &victim, seen, &report);
+}
+
+#[test]
+fn device_disk_dies_with_one_queue() {
+    device_disk(1, "qdepth=16");
+}
+
+#[test]
+fn device_disk_dies_with_four_queues() {
+    device_disk(4, "qdepth=16");
+}
+
+/// The driver resets the device every few hundred requests, in the middle of them, while
+/// the process is killed as well.
+#[test]
+fn device_disk_dies_while_its_driver_starts_again_and_again() {
+    if skip_kvm() {
+        return;
+    }
+    let mut random = Random::announced();
+    let prepared = Prepared::new(&mut random);
+    let mut victim = Victim::device_disk(&prepared.image(), 4);
+    let chaos = prepared.start("rebind=300", &victim.device());
+    kill(&chaos, &mut victim, &mut random, kills() / 2);
+    let report = chaos.finish();
+    assert!(report.rebinds > 0);
+    println!("{} kills, {} rebinds", victim.kills, report.rebinds);
+}
+
+/// A back end that other people wrote and that tracks what it has in work. It answers
+/// one queue's requests one after the other, and says that it wrote more than it did.
+#[test]
+fn vhost_user_blk_of_qemu_dies() {
+    if skip_kvm() {
+        return;
+    }
+    let mut random = Random::announced();
+    let prepared = Prepared::new(&mut random);
+    let mut victim = Victim::vhost_user_blk(&prepared.image());
+    let chaos = prepared.start("lengths=any", &victim.device());
+    kill(&chaos, &mut victim, &mut random, kills() / 2);
+    let seen = check_events(&chaos);
+    let report = chaos.finish();
+    say("vhost-user-blk", &victim, seen, &report);
+}
