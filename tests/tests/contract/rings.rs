@@ -1,6 +1,5 @@
 //! How rings start, run and stop.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
@@ -236,19 +235,9 @@ pub fn go_on_where_they_stopped_and_lose_nothing<S: Subject>() {
             guest.start(index, base);
         }
     }
-    // Another front end takes the rings over. It does not ask the device of the
-    // first where it was: that process may be gone, and the used index says it.
     let offered = fill::<S>(&mut guest);
     guest.queues[S::REQUESTS].kick();
-    let (ram, queues) = (Arc::clone(&guest.ram), std::mem::take(&mut guest.queues));
-    drop(guest);
-    let mut next = Guest::new(device.process.connect(), Ram::new(&[(0, 4096)]));
-    (next.ram, next.queues) = (ram, queues);
-    next.negotiate(EVENT_IDX);
-    next.share_memory();
-    for index in 0..S::QUEUES {
-        next.start(index, next.queues[index].device_used_index());
-    }
+    let mut next = guest.move_to(device.process.connect());
     let queue = &mut next.queues[S::REQUESTS];
     assert_eq!(queue.wait_all().len(), offered);
     device.round_trip(&mut next);
@@ -279,14 +268,32 @@ pub fn stand_still_when_the_device_hangs_up<S: Subject>() {
     let mut device = Device::<S>::listening();
     for round in 0..20 {
         let mut guest = device.boot(EVENT_IDX);
-        fill::<S>(&mut guest);
-        guest.queues[S::REQUESTS].kick();
-        sleep(Duration::from_micros(20 * round));
-        guest.stream.shutdown(std::net::Shutdown::Write).unwrap();
-        assert!(raw::hangs_up(&guest.stream));
+        let request = S::request(&guest.ram);
+        let stop = AtomicBool::new(false);
+        let Guest {
+            stream,
+            queues,
+            ram,
+            ..
+        } = &mut guest;
+        let used_ring = queues[S::REQUESTS].used_ring;
+        let used_index = || u16::from_le_bytes(ram.get(used_ring + 2, 2).try_into().unwrap());
+        std::thread::scope(|scope| {
+            let queue = &mut queues[S::REQUESTS];
+            scope.spawn(|| feed(queue, &request, &stop));
+            sleep(Duration::from_micros(200 + 20 * round));
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            let hung_up = raw::hangs_up(stream);
+            let then = used_index();
+            sleep(Duration::from_millis(2));
+            let now = used_index();
+            stop.store(true, Ordering::Release);
+            assert!(hung_up);
+            assert_eq!(now, then, "it worked on after it hung up");
+        });
         let before = guest.ram.snapshot();
         guest.interrupts();
-        sleep(Duration::from_millis(5));
+        sleep(Duration::from_millis(2));
         assert!(guest.ram.snapshot() == before, "written to afterwards");
         assert_eq!(guest.interrupts(), 0);
     }
