@@ -27,6 +27,21 @@ pub fn inherit(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
+/// As [`inherit`], of a file that must be open for reading, for writing, or for both.
+///
+/// # Errors
+/// One that says which is missing.
+pub fn inherit_open_for(fd: RawFd, reading: bool, writing: bool) -> io::Result<OwnedFd> {
+    let fd = inherit(fd)?;
+    let mode = fcntl_getfl(&fd)? & OFlags::RWMODE;
+    let why = match mode {
+        OFlags::RDONLY if writing => "not open for writing",
+        OFlags::WRONLY if reading => "not open for reading",
+        _ => return Ok(fd),
+    };
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, why))
+}
+
 /// Sets O_NONBLOCK by fcntl(2); std does it by an ioctl, which the sandbox
 /// forbids. The flag belongs to the open file, so whoever shares it sees it too.
 ///

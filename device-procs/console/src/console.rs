@@ -24,29 +24,30 @@ pub fn config_space((columns, rows): Size) -> Vec<u8> {
 }
 
 /// The console. Input waits at its source until the guest has room for it, and
-/// output in the guest's ring until it is read; only what nobody is there to
-/// read is kept here, and not all of it.
+/// output in the guest's ring until it is read, so that neither is lost with this
+/// process; only what nobody is there to read is kept here, and not all of it.
 pub struct Console {
     backend: Box<dyn Backend>,
     config: ConfigSpace,
-    /// Read, but not yet in a buffer of the guest's: at most [`CHUNK`] bytes.
-    input: Vec<u8>,
     backlog: Backlog,
     /// Of the first chain in the transmit queue, so much is written.
     sent: usize,
     was_absent: bool,
+    /// A driver has been there. Before, all is left alone: another process may still
+    /// serve what this one is to take over.
+    served: bool,
 }
 
 impl Console {
     /// A console before any driver.
-    pub fn new(backend: Box<dyn Backend>, config: ConfigSpace) -> Self {
+    pub fn new(backend: Box<dyn Backend>, config: ConfigSpace, backlog: Backlog) -> Self {
         Console {
             backend,
             config,
-            input: Vec::new(),
-            backlog: Backlog::default(),
+            backlog,
             sent: 0,
             was_absent: false,
+            served: false,
         }
     }
 
@@ -60,19 +61,21 @@ impl Console {
         let (memory, poller) = (cx.memory, cx.poller);
         let Some(ring) = cx.ring(RX) else { return };
         loop {
-            if self.input.is_empty() {
-                let mut buf = [0; CHUNK];
-                let len = self.backend.read(&mut buf, poller);
-                if len == 0 {
-                    return;
-                }
-                self.input.extend(&buf[..len]);
-            }
             let Some(chain) = ring.pop(memory) else {
                 return;
             };
-            let len = chain.writable.copy_from(&self.input);
-            self.input.drain(..len);
+            // A buffer without room goes back as it is.
+            let room = chain.writable.len().min(CHUNK);
+            let mut buf = [0; CHUNK];
+            let len = match room {
+                0 => 0,
+                _ => self.backend.read(&mut buf[..room], poller),
+            };
+            if len == 0 && room > 0 {
+                ring.unpop(&chain);
+                return;
+            }
+            chain.writable.copy_from(&buf[..len]);
             ring.push(memory, chain.head, len as u32);
         }
     }
@@ -136,8 +139,13 @@ impl Console {
 
     /// Writes what was kept; false if it is still in the way of what is new.
     fn catch_up(&mut self, poller: &Poller) -> bool {
-        while !self.backlog.oldest().is_empty() {
-            match self.backend.write(self.backlog.oldest(), poller) {
+        let mut buf = [0; CHUNK];
+        loop {
+            let len = self.backlog.oldest(&mut buf);
+            if len == 0 {
+                break;
+            }
+            match self.backend.write(&buf[..len], poller) {
                 Written::Some(len) => self.backlog.take(len),
                 Written::Full => return false,
                 Written::Absent => return true,
@@ -158,6 +166,7 @@ impl Device for Console {
 
     fn negotiated(&mut self, _features: u64) {
         self.sent = 0;
+        self.served = true;
         self.backend.opened();
     }
 
@@ -172,14 +181,15 @@ impl Device for Console {
 
     fn ready(&mut self, token: u64, cx: &mut Context<'_>) {
         self.backend.ready(token, cx.poller);
+        if !self.served {
+            return;
+        }
         self.update_size();
         self.receive(cx);
         self.transmit(cx);
     }
 
     fn closed(&mut self) {
-        // What was typed for one guest is not for the next.
-        self.input.clear();
         self.sent = 0;
         self.backend.closed();
     }

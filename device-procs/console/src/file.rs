@@ -2,7 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -32,6 +32,18 @@ impl File {
             .open(path)?;
         Ok(File {
             stream: Stream::own(OwnedFd::from(file))?,
+            failed: false,
+        })
+    }
+
+    /// Takes over a file that somebody else has opened for writing.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn adopt(fd: RawFd) -> io::Result<Self> {
+        let fd = device_core::fd::inherit_open_for(fd, false, true)?;
+        Ok(File {
+            stream: Stream::shared(fd.as_fd(), OFlags::WRONLY)?,
             failed: false,
         })
     }

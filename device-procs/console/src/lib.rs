@@ -15,7 +15,9 @@ mod stdio;
 mod stream;
 mod unix;
 
-use std::path::PathBuf;
+use std::fmt::Display;
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{ArgGroup, Parser};
@@ -25,6 +27,7 @@ use outrigger_cli::socket::{self, Bound};
 use outrigger_sandbox::{Check, Rule};
 
 use crate::backend::Backend;
+use crate::backlog::Backlog;
 use crate::console::Console;
 
 /// VIRTIO_CONSOLE_F_SIZE (virtio 1.2 section 5.3.3).
@@ -33,31 +36,49 @@ const F_SIZE: u64 = 1 << 0;
 /// Serves a console to a virtual machine over vhost-user.
 #[derive(Parser)]
 #[command(name = "device-console", version,
-          group(ArgGroup::new("connection").args(["stdio", "pty", "unix", "file"])))]
+          group(ArgGroup::new("connection")
+              .args(["stdio", "pty", "pty_fd", "unix", "unix_fd", "file", "file_fd"])))]
 pub struct Options {
     #[command(flatten)]
     common: Common,
 
     /// Connect it to standard input and output; a terminal is the guest's while its
     /// driver is there, and Ctrl-A x ends this program
-    #[arg(long, required_unless_present_any = ["pty", "unix", "file", "print_capabilities"])]
+    #[arg(long, required_unless_present_any = ["connection", "print_capabilities"])]
     stdio: bool,
 
     /// Connect it to a new pseudo-terminal, whose path is logged
     #[arg(long)]
     pty: bool,
 
+    /// Inherited master of a pseudo-terminal, unlocked
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
+    pty_fd: Option<RawFd>,
+
     /// Symbolic link to the pseudo-terminal; replaced if it is there
-    #[arg(long, value_name = "PATH", conflicts_with_all = ["stdio", "unix", "file"])]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["stdio", "unix", "unix_fd", "file", "file_fd"])]
     pty_link: Option<PathBuf>,
 
     /// Unix socket to listen on for one client at a time
     #[arg(long, value_name = "PATH", value_parser = socket::path_parser())]
     unix: Option<PathBuf>,
 
+    /// Inherited unix socket that listens
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
+    unix_fd: Option<RawFd>,
+
     /// File to append output to; there is no input
     #[arg(long, value_name = "PATH")]
     file: Option<PathBuf>,
+
+    /// Inherited file, open for writing
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
+    file_fd: Option<RawFd>,
+
+    /// Inherited file, empty or left by a process before, in which output that nobody
+    /// reads is kept; without, it goes with the process
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
+    backlog_fd: Option<RawFd>,
 }
 
 /// The size of a terminal, and its mode.
@@ -90,40 +111,54 @@ struct Connection {
     unserved: Option<Bound>,
 }
 
+impl Connection {
+    fn new(backend: impl Backend + 'static, syscalls: &'static [Rule]) -> Self {
+        Connection {
+            backend: Box::new(backend),
+            syscalls,
+            restore: None,
+            unserved: None,
+        }
+    }
+}
+
+/// Puts the option that it is about before an error.
+fn of(option: impl Display) -> impl FnOnce(std::io::Error) -> anyhow::Error {
+    move |error| anyhow::anyhow!("{option}: {error}")
+}
+
 fn connect(options: &Options) -> anyhow::Result<Connection> {
-    let named = |option: &'static str, path: &PathBuf| {
-        let path = path.display().to_string();
-        move |error: std::io::Error| anyhow::anyhow!("{option} {path}: {error}")
-    };
+    let named = |option: &str, path: &Path| of(format!("{option} {}", path.display()));
     if let Some(path) = &options.unix {
         let (unix, unserved) = unix::Unix::bind(path).map_err(named("--unix", path))?;
         return Ok(Connection {
-            backend: Box::new(unix),
-            syscalls: outrigger_sandbox::LISTENER,
-            restore: None,
             unserved: Some(unserved),
+            ..Connection::new(unix, outrigger_sandbox::LISTENER)
         });
+    }
+    if let Some(fd) = options.unix_fd {
+        let unix = unix::Unix::adopt(fd).map_err(of(format!("--unix-fd {fd}")))?;
+        return Ok(Connection::new(unix, outrigger_sandbox::LISTENER));
     }
     if let Some(path) = &options.file {
-        return Ok(Connection {
-            backend: Box::new(file::File::open(path).map_err(named("--file", path))?),
-            syscalls: &[],
-            restore: None,
-            unserved: None,
-        });
+        let file = file::File::open(path).map_err(named("--file", path))?;
+        return Ok(Connection::new(file, &[]));
     }
-    if options.pty {
-        let pty = pty::Pty::open().map_err(|e| anyhow::anyhow!("--pty: {e}"))?;
+    if let Some(fd) = options.file_fd {
+        let file = file::File::adopt(fd).map_err(of(format!("--file-fd {fd}")))?;
+        return Ok(Connection::new(file, &[]));
+    }
+    let pty = match options.pty_fd {
+        Some(fd) => Some(pty::Pty::adopt(fd).map_err(of(format!("--pty-fd {fd}")))?),
+        None if options.pty => Some(pty::Pty::open().map_err(of("--pty"))?),
+        None => None,
+    };
+    if let Some(pty) = pty {
         if let Some(link) = &options.pty_link {
             pty.link(link).map_err(named("--pty-link", link))?;
         }
         tracing::info!("pseudo-terminal {}", pty.path().display());
-        return Ok(Connection {
-            backend: Box::new(pty),
-            syscalls: TERMINAL,
-            restore: None,
-            unserved: None,
-        });
+        return Ok(Connection::new(pty, TERMINAL));
     }
     let stdio = stdio::Stdio::open()?;
     let restore = stdio.mode().map(|mode| {
@@ -131,10 +166,8 @@ fn connect(options: &Options) -> anyhow::Result<Connection> {
         Box::new(move || mode.restore()) as Restore
     });
     Ok(Connection {
-        backend: Box::new(stdio),
-        syscalls: TERMINAL,
         restore,
-        unserved: None,
+        ..Connection::new(stdio, TERMINAL)
     })
 }
 
@@ -155,6 +188,10 @@ fn build(options: &Options) -> anyhow::Result<Program> {
         restore,
         unserved,
     } = connect(options)?;
+    let backlog = match options.backlog_fd {
+        Some(fd) => Backlog::adopt(fd).map_err(of(format!("--backlog-fd {fd}")))?,
+        None => Backlog::new().map_err(of("memory for output that nobody reads"))?,
+    };
     let size = backend.size();
     let config = ConfigSpace::new(console::config_space(size.unwrap_or_default()));
     Ok(Program {
@@ -166,7 +203,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             config: config.clone(),
             inflight: false,
         },
-        workers: vec![Box::new(Console::new(backend, config))],
+        workers: vec![Box::new(Console::new(backend, config, backlog))],
         syscalls,
         keep_network: false,
         restore,

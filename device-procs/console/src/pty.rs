@@ -2,12 +2,13 @@
 //! slave, any number of times.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use device_core::Poller;
 use rustix::fs::{Mode, OFlags, inotify};
+use rustix::io::Errno;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcgetwinsize, tcsetattr};
 
@@ -36,6 +37,23 @@ impl Pty {
         let master = openpt(flags)?;
         grantpt(&master)?;
         unlockpt(&master)?;
+        Self::new(master)
+    }
+
+    /// Takes over a pseudo-terminal that somebody else has made and unlocked, and keeps.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn adopt(fd: RawFd) -> io::Result<Self> {
+        let master = device_core::fd::inherit_open_for(fd, true, true)?;
+        Self::new(master).map_err(|error| match Errno::from_io_error(&error) {
+            Some(Errno::NOTTY) => io::Error::other("not the master of a pseudo-terminal"),
+            Some(Errno::IO) => io::Error::other("a pseudo-terminal that is not unlocked"),
+            _ => error,
+        })
+    }
+
+    fn new(master: OwnedFd) -> io::Result<Self> {
         let name = ptsname(&master, Vec::new())?;
         let path = PathBuf::from(std::ffi::OsStr::from_bytes(name.as_bytes()));
         // Its mode stays when it is closed again; and that somebody has had it

@@ -62,9 +62,9 @@ impl Stdio {
     /// # Errors
     /// When one is closed.
     pub fn open() -> anyhow::Result<Self> {
-        let input = Stream::standard(rustix::stdio::stdin(), OFlags::RDONLY)
+        let input = Stream::shared(rustix::stdio::stdin(), OFlags::RDONLY)
             .map_err(|e| anyhow::anyhow!("standard input: {e}"))?;
-        let output = Stream::standard(rustix::stdio::stdout(), OFlags::WRONLY)
+        let output = Stream::shared(rustix::stdio::stdout(), OFlags::WRONLY)
             .map_err(|e| anyhow::anyhow!("standard output: {e}"))?;
         let terminal = isatty(&input).then(|| Terminal::new(&input)).transpose()?;
         Ok(Stdio {
@@ -93,8 +93,12 @@ impl Stdio {
         0
     }
 
-    /// Takes all that has been typed.
+    /// Takes all that has been typed to the guest. What is typed before its driver comes
+    /// waits in the terminal, where a process that takes over finds it.
     fn pump(&mut self) {
+        if self.terminal.as_ref().is_some_and(|it| !it.raw) {
+            return;
+        }
         let mut buf = [0; CHUNK];
         loop {
             let len = self.read_some(&mut buf);
@@ -139,10 +143,7 @@ impl Terminal {
     }
 
     fn take(&mut self, typed: &[u8]) {
-        if !self.raw {
-            // Ctrl-C is there for ending it.
-            self.typed.extend(typed);
-        } else if self.escape.filter(typed, &mut self.typed) {
+        if self.escape.filter(typed, &mut self.typed) {
             signals::finish();
             std::process::exit(outrigger_cli::USER_LEFT.into());
         }

@@ -29,15 +29,15 @@ impl Stream {
         Ok(Stream { fd, shared: false })
     }
 
-    /// One of the standard streams. Whether to block is a property of the open
-    /// file, which we have inherited and share with whoever started us. So it is
-    /// opened again where that works; a socket, a file, which has a position that
+    /// One of the standard streams, or another that somebody else uses, too. Whether to
+    /// block is a property of the open file, which we have inherited and share with
+    /// whoever started us. So it is opened again where that works; a socket, a file, which has a position that
     /// is good to share, and somebody else's terminal are used with a look before
     /// each step.
     ///
     /// # Errors
     /// When it is closed.
-    pub fn standard(fd: BorrowedFd<'_>, access: OFlags) -> io::Result<Self> {
+    pub fn shared(fd: BorrowedFd<'_>, access: OFlags) -> io::Result<Self> {
         let kind = FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode);
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
         let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -113,8 +113,8 @@ mod tests {
     #[test]
     fn inherited_pipes_do_not_block_and_stay_as_they_are() {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
-        let input = Stream::standard(reader.as_fd(), OFlags::RDONLY).unwrap();
-        let output = Stream::standard(writer.as_fd(), OFlags::WRONLY).unwrap();
+        let input = Stream::shared(reader.as_fd(), OFlags::RDONLY).unwrap();
+        let output = Stream::shared(writer.as_fd(), OFlags::WRONLY).unwrap();
         let mut buf = [0; CHUNK];
         assert_eq!(kind(input.read(&mut buf)), Some(io::ErrorKind::WouldBlock));
         while output.write(&[7; 10_000]).is_ok() {}
@@ -129,7 +129,7 @@ mod tests {
     #[test]
     fn inherited_sockets_do_not_block_and_stay_as_they_are() {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-        let stream = Stream::standard(ours.as_fd(), OFlags::RDWR).unwrap();
+        let stream = Stream::shared(ours.as_fd(), OFlags::RDWR).unwrap();
         let mut buf = [0; 16];
         assert_eq!(kind(stream.read(&mut buf)), Some(io::ErrorKind::WouldBlock));
         while stream.write(&[7; CHUNK]).is_ok() {}

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
 
 use device_core::Poller;
@@ -22,6 +22,9 @@ const LEFT_BEHIND: usize = 64 * 1024;
 /// A listening socket and its client.
 pub struct Unix {
     listener: OwnedFd,
+    /// A driver has been there. Before, clients wait: they may be those of a process that
+    /// this one is to take over from.
+    served: bool,
     client: Option<Client>,
     /// What clients that have left wrote before.
     left_behind: VecDeque<u8>,
@@ -40,18 +43,33 @@ impl Unix {
     /// bind(2)'s own.
     pub fn bind(path: &Path) -> io::Result<(Self, Bound)> {
         let (listener, unserved) = socket::bind(path)?;
+        Ok((Self::new(listener.into())?, unserved))
+    }
+
+    /// Takes over a socket that listens.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn adopt(fd: RawFd) -> io::Result<Self> {
+        match device_core::listen::inherit(fd)? {
+            (listener, true) => Self::new(listener),
+            (_, false) => Err(io::Error::other("a socket that does not listen")),
+        }
+    }
+
+    fn new(listener: OwnedFd) -> io::Result<Self> {
         device_core::fd::set_nonblocking(&listener)?;
-        let unix = Unix {
-            listener: listener.into(),
+        Ok(Unix {
+            listener,
+            served: false,
             client: None,
             left_behind: VecDeque::new(),
-        };
-        Ok((unix, unserved))
+        })
     }
 
     /// Takes the next client, if there is none and one waits.
     fn next_client(&mut self, poller: &Poller) {
-        while self.client.is_none() {
+        while self.served && self.client.is_none() {
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
             let accepted = match accept_with(&self.listener, flags) {
                 Ok(fd) => Stream::own(fd),
@@ -102,11 +120,16 @@ impl Backend for Unix {
         }
     }
 
+    fn opened(&mut self) {
+        self.served = true;
+    }
+
     fn closed(&mut self) {
         self.left_behind.clear();
     }
 
     fn read(&mut self, buf: &mut [u8], poller: &Poller) -> usize {
+        self.next_client(poller);
         if !self.left_behind.is_empty() {
             // Reading from memory cannot fail.
             return self.left_behind.read(buf).unwrap_or(0);
@@ -123,6 +146,7 @@ impl Backend for Unix {
     }
 
     fn write(&mut self, bytes: &[u8], poller: &Poller) -> Written {
+        self.next_client(poller);
         while let Some(client) = &self.client {
             match client.stream.write(bytes) {
                 Ok(len) => return Written::Some(len),

@@ -2,7 +2,7 @@
 //! outlives every front end.
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use outrigger_cli::Usage;
@@ -10,6 +10,19 @@ use outrigger_cli::socket::{self, Bound};
 use rustix::net::sockopt;
 
 use crate::cli::Common;
+
+/// Takes over a unix socket; true if it listens.
+///
+/// # Errors
+/// When there is none.
+pub fn inherit(fd: RawFd) -> io::Result<(OwnedFd, bool)> {
+    let fd = crate::fd::inherit(fd)?;
+    if sockopt::socket_domain(&fd)? != rustix::net::AddressFamily::UNIX {
+        return Err(io::Error::other("not a unix socket"));
+    }
+    let listens = sockopt::socket_acceptconn(&fd)?;
+    Ok((fd, listens))
+}
 
 /// A source of connections.
 pub enum Listener {
@@ -50,14 +63,9 @@ impl Listener {
     }
 
     fn inherited(fd: RawFd) -> io::Result<Self> {
-        let fd = crate::fd::inherit(fd)?;
-        if sockopt::socket_domain(&fd)? != rustix::net::AddressFamily::UNIX {
-            return Err(io::Error::other("not a unix socket"));
-        }
-        Ok(if sockopt::socket_acceptconn(&fd)? {
-            Self::others(fd.into())
-        } else {
-            Listener::Connected(Some(fd.into()))
+        Ok(match inherit(fd)? {
+            (fd, true) => Self::others(fd.into()),
+            (fd, false) => Listener::Connected(Some(fd.into())),
         })
     }
 

@@ -13,6 +13,7 @@ mod image;
 mod lock;
 mod request;
 
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -35,9 +36,15 @@ pub struct Options {
     #[arg(
         long,
         value_name = "PATH",
-        required_unless_present = "print_capabilities"
+        conflicts_with = "blk_fd",
+        required_unless_present_any = ["blk_fd", "print_capabilities"]
     )]
     blk_file: Option<PathBuf>,
+
+    /// Inherited image or block device, open for what is to be done with it; processes
+    /// that inherit the same one do not lock each other out
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
+    blk_fd: Option<RawFd>,
 
     /// Refuse all writes
     #[arg(long)]
@@ -99,26 +106,31 @@ pub fn main() -> ExitCode {
 
 fn build(options: &Options) -> anyhow::Result<Program> {
     let path = options.blk_file.clone().unwrap_or_default();
+    let name = match options.blk_fd {
+        Some(fd) => format!("--blk-fd {fd}"),
+        None => format!("--blk-file {}", path.display()),
+    };
     let open = || {
-        let file = image::open(&path, options.read_only)?;
+        let file = match options.blk_fd {
+            Some(fd) => image::adopt(fd, options.read_only)?,
+            None => image::open(&path, options.read_only)?,
+        };
         if options.lock == Lock::On {
             lock::take(&file, options.read_only)?;
         }
         RawImage::new(file, options.read_only)
     };
-    let image = open().map_err(|e| anyhow::anyhow!("--blk-file {}: {e}", path.display()))?;
+    let image = open().map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
     if image.padding() > 0 {
         tracing::warn!(
-            "--blk-file {}: the last sector is incomplete: the guest sees {} zero bytes more, \
-             which are added to the file once it writes to that sector",
-            path.display(),
+            "{name}: the last sector is incomplete: the guest sees {} zero bytes more, which \
+             are added to the file once it writes to that sector",
             image.padding()
         );
     }
     let geometry = image.geometry();
     tracing::info!(
-        "{}: {} sectors{}",
-        path.display(),
+        "{name}: {} sectors{}",
         geometry.sectors(),
         if geometry.read_only {
             ", read-only"

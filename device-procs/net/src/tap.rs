@@ -82,10 +82,14 @@ impl Tap {
             return Err(io::Error::last_os_error());
         }
         let name = interface::name_of(&request);
-        Tap { fd, name }.with_header()
+        let tap = Tap { fd, name }.with_header()?;
+        tap.set_offload(0)?;
+        Ok(tap)
     }
 
-    /// Takes over a tap device that somebody else has attached to `fd`.
+    /// Takes over a tap device that somebody else has attached to `fd`. The process
+    /// before this one may still serve it: its offloads stay until the driver of this one
+    /// says what it wants.
     ///
     /// # Errors
     /// When it is no tap device, or one whose frames have no header.
@@ -115,7 +119,6 @@ impl Tap {
         if unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TUNSETVNETHDRSZ, &size) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        self.set_offload(0)?;
         Ok(self)
     }
 

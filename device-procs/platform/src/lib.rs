@@ -45,17 +45,19 @@ pub struct Options {
     #[command(flatten)]
     common: Common,
 
-    /// The serial port's other end: stdio, file=PATH (appended to), or null
+    /// The serial port's other end: stdio, file=PATH (appended to), fd=N (an inherited
+    /// file, open for writing), or null
     ///
     /// A terminal stays in the mode it is in: input arrives line by line, and
     /// Ctrl-C ends this program.
-    #[arg(long, value_name = "stdio|file=PATH|null", default_value = "stdio",
+    #[arg(long, value_name = "stdio|file=PATH|fd=N|null", default_value = "stdio",
           value_parser = Target::serial)]
     serial: Target,
 
     /// Where bytes written to ports 0xe9, 0x402 and 0xf1 go: stderr, file=PATH
-    /// (appended to), or null [default: where the serial port's go]
-    #[arg(long, value_name = "stderr|file=PATH|null", value_parser = Target::debug)]
+    /// (appended to), fd=N (an inherited file), or null [default: where the serial
+    /// port's go]
+    #[arg(long, value_name = "stderr|file=PATH|fd=N|null", value_parser = Target::debug)]
     debug_console: Option<Target>,
 }
 

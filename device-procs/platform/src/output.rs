@@ -1,18 +1,19 @@
 //! Where output goes: `--serial` and `--debug-console`.
 //!
-//! A regular file that this program opens gets every byte exactly once: each has
-//! its place there, so writing it again after a kill does no harm. Elsewhere, what
-//! was being written when the process was killed is written again.
+//! A regular file gets every byte exactly once, whether this program opens it or
+//! inherits it: each byte has its place there, so writing it again after a kill does no
+//! harm. Elsewhere, and in a file that others have opened for appending, what was being
+//! written when the process was killed is written again.
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
-use rustix::fs::{FileType, OFlags};
+use rustix::fs::{FileType, OFlags, fcntl_getfl};
 use rustix::io::Errno;
 
 use crate::state::Stream;
@@ -33,30 +34,32 @@ pub enum Target {
     Stderr,
     /// A file, which is created or appended to.
     File(PathBuf),
+    /// An inherited file, which is appended to.
+    Fd(RawFd),
     /// Nowhere.
     Null,
 }
 
 impl Target {
-    /// Parses `stdio|file=PATH|null`.
+    /// Parses `stdio|file=PATH|fd=N|null`.
     ///
     /// # Errors
     /// What would have been right.
     pub fn serial(text: &str) -> Result<Self, String> {
         match text {
             "stdio" => Ok(Target::Stdio),
-            _ => Self::common(text).ok_or_else(|| "must be stdio, file=PATH or null".into()),
+            _ => Self::common(text).ok_or_else(|| "must be stdio, file=PATH, fd=N or null".into()),
         }
     }
 
-    /// Parses `stderr|file=PATH|null`.
+    /// Parses `stderr|file=PATH|fd=N|null`.
     ///
     /// # Errors
     /// What would have been right.
     pub fn debug(text: &str) -> Result<Self, String> {
         match text {
             "stderr" => Ok(Target::Stderr),
-            _ => Self::common(text).ok_or_else(|| "must be stderr, file=PATH or null".into()),
+            _ => Self::common(text).ok_or_else(|| "must be stderr, file=PATH, fd=N or null".into()),
         }
     }
 
@@ -64,6 +67,10 @@ impl Target {
         match text.split_once('=') {
             None if text == "null" => Some(Target::Null),
             Some(("file", path)) if !path.is_empty() => Some(Target::File(path.into())),
+            Some(("fd", number)) => {
+                let number = number.parse().ok().filter(|&number| number >= 0);
+                number.map(Target::Fd)
+            }
             _ => None,
         }
     }
@@ -71,7 +78,7 @@ impl Target {
 
 enum Sink {
     Null,
-    /// A regular file that we have opened, and which one it is.
+    /// A regular file in which each byte can be put at its place, and which one it is.
     File(File, [u64; 2]),
     /// Anything else.
     Stream(OwnedFd),
@@ -105,8 +112,10 @@ impl Output {
             Target::Stdio => reopen("/proc/self/fd/1", rustix::stdio::stdout()).map(Sink::Stream),
             Target::Stderr => reopen("/proc/self/fd/2", rustix::stdio::stderr()).map(Sink::Stream),
             Target::File(path) => open(path),
+            Target::Fd(fd) => adopt(*fd),
         };
         let sink = sink.map_err(|error| match target {
+            Target::Fd(fd) => anyhow::anyhow!("--{name} fd={fd}: {error}"),
             Target::File(path) => anyhow::anyhow!("--{name} file={}: {error}", path.display()),
             _ => anyhow::anyhow!("--{name}: {error}"),
         })?;
@@ -234,7 +243,19 @@ fn options() -> OpenOptions {
 }
 
 fn open(path: &Path) -> io::Result<Sink> {
-    let file = options().create(true).open(path)?;
+    sink(options().create(true).open(path)?)
+}
+
+fn adopt(fd: RawFd) -> io::Result<Sink> {
+    let fd = device_core::fd::inherit_open_for(fd, false, true)?;
+    // pwrite(2) does not put bytes at their place in a file that is open for appending.
+    if fcntl_getfl(&fd)?.contains(OFlags::APPEND) {
+        return Ok(Sink::Stream(fd));
+    }
+    sink(fd.into())
+}
+
+fn sink(file: File) -> io::Result<Sink> {
     let stat = rustix::fs::fstat(&file)?;
     Ok(match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => Sink::File(file, [stat.st_dev, stat.st_ino]),
@@ -259,7 +280,10 @@ mod tests {
         assert_eq!(Target::serial("stdio"), Ok(Target::Stdio));
         assert_eq!(Target::debug("file=a=b"), Ok(Target::File("a=b".into())));
         assert_eq!(Target::debug("null"), Ok(Target::Null));
-        for wrong in ["", "stderr", "file", "file=", "null=", "pty"] {
+        assert_eq!(Target::serial("fd=7"), Ok(Target::Fd(7)));
+        for wrong in [
+            "", "stderr", "file", "file=", "null=", "pty", "fd", "fd=", "fd=-1", "fd=x",
+        ] {
             assert!(Target::serial(wrong).is_err(), "{wrong}");
         }
         assert!(Target::debug("stdio").is_err());

@@ -279,14 +279,32 @@ pub fn stand_still_when_the_device_hangs_up<S: Subject>() {
     let mut device = Device::<S>::listening();
     for round in 0..20 {
         let mut guest = device.boot(EVENT_IDX);
-        fill::<S>(&mut guest);
-        guest.queues[S::REQUESTS].kick();
-        sleep(Duration::from_micros(20 * round));
-        guest.stream.shutdown(std::net::Shutdown::Write).unwrap();
-        assert!(raw::hangs_up(&guest.stream));
+        let request = S::request(&guest.ram);
+        let stop = AtomicBool::new(false);
+        let Guest {
+            stream,
+            queues,
+            ram,
+            ..
+        } = &mut guest;
+        let used_ring = queues[S::REQUESTS].used_ring;
+        let used_index = || u16::from_le_bytes(ram.get(used_ring + 2, 2).try_into().unwrap());
+        std::thread::scope(|scope| {
+            let queue = &mut queues[S::REQUESTS];
+            scope.spawn(|| feed(queue, &request, &stop));
+            sleep(Duration::from_micros(200 + 20 * round));
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            let hung_up = raw::hangs_up(stream);
+            let then = used_index();
+            sleep(Duration::from_millis(2));
+            let now = used_index();
+            stop.store(true, Ordering::Release);
+            assert!(hung_up);
+            assert_eq!(now, then, "it worked on after it hung up");
+        });
         let before = guest.ram.snapshot();
         guest.interrupts();
-        sleep(Duration::from_millis(5));
+        sleep(Duration::from_millis(2));
         assert!(guest.ram.snapshot() == before, "written to afterwards");
         assert_eq!(guest.interrupts(), 0);
     }

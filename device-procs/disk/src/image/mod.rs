@@ -4,7 +4,7 @@ pub mod raw;
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -58,6 +58,15 @@ pub fn open(path: &Path, read_only: bool) -> io::Result<File> {
         io::ErrorKind::IsADirectory => not_a_disk(),
         _ => error,
     })
+}
+
+/// Takes over what an image lies in from whoever opened it.
+///
+/// # Errors
+/// When there is no such descriptor, or it is not open for what is to be done.
+pub fn adopt(fd: RawFd, read_only: bool) -> io::Result<File> {
+    let file = device_core::fd::inherit_open_for(fd, true, !read_only)?;
+    Ok(File::from(file))
 }
 
 fn not_a_disk() -> io::Error {
