@@ -18,7 +18,11 @@ const REPLY: u32 = 1 << 2;
 const ANSWER: usize = 20;
 
 /// A connection on which GET_FEATURES was sent.
-pub struct Knock(UnixStream);
+pub struct Knock {
+    socket: UnixStream,
+    answer: [u8; ANSWER],
+    length: usize,
+}
 
 impl Knock {
     /// Connects to `path` and asks, without waiting for either.
@@ -29,38 +33,49 @@ impl Knock {
         let mut socket = outrigger_cli::socket::connect(path, None)?;
         let words = [GET_FEATURES, VERSION, 0];
         socket.write_all(&words.map(u32::to_ne_bytes).concat())?;
-        Ok(Knock(socket))
+        Ok(Knock {
+            socket,
+            answer: [0; ANSWER],
+            length: 0,
+        })
     }
 
-    /// For polling: readable when the answer is there.
+    /// For polling: readable when more of the answer is there.
     pub fn socket(&self) -> &UnixStream {
-        &self.0
+        &self.socket
     }
 
-    /// Takes the answer, which has begun to arrive, and returns the connection for
-    /// the handshake proper.
+    /// Takes what has come, without waiting for more; whether that is all. (Some send
+    /// header and payload apart.)
     ///
     /// # Errors
     /// When the process has left, or answers something else.
-    pub fn answered(mut self) -> io::Result<UnixStream> {
-        let mut answer = [0; ANSWER];
-        // So short a message comes whole or, from a process that lies, not at all.
-        let length = self.0.read(&mut answer)?;
+    pub fn answered(&mut self) -> io::Result<bool> {
+        let length = self.socket.read(&mut self.answer[self.length..])?;
         if length == 0 {
             return Err(io::Error::other("the process has left"));
         }
+        self.length += length;
+        if self.length < ANSWER {
+            return Ok(false);
+        }
+        let answer = &self.answer;
         let word = |at: usize| {
             u32::from_ne_bytes([answer[at], answer[at + 1], answer[at + 2], answer[at + 3]])
         };
-        let is_answer = length == ANSWER
-            && word(0) == GET_FEATURES
+        let is_answer = word(0) == GET_FEATURES
             && word(4) & 3 == VERSION
             && word(4) & REPLY != 0
             && word(8) == 8;
         if !is_answer {
             return Err(io::Error::other("no answer to GET_FEATURES"));
         }
-        Ok(self.0)
+        Ok(true)
+    }
+
+    /// The connection, for the handshake proper.
+    pub fn into_socket(self) -> UnixStream {
+        self.socket
     }
 }
 
@@ -69,32 +84,40 @@ mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
 
-    fn answered_with(answer: &[u8]) -> io::Result<UnixStream> {
+    fn answered_with(parts: &[&[u8]]) -> io::Result<bool> {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
         // Nobody accepts yet, and that is no reason to wait.
-        let knock = Knock::new(&path).unwrap();
+        let mut knock = Knock::new(&path).unwrap();
         let (mut process, _) = listener.accept().unwrap();
         let mut question = [0; 12];
         process.read_exact(&mut question).unwrap();
         assert_eq!(question, [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
-        process.write_all(answer).unwrap();
+        let mut all = Ok(false);
+        for part in parts {
+            process.write_all(part).unwrap();
+            all = knock.answered();
+        }
         drop(process);
-        knock.answered()
+        match all {
+            Ok(false) => knock.answered(),
+            all => all,
+        }
     }
 
     #[test]
     fn an_answer_is_taken_and_nothing_else() {
         let mut answer = [1u32, 5, 8].map(u32::to_ne_bytes).concat();
         answer.extend([0; 8]);
-        answered_with(&answer).unwrap();
+        assert!(answered_with(&[&answer]).unwrap());
+        assert!(answered_with(&[&answer[..12], &answer[12..]]).unwrap());
         for (at, wrong) in [(0, 2), (4, 1), (8, 4)] {
             let mut bad = answer.clone();
             bad[at] = wrong;
-            assert!(answered_with(&bad).is_err());
+            assert!(answered_with(&[&bad]).is_err());
         }
-        assert!(answered_with(&answer[..19]).is_err());
+        assert!(answered_with(&[&answer[..19]]).is_err());
         assert!(answered_with(&[]).is_err());
         assert!(Knock::new(Path::new("/nonexistent/socket")).is_err());
     }

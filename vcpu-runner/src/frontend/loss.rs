@@ -155,12 +155,13 @@ impl Thread {
             down.old.remove(0);
             return;
         }
-        if called && let Some(knock) = down.knock.take() {
+        if called && let Some(mut knock) = down.knock.take() {
             match knock.answered() {
-                Ok(socket) => {
+                Ok(true) => {
                     // Reported, if it is worth it, and tried again.
-                    let _ = self.reconnect(socket);
+                    let _ = self.reconnect(knock.into_socket());
                 }
+                Ok(false) => down.knock = Some(knock),
                 Err(error) => {
                     tracing::debug!("device {}: {error}", self.slot.id());
                     down.try_again();
