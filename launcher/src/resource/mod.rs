@@ -207,8 +207,6 @@ impl Link {
 impl Opened {
     /// The options by which a process takes it over.
     pub fn by_fd(&self) -> Vec<OsString> {
-        if true {
-            return self.resource.by_path();
         let number = self.fd.as_raw_fd().to_string();
         match self.resource {
             Resource::Image { .. } => words("--blk-fd", number),
