@@ -323,7 +323,6 @@ impl Group {
     pub fn start_again(&mut self, index: usize, started: Instant, wanted: bool, what: &str) {
         let now = Instant::now();
         let device = &mut self.devices[index];
-        let id = device.id().to_owned();
         if !wanted {
             eprintln!("outrigger: {what}; not started again");
             return;
@@ -334,7 +333,7 @@ impl Group {
                 WITHIN.as_secs()
             ),
             Some(Duration::ZERO) => match self.start_now(index) {
-                Ok(pid) => eprintln!("outrigger: {what}; {id} goes on as process {pid}"),
+                Ok(pid) => eprintln!("outrigger: {what}; started again as process {pid}"),
                 Err(error) => eprintln!("outrigger: {what}; {error:#}"),
             },
             Some(wait) => {
