@@ -13,6 +13,7 @@ use outrigger_tests::chaos::guest::{Chaos, Prepared};
 use outrigger_tests::chaos::victim::Victim;
 use outrigger_tests::chaos::{Random, Report, long};
 use outrigger_tests::machine::skip_kvm;
+use outrigger_tests::process::Launch;
 
 /// How often a process is killed, of two tests that kill device-disk.
 fn kills() -> u64 {
@@ -105,6 +106,118 @@ fn device_disk_dies_while_its_driver_starts_again_and_again() {
     let report = chaos.finish();
     assert!(report.rebinds > 0);
     println!("{} kills, {} rebinds", victim.kills, report.rebinds);
+}
+
+/// What the runner says to a process that comes for a lost one.
+const HANDSHAKE_POINTS: [&str; 16] = [
+    "GET_FEATURES",
+    "SET_OWNER",
+    "GET_PROTOCOL_FEATURES",
+    "SET_PROTOCOL_FEATURES",
+    "GET_QUEUE_NUM",
+    "GET_CONFIG",
+    "SET_FEATURES",
+    "SET_INFLIGHT_FD",
+    "SET_MEM_TABLE",
+    "SET_VRING_NUM",
+    "SET_VRING_BASE",
+    "SET_VRING_ADDR",
+    "SET_VRING_CALL",
+    "SET_VRING_KICK",
+    "SET_VRING_ENABLE",
+    "SET_BACKEND_REQ_FD",
+];
+
+/// Between taking a request and telling the guest that it is done.
+const WORK_POINTS: [&str; 6] = [
+    "popped",
+    "done",
+    "written",
+    "published",
+    "cleared",
+    "interrupt",
+];
+
+/// Every point of every kind, several times each: the process dies just there.
+fn points(queues: u16) {
+    if skip_kvm() {
+        return;
+    }
+    let mut random = Random::announced();
+    let prepared = Prepared::new(&mut random);
+    let mut victim = Victim::ours("faulty-disk", &prepared.image(), queues);
+    let chaos = prepared.start("qdepth=16", &victim.device());
+    let rounds = if long() { 20 } else { 2 };
+    let mut died = std::collections::BTreeMap::new();
+    for _ in 0..rounds {
+        for point in HANDSHAKE_POINTS.iter().chain(&WORK_POINTS) {
+            let nth = match () {
+                () if WORK_POINTS.contains(point) => 1 + random.below(60),
+                // Each of these comes once a ring.
+                () if point.starts_with("SET_VRING") => 1 + random.below(queues.into()),
+                () => 1,
+            };
+            victim.kill();
+            victim.start_with("OUTRIGGER_FAULT", &format!("{point}:{nth}"));
+            if victim.ends_within(Duration::from_secs(2)) {
+                *died.entry(*point).or_insert(0) += 1;
+            }
+            let returns = chaos.returns();
+            victim.kill();
+            victim.start();
+            chaos.wait("the disk is back", |chaos| chaos.returns() > returns);
+        }
+    }
+    let seen = check_events(&chaos);
+    let report = chaos.finish();
+    say("faulty-disk", &victim, seen, &report);
+    println!("died at {died:?}");
+    for point in HANDSHAKE_POINTS.iter().chain(&WORK_POINTS) {
+        assert_eq!(died.get(point), Some(&rounds), "{point}");
+    }
+}
+
+#[test]
+fn a_disk_with_one_queue_dies_at_each_point() {
+    points(1);
+}
+
+#[test]
+fn a_disk_with_four_queues_dies_at_each_point() {
+    points(4);
+}
+
+/// What the guest checks by itself, made wrong on purpose: a disk that loses what it has
+/// acknowledged, and one that refuses to write.
+#[test]
+fn the_guest_notices_a_lost_write_and_an_error() {
+    if skip_kvm() {
+        return;
+    }
+    let mut random = Random::announced();
+    let prepared = Prepared::new(&mut random);
+    let victim = Victim::device_disk(&prepared.image(), 2);
+    let chaos = prepared.start("", &victim.device());
+    chaos.wait("a block was written", |chaos| {
+        let first = chaos.image.read(0);
+        chaos.image.write(0, &[0; 4096]);
+        first.iter().any(|&byte| byte != 0)
+    });
+    assert_eq!(chaos.machine.wait(), 4);
+    let serial = chaos.machine.serial();
+    assert!(serial.contains("block 0: lost"), "{serial}");
+
+    let prepared = Prepared::new(&mut random);
+    let image = prepared.image();
+    let victim = Victim::new(true, move |socket| {
+        Launch::new("device-disk")
+            .args(["--read-only", "--blk-file"])
+            .args([&*image, "--socket-path".as_ref(), socket])
+    });
+    let chaos = prepared.start("", &victim.device());
+    assert_eq!(chaos.machine.wait(), 4);
+    let serial = chaos.machine.serial();
+    assert!(serial.contains("I/O error: request of type 1"), "{serial}");
 }
 
 /// A back end that other people wrote and that tracks what it has in work. It answers

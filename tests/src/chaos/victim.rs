@@ -1,7 +1,7 @@
 //! A disk process that is killed and started again on the same path.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -133,6 +133,18 @@ impl Victim {
 
     fn launch(&self) -> Launch {
         (self.start)(&self.socket()).lifetime(LIFETIME)
+    }
+
+    /// Waits until it has ended by itself; false if it does not within `time`.
+    pub fn ends_within(&mut self, time: Duration) -> bool {
+        let start = Instant::now();
+        while self.process().is_running() {
+            if start.elapsed() > time {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        true
     }
 
     /// Kills it, and returns when it is gone.
