@@ -128,7 +128,7 @@ fn who_does_not_suit_or_dies_on_the_way_leaves_the_old_one() {
     let small = tempfile::NamedTempFile::new().unwrap();
     small.as_file().set_len(1 << 20).unwrap();
     let small = Victim::device_disk(small.path(), 4);
-    let mut dying = Victim::ours("faulty-disk", &image, 4);
+    let mut dying = Victim::faulty_disk(&image, 4);
     let silent = Victim::device_disk(&image, 4);
     silent.process().signal(Signal::STOP);
     let directory = tempfile::tempdir().unwrap();
@@ -151,7 +151,7 @@ fn who_does_not_suit_or_dies_on_the_way_leaves_the_old_one() {
             _ => {
                 dying.kill();
                 let point = POINTS[random.below(POINTS.len() as u64) as usize];
-                dying.start_with("OUTRIGGER_FAULT", point);
+                dying.start_at(point);
                 (point, dying.socket())
             }
         };
@@ -163,8 +163,9 @@ fn who_does_not_suit_or_dies_on_the_way_leaves_the_old_one() {
         }
         assert_eq!(chaos.state(), SlotState::Running, "{round} {what}");
     }
-    let told = chaos.count(|event| matches!(event, Event::DeviceSwapRefused { .. }));
-    assert_eq!(told, refusals);
+    chaos.wait("each refusal is told", |chaos| {
+        chaos.count(|event| matches!(event, Event::DeviceSwapRefused { .. })) == refusals
+    });
     check_no_losses(&chaos);
     assert!(victim.process().is_running());
     let report = chaos.finish();
