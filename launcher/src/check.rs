@@ -2,9 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::Context;
-use outrigger_cli::Usage;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice, socket_with};
+use outrigger_cli::{Usage, socket};
 
 use crate::config::{ConsoleKind, DebugConsoleKind, Machine, NetKind, SerialKind};
 
@@ -27,6 +25,7 @@ impl Machine {
         }
         self.check_nets()?;
         self.check_consoles()?;
+        self.check_sockets()?;
         self.check_paths()
     }
 
@@ -76,6 +75,23 @@ impl Machine {
         Ok(())
     }
 
+    fn check_sockets(&self) -> Result<(), Usage> {
+        let mut sockets: Vec<(String, &Path)> = Vec::new();
+        for (index, console) in self.console.iter().enumerate() {
+            if let (ConsoleKind::Unix, Some(path)) = (console.kind, &console.path) {
+                sockets.push((format!("console{index}"), path));
+            }
+        }
+        if let Some(path) = &self.control {
+            sockets.push(("the control socket".into(), path));
+        }
+        for (what, path) in sockets.iter().filter(|it| !it.1.as_os_str().is_empty()) {
+            socket::socket_path(path.to_path_buf())
+                .map_err(|why| Usage(format!("{what}: {}: {why}", path.display())))?;
+        }
+        Ok(())
+    }
+
     /// No path is empty, and none that is written to has two uses.
     fn check_paths(&self) -> Result<(), Usage> {
         let mut uses: Vec<(String, &Path, bool)> = Vec::new();
@@ -109,26 +125,6 @@ impl Machine {
                 let path = path.display();
                 return Err(Usage(format!("{what}: {path} is in use by {first}")));
             }
-        }
-        Ok(())
-    }
-
-    /// Whether its taps exist, before any process is started.
-    ///
-    /// # Errors
-    /// Names the network and the tap.
-    pub fn check_taps(&self) -> anyhow::Result<()> {
-        for (index, net) in self.net.iter().enumerate() {
-            let Some(name) = &net.name else { continue };
-            let socket = socket_with(
-                AddressFamily::UNIX,
-                SocketType::DGRAM,
-                SocketFlags::CLOEXEC,
-                None,
-            )
-            .context("socket")?;
-            netdevice::name_to_index(&socket, name)
-                .with_context(|| format!("net{index}: tap {name}"))?;
         }
         Ok(())
     }
@@ -188,15 +184,5 @@ mod tests {
             keyval::parse(shared).unwrap(),
         ];
         twice.check().unwrap();
-    }
-
-    #[test]
-    fn a_tap_that_is_not_there_is_named() {
-        let missing = machine("[[net]]\ntype = 'tap'\nname = 'no-such-tap'");
-        let error = format!("{:#}", missing.check_taps().unwrap_err());
-        assert!(
-            error.starts_with("net0: tap no-such-tap: No such device"),
-            "{error}"
-        );
     }
 }

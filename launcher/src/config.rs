@@ -45,6 +45,10 @@ pub struct Machine {
     pub control: Option<PathBuf>,
     /// What a guest's reset does.
     pub on_reset: Option<OnReset>,
+    /// When a device process is started again.
+    pub restart: Option<Restart>,
+    /// What a lost device means for the machine, as `vcpu-runner --on-loss` takes it.
+    pub on_loss: Option<String>,
     /// Confinement of all processes.
     pub sandbox: Option<Sandbox>,
 }
@@ -57,6 +61,19 @@ pub enum OnReset {
     Reset,
     /// The machine ends with code 3
     Exit,
+}
+
+/// When a device process that has ended is started again.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Restart {
+    /// However it ended
+    Always,
+    /// When it was killed, or its exit code is not 0
+    #[default]
+    OnFailure,
+    /// Not at all
+    Never,
 }
 
 /// Whether processes are confined.
@@ -210,6 +227,8 @@ mod tests {
             kernel = "vmlinux"
             cpus = 2
             on-reset = "exit"
+            restart = "on-failure"
+            on-loss = "stop:5"
             [[disk]]
             path = "a.img"
             readonly = true
@@ -238,5 +257,7 @@ mod tests {
         let debug = keyval::parse("file,path=debug").unwrap();
         assert_eq!(file.debug_console, Some(debug));
         assert_eq!(file.on_reset, Some(OnReset::Exit));
+        assert_eq!(file.restart, Some(Restart::OnFailure));
+        assert_eq!(file.on_loss.as_deref(), Some("stop:5"));
     }
 }

@@ -36,7 +36,7 @@ pub fn run(quiet: bool) -> anyhow::Result<u8> {
     kernel.write_all(GUEST).context("guest")?;
     let disk = memory("disk")?;
     disk.set_len(DISK).context("disk")?;
-    // Both stay open under the same numbers in the processes that use them.
+    // The kernel stays open under the same number in the runner.
     let path = |file: &std::fs::File| PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
 
     let machine = Machine {
@@ -61,15 +61,16 @@ pub fn run(quiet: bool) -> anyhow::Result<u8> {
         debug_console: None,
         control: None,
         on_reset: None,
+        restart: None,
+        on_loss: None,
         sandbox: None,
     };
     let mut plan = Plan::new(&machine);
-    plan.runner.fds.push(kernel.into());
-    plan.devices[0].program.fds.push(disk.into());
+    plan.inherited.push(kernel.into());
     plan.devices[0].program.summary = "64 MiB of memory".into();
 
     let start = Instant::now();
-    let code = supervise::run(plan, quiet)?;
+    let code = supervise::run(machine, plan, quiet)?;
     if !quiet {
         let verdict = if code == exit::POWERED_OFF {
             "passed: the guest used its disk, network and console, each a process of its own"

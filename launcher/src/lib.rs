@@ -4,15 +4,20 @@
 //! Everything it does can be done by a shell script (`examples/launch.sh`); data
 //! flows one way: options ([`keyval`]) or a file ([`vmfile`]) become a
 //! [`config::Machine`], that is checked ([`mod@check`]) and becomes a [`plan::Plan`]
-//! of programs, and [`supervise`] runs it, or [`mod@script`] writes it down.
+//! of programs and the [`resource`]s that they use, and [`supervise`] runs it, or
+//! [`mod@script`] writes it down. [`control`] serves those who want something of a
+//! machine that runs, and [`ctl`] is the one who asks.
 
 mod check;
 mod config;
+mod control;
+mod ctl;
 mod demo;
 mod keyval;
 mod nearest;
 mod plan;
-mod process;
+mod resource;
+mod runtime;
 mod script;
 mod supervise;
 mod vmfile;
@@ -24,7 +29,7 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use outrigger_protocol::exit;
 
-use crate::config::{Console, DebugConsole, Disk, Machine, Net, OnReset, Sandbox, Serial};
+use crate::config::{Console, DebugConsole, Disk, Machine, Net, OnReset, Restart, Sandbox, Serial};
 use crate::plan::Plan;
 
 /// Runs virtual machines as sets of processes.
@@ -46,6 +51,8 @@ enum Command {
         #[command(flatten)]
         deed: Deed,
     },
+    /// Ask something of a machine that runs
+    Ctl(ctl::Ctl),
     /// Run the embedded guest: it uses a disk, a network and a console
     Demo {
         #[command(flatten)]
@@ -130,13 +137,23 @@ struct Run {
           value_parser = keyval::parse::<DebugConsole>)]
     debug_console: Option<DebugConsole>,
 
-    /// Unix socket for control commands
+    /// Unix socket for control commands, which `outrigger ctl` sends
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
 
     /// What a guest's reset does
     #[arg(long, value_enum, value_name = "reset|exit")]
     on_reset: Option<OnReset>,
+
+    /// When a device process that has ended is started again [default: on-failure]
+    #[arg(long, value_enum, value_name = "always|on-failure|never")]
+    restart: Option<Restart>,
+
+    /// What happens when a device is lost: its successor is waited for, or, after
+    /// so many seconds, the guest's driver is told or the machine ends with code 5
+    /// [default: wait]
+    #[arg(long, value_name = "wait|error[:SECONDS]|stop[:SECONDS]")]
+    on_loss: Option<String>,
 
     /// Confine the processes
     #[arg(long, value_enum, value_name = "on|log|off")]
@@ -164,6 +181,8 @@ impl Run {
             debug_console: self.debug_console,
             control: self.control,
             on_reset: self.on_reset,
+            restart: self.restart,
+            on_loss: self.on_loss,
             sandbox: self.sandbox,
         };
         (machine, self.deed)
@@ -176,11 +195,12 @@ pub fn main() -> ExitCode {
     let result = match options.command {
         Command::Run(run) => {
             let (machine, deed) = run.into_machine();
-            run_machine(&machine, deed)
+            run_machine(machine, deed)
         }
         Command::Up { file, deed } => {
-            vmfile::load(&file).and_then(|machine| run_machine(&machine, deed))
+            vmfile::load(&file).and_then(|machine| run_machine(machine, deed))
         }
+        Command::Ctl(ctl) => ctl.run(),
         Command::Demo { view } => demo::run(view.quiet),
     };
     match result {
@@ -196,13 +216,12 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run_machine(machine: &Machine, deed: Deed) -> anyhow::Result<u8> {
+fn run_machine(machine: Machine, deed: Deed) -> anyhow::Result<u8> {
     machine.check()?;
-    let plan = Plan::new(machine);
+    let plan = Plan::new(&machine);
     if deed.print_script {
-        script::print(&plan).context("standard output")?;
+        script::print(&machine, &plan).context("standard output")?;
         return Ok(exit::POWERED_OFF);
     }
-    machine.check_taps()?;
-    supervise::run(plan, deed.view.quiet)
+    supervise::run(machine, plan, deed.view.quiet)
 }

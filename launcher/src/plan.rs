@@ -1,19 +1,20 @@
-//! From a machine to the programs that make it up: which arguments, and which
-//! descriptors each gets. How they meet is left open, so that the same plan can
-//! be run ([`Plan::connect`]) and be written down ([`mod@crate::script`]).
+//! From a machine to the programs that make it up: which arguments and which
+//! resources of the host each gets. How they meet is left open, so that the same plan
+//! can be run ([`mod@crate::supervise`]) and be written down ([`mod@crate::script`]).
 
 use std::ffi::OsString;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
 
 use clap::ValueEnum;
 
 use crate::config::{
-    Console, ConsoleKind, DebugConsole, DebugConsoleKind, Disk, Machine, Net, NetKind, SerialKind,
+    Console, ConsoleKind, DebugConsole, DebugConsoleKind, Disk, Machine, Net, NetKind, Restart,
+    SerialKind,
 };
+use crate::resource::Resource;
 
 /// One program to start.
+#[derive(Clone)]
 pub struct Program {
     /// Its role in the machine: `disk0`, `platform`, …
     pub id: String,
@@ -21,8 +22,8 @@ pub struct Program {
     pub name: &'static str,
     /// Arguments.
     pub args: Vec<OsString>,
-    /// Descriptors that it inherits under their own numbers.
-    pub fds: Vec<OwnedFd>,
+    /// What it opens, or what is opened for it.
+    pub resources: Vec<Resource>,
     /// Reads this terminal.
     pub needs_stdin: bool,
     /// What to show of it.
@@ -34,19 +35,18 @@ pub struct Device {
     /// The program, which lacks its socket.
     pub program: Program,
     /// What kind of virtio device it is; `None` for the platform.
-    kind: Option<&'static str>,
+    pub kind: Option<&'static str>,
 }
 
 impl Device {
-    /// The runner's option that plugs it in, with its socket at `endpoint`:
-    /// `fd=N` or `socket=PATH`.
-    pub fn option(&self, endpoint: &str) -> (&'static str, String) {
+    /// The runner's option that plugs it in, with its socket at `path`.
+    pub fn option(&self, path: &str) -> (&'static str, String) {
         match self.kind {
             Some(kind) => (
                 "--device",
-                format!("{},type={kind},{endpoint}", self.program.id),
+                format!("{},type={kind},socket={path}", self.program.id),
             ),
-            None => ("--platform", endpoint.to_owned()),
+            None => ("--platform", format!("socket={path}")),
         }
     }
 }
@@ -57,7 +57,14 @@ pub struct Plan {
     pub devices: Vec<Device>,
     /// The runner.
     pub runner: Program,
+    /// Descriptors that it inherits under their own numbers.
+    pub inherited: Vec<OwnedFd>,
+    /// When device processes are started again.
+    pub restart: Restart,
 }
+
+/// The name of the platform's process.
+pub const PLATFORM: &str = "platform";
 
 fn args<const N: usize>(words: [&str; N]) -> Vec<OsString> {
     words.iter().map(OsString::from).collect()
@@ -69,13 +76,14 @@ impl Program {
             id,
             name,
             args: Vec::new(),
-            fds: Vec::new(),
+            resources: Vec::new(),
             needs_stdin: false,
             summary,
         }
     }
 
-    fn arg(&mut self, name: &str, value: impl Into<OsString>) {
+    /// Adds an option with its value.
+    pub fn arg(&mut self, name: &str, value: impl Into<OsString>) {
         self.args.push(name.into());
         self.args.push(value.into());
     }
@@ -90,49 +98,59 @@ impl Program {
 impl Plan {
     /// Plans `machine`, which has been checked.
     pub fn new(machine: &Machine) -> Self {
-        let device = |kind, program| Device {
-            program,
-            kind: Some(kind),
-        };
         let mut devices = Vec::new();
-        for (index, disk) in machine.disk.iter().enumerate() {
-            devices.push(device("block", plan_disk(format!("disk{index}"), disk)));
+        for index in 0..machine.disk.len() {
+            devices.extend(device(machine, &format!("disk{index}")));
         }
-        for (index, net) in machine.net.iter().enumerate() {
-            devices.push(device("net", plan_net(format!("net{index}"), net)));
+        for index in 0..machine.net.len() {
+            devices.extend(device(machine, &format!("net{index}")));
         }
-        for (index, console) in machine.console.iter().enumerate() {
-            let program = plan_console(format!("console{index}"), console);
-            devices.push(device("console", program));
+        for index in 0..machine.console.len() {
+            devices.extend(device(machine, &format!("console{index}")));
         }
-        devices.push(Device {
-            program: plan_platform(machine),
-            kind: None,
-        });
+        devices.extend(device(machine, PLATFORM));
         let mut runner = plan_runner(machine);
-        let programs = devices.iter_mut().map(|device| &mut device.program);
-        for program in programs.chain([&mut runner]) {
-            program.optional("--sandbox", machine.sandbox.map(word));
-            program.arg("--log-level", "warn");
+        everywhere(&mut runner, machine);
+        Plan {
+            devices,
+            runner,
+            inherited: Vec::new(),
+            restart: machine.restart.unwrap_or_default(),
         }
-        Plan { devices, runner }
     }
+}
 
-    /// Connects each device process to the runner by a pair of sockets.
-    ///
-    /// # Errors
-    /// When there are no descriptors left.
-    pub fn connect(&mut self) -> std::io::Result<()> {
-        for device in &mut self.devices {
-            let (ours, theirs) = UnixStream::pair()?;
-            let (option, value) = device.option(&format!("fd={}", ours.as_raw_fd()));
-            self.runner.arg(option, value);
-            self.runner.fds.push(ours.into());
-            device.program.arg("--fd", theirs.as_raw_fd().to_string());
-            device.program.fds.push(theirs.into());
+/// Splits the name of a device, `disk0`, into its kind and its number.
+pub fn split(id: &str) -> Option<(&str, usize)> {
+    let digits = id.find(|c: char| c.is_ascii_digit())?;
+    Some((&id[..digits], id[digits..].parse().ok()?))
+}
+
+/// The device of `machine` that is called `id`, if there is one.
+pub fn device(machine: &Machine, id: &str) -> Option<Device> {
+    let (kind, mut program) = if id == PLATFORM {
+        (None, plan_platform(machine))
+    } else {
+        let (kind, index) = split(id)?;
+        let id = id.to_owned();
+        match kind {
+            "disk" => (Some("block"), plan_disk(id, machine.disk.get(index)?)),
+            "net" => (Some("net"), plan_net(id, machine.net.get(index)?)),
+            "console" => (
+                Some("console"),
+                plan_console(id, machine.console.get(index)?),
+            ),
+            _ => return None,
         }
-        Ok(())
-    }
+    };
+    everywhere(&mut program, machine);
+    Some(Device { program, kind })
+}
+
+/// What every program is told.
+fn everywhere(program: &mut Program, machine: &Machine) {
+    program.optional("--sandbox", machine.sandbox.map(word));
+    program.arg("--log-level", "warn");
 }
 
 /// A value as it is written.
@@ -159,10 +177,8 @@ fn plan_runner(machine: &Machine) -> Program {
     }
     runner.optional("--memory", machine.memory.as_ref());
     runner.optional("--cpus", machine.cpus);
-    if let Some(control) = &machine.control {
-        runner.arg("--control", control.as_os_str());
-    }
     runner.optional("--on-reset", machine.on_reset.map(word));
+    runner.optional("--on-loss", machine.on_loss.as_ref());
     runner
 }
 
@@ -177,7 +193,10 @@ fn plan_disk(id: String, disk: &Disk) -> Program {
     let mode = if disk.readonly { ", read-only" } else { "" };
     let summary = format!("{}{mode}", disk.path.display());
     let mut program = Program::new(id, "device-disk", summary);
-    program.arg("--blk-file", disk.path.as_os_str());
+    program.resources.push(Resource::Image {
+        path: disk.path.clone(),
+        readonly: disk.readonly,
+    });
     if disk.readonly {
         program.args.push("--read-only".into());
     }
@@ -200,7 +219,7 @@ fn plan_net(id: String, net: &Net) -> Program {
         NetKind::Tap => {
             let name = net.name.as_deref().unwrap_or_default();
             let mut program = Program::new(id, "device-net", format!("tap {name}"));
-            program.args = args(["--tap", name]);
+            program.resources.push(Resource::Tap { name: name.into() });
             program
         }
     };
@@ -212,48 +231,59 @@ fn plan_net(id: String, net: &Net) -> Program {
 fn plan_console(id: String, console: &Console) -> Program {
     let path = console.path.clone().unwrap_or_default();
     let at = |what: &str| format!("{what} {}", path.display());
-    let (summary, words): (String, Vec<OsString>) = match console.kind {
-        ConsoleKind::Stdio => ("stdio".into(), args(["--stdio"])),
-        ConsoleKind::Pty => ("pseudo-terminal".into(), args(["--pty"])),
-        ConsoleKind::Unix => (at("socket"), vec!["--unix".into(), path.clone().into()]),
-        ConsoleKind::File => (at("file"), vec!["--file".into(), path.clone().into()]),
+    let (summary, resource) = match console.kind {
+        ConsoleKind::Stdio => ("stdio".into(), None),
+        ConsoleKind::Pty => (
+            "pseudo-terminal".into(),
+            Some(Resource::Pty {
+                link: console.path.clone(),
+            }),
+        ),
+        ConsoleKind::Unix => (at("socket"), Some(Resource::Listener { path })),
+        ConsoleKind::File => (at("file"), Some(Resource::Log { path })),
     };
     let mut program = Program::new(id, "device-console", summary);
-    program.args = words;
-    if console.kind == ConsoleKind::Pty && console.path.is_some() {
-        program.arg("--pty-link", path);
+    program.needs_stdin = resource.is_none();
+    match resource {
+        Some(resource) => program.resources.push(resource),
+        None => program.args.push("--stdio".into()),
     }
-    program.needs_stdin = console.kind == ConsoleKind::Stdio;
+    program.resources.push(Resource::Backlog);
     program
-}
-
-/// A file as `device-platform` takes it.
-fn file(path: Option<&PathBuf>) -> OsString {
-    let mut target = OsString::from("file=");
-    target.extend(path.map(|path| path.as_os_str()));
-    target
 }
 
 fn plan_platform(machine: &Machine) -> Program {
     let serial = machine.serial.as_ref();
-    let (summary, target): (&str, OsString) = match serial.map(|serial| serial.kind) {
-        Some(SerialKind::Stdio) => ("serial port on stdio", "stdio".into()),
-        Some(SerialKind::File) => (
-            "serial port to a file",
-            file(serial.and_then(|serial| serial.path.as_ref())),
-        ),
-        Some(SerialKind::Null) | None => ("serial port to nowhere", "null".into()),
+    let kind = serial.map_or(SerialKind::Null, |serial| serial.kind);
+    let summary = match kind {
+        SerialKind::Stdio => "serial port on stdio",
+        SerialKind::File => "serial port to a file",
+        SerialKind::Null => "serial port to nowhere",
     };
-    let mut program = Program::new("platform".into(), "device-platform", summary.into());
-    program.needs_stdin = target == "stdio" && !machine.console_has_stdin();
-    program.arg("--serial", target);
-    if let Some(DebugConsole { kind, path }) = &machine.debug_console {
-        let target = match kind {
-            DebugConsoleKind::Stderr => "stderr".into(),
-            DebugConsoleKind::Null => "null".into(),
-            DebugConsoleKind::File => file(path.as_ref()),
-        };
-        program.arg("--debug-console", target);
+    let mut program = Program::new(PLATFORM.into(), "device-platform", summary.into());
+    let output = |option, path: Option<&_>| Resource::Output {
+        option,
+        path: path.cloned().unwrap_or_default(),
+    };
+    match kind {
+        SerialKind::Stdio => program.arg("--serial", "stdio"),
+        SerialKind::Null => program.arg("--serial", "null"),
+        SerialKind::File => {
+            let path = serial.and_then(|serial| serial.path.as_ref());
+            program.resources.push(output("--serial", path));
+        }
+    }
+    program.needs_stdin = kind == SerialKind::Stdio && !machine.console_has_stdin();
+    match &machine.debug_console {
+        None => {}
+        Some(DebugConsole { kind, path }) => match kind {
+            DebugConsoleKind::Stderr => program.arg("--debug-console", "stderr"),
+            DebugConsoleKind::Null => program.arg("--debug-console", "null"),
+            DebugConsoleKind::File => {
+                let file = output("--debug-console", path.as_ref());
+                program.resources.push(file);
+            }
+        },
     }
     program
 }
@@ -279,19 +309,42 @@ mod tests {
     }
 
     #[test]
-    fn every_device_shares_a_socket_with_the_runner() {
-        let mut plan = Plan::new(&machine());
-        plan.connect().unwrap();
+    fn every_device_has_a_program_and_the_runner_comes_last() {
+        let plan = Plan::new(&machine());
         let programs: Vec<_> = plan.devices.iter().map(|d| &d.program).collect();
         let names: Vec<_> = programs.iter().map(|program| program.id.as_str()).collect();
         assert_eq!(names, ["disk0", "net0", "console0", "platform"]);
-        assert_eq!(plan.runner.fds.len(), 4);
         assert!(has(programs[0], &["--read-only", "--lock", "off"]));
         assert!(programs[2].needs_stdin && !programs[3].needs_stdin);
-        let devices = plan.runner.args.iter().filter(|a| *a == "--device");
-        assert_eq!(devices.count(), 3);
+        assert_eq!(
+            plan.devices[0].option("/run/a"),
+            ("--device", "disk0,type=block,socket=/run/a".into())
+        );
+        assert_eq!(
+            plan.devices[3].option("/run/b"),
+            ("--platform", "socket=/run/b".into())
+        );
         for program in programs.into_iter().chain([&plan.runner]) {
             assert!(has(program, &["--sandbox", "log"]), "{}", program.id);
+        }
+    }
+
+    #[test]
+    fn a_device_is_found_by_its_name() {
+        let machine = machine();
+        for id in ["disk0", "net0", "console0", "platform"] {
+            assert_eq!(device(&machine, id).unwrap().program.id, id);
+        }
+        for id in [
+            "disk1",
+            "disk",
+            "runner",
+            "",
+            "0",
+            "disk0x",
+            "disk99999999999999999999",
+        ] {
+            assert!(device(&machine, id).is_none(), "{id}");
         }
     }
 
@@ -299,7 +352,7 @@ mod tests {
     fn what_is_for_the_runner_and_the_platform_reaches_them() {
         let machine: Machine = toml::from_str(
             "load = ['a.bin@0xf0000', 'b.bin@0x100000']\nentry = 'protected'\n\
-             show-regs = true\non-reset = 'exit'\n\
+             show-regs = true\non-reset = 'exit'\non-loss = 'error:3'\n\
              [debug-console]\ntype = 'file'\npath = 'debug'",
         )
         .unwrap();
@@ -310,8 +363,9 @@ mod tests {
         assert!(has(&plan.runner, &["--entry", "protected"]));
         assert!(has(&plan.runner, &["--show-regs"]));
         assert!(has(&plan.runner, &["--on-reset", "exit"]));
+        assert!(has(&plan.runner, &["--on-loss", "error:3"]));
         assert!(!has(&plan.runner, &["--kernel"]));
-        let platform = &plan.devices[0].program;
-        assert!(has(platform, &["--debug-console", "file=debug"]));
+        let debug = plan.devices[0].program.resources[0].by_path();
+        assert_eq!(debug, ["--debug-console", "file=debug"]);
     }
 }

@@ -8,9 +8,11 @@ use std::os::unix::ffi::OsStrExt;
 use outrigger_cli::USER_LEFT;
 use outrigger_protocol::exit;
 
+use crate::config::Machine;
 use crate::plan::{Plan, Program};
-use crate::process;
+use crate::resource::Resource;
 use crate::supervise::READY;
+use crate::supervise::process;
 
 /// What the shell does before it starts programs. Capitals in @ stand for numbers.
 const HEAD: &str = r#"#!/bin/sh
@@ -77,17 +79,20 @@ done
 exit "$code"
 "#;
 
-/// Prints `plan` as a script to standard output.
+/// Nobody starts a process again here, so nobody is waited for.
+const ON_LOSS: &str = " \\\n    --on-loss stop";
+
+/// Prints `plan` of `machine` as a script to standard output.
 ///
 /// # Errors
 /// When nobody takes it.
-pub fn print(plan: &Plan) -> std::io::Result<()> {
+pub fn print(machine: &Machine, plan: &Plan) -> std::io::Result<()> {
     let mut output = std::io::stdout().lock();
-    output.write_all(&script(plan))?;
+    output.write_all(&script(machine, plan))?;
     output.flush()
 }
 
-fn script(plan: &Plan) -> Vec<u8> {
+fn script(machine: &Machine, plan: &Plan) -> Vec<u8> {
     let mut text = HEAD
         .replace("@READY@", &READY.as_secs().to_string())
         .replace("@USER_LEFT@", &USER_LEFT.to_string())
@@ -111,8 +116,15 @@ fn script(plan: &Plan) -> Vec<u8> {
     text.push(b'\n');
     command(&mut text, &plan.runner);
     for device in &plan.devices {
-        let (option, value) = device.option(&format!("socket=$dir/{}", device.program.id));
+        let (option, value) = device.option(&format!("$dir/{}", device.program.id));
         text.extend(format!(" \\\n    {option} \"{value}\"").bytes());
+    }
+    if let Some(control) = &machine.control {
+        text.extend_from_slice(b" \\\n    --control ");
+        quote(&mut text, control.as_os_str());
+    }
+    if machine.on_loss.is_none() {
+        text.extend_from_slice(ON_LOSS.as_bytes());
     }
     text.extend(TAIL.bytes());
     text
@@ -125,12 +137,13 @@ fn command(text: &mut Vec<u8>, program: &Program) {
     quote(text, process::find(program.name).as_os_str());
     let is_option = |word: &OsStr| word.as_bytes().starts_with(b"--");
     let mut after_option = false;
-    for word in &program.args {
+    let resources = program.resources.iter().flat_map(Resource::by_path);
+    for word in program.args.iter().cloned().chain(resources) {
         // An option and its value share a line.
-        let together = after_option && !is_option(word);
+        let together = after_option && !is_option(&word);
         text.extend_from_slice(if together { b" " } else { b" \\\n    " });
-        quote(text, word);
-        after_option = is_option(word);
+        quote(text, &word);
+        after_option = is_option(&word);
     }
 }
 
@@ -185,7 +198,7 @@ mod tests {
     #[test]
     fn a_comment_stays_a_comment() {
         let machine = toml::from_str("kernel = 'k'\n[[disk]]\npath = \"a\\ntouch b\"").unwrap();
-        let text = script(&Plan::new(&machine));
+        let text = script(&machine, &Plan::new(&machine));
         let text = String::from_utf8(text).unwrap();
         assert!(text.contains("# disk0: a\\ntouch b\n"), "{text}");
         assert!(text.contains("--blk-file 'a\ntouch b'"), "{text}");

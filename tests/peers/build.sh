@@ -3,7 +3,8 @@
 # that crates.io has as the last line of standard output. Usage: build.sh
 #
 # QEMU and qemu-storage-daemon are Debian's; vhost-device-rng and virtiofsd are built once and kept
-# in ${XDG_CACHE_HOME:-~/.cache}/outrigger, by the hash of their versions and the compiler's.
+# in ${XDG_CACHE_HOME:-~/.cache}/outrigger, by the hash of their versions and the compiler's. So is
+# vhost-user-blk, which QEMU has in contrib/ and Debian in its source package only.
 set -euo pipefail
 
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/outrigger
@@ -48,6 +49,38 @@ build_crates() {
     done
 }
 
+# Debian's sources, with a list and an index of their own: apt's are left as they are.
+fetch_qemu_source() {
+    local codename=$1 options
+    mkdir -p lists/partial archives/partial
+    printf 'deb-src [signed-by=%s] http://deb.debian.org/debian %s main\n' \
+        /usr/share/keyrings/debian-archive-keyring.gpg "$codename" >sources.list
+    options=(-qq -o "Dir::Etc::sourcelist=$PWD/sources.list" -o Dir::Etc::sourceparts=/dev/null
+        -o "Dir::State::lists=$PWD/lists" -o "Dir::Cache=$PWD" -o APT::Sandbox::User=)
+    apt-get "${options[@]}" update >&2
+    apt-get "${options[@]}" source --download-only qemu >&2
+    mkdir qemu
+    tar -xf qemu_*.orig.tar.* -C qemu --strip-components 1 --wildcards '*/contrib/vhost-user-blk' \
+        '*/subprojects/libvhost-user' '*/include/standard-headers' '*/include/qemu/*.h'
+}
+
+# Three files of C: neither QEMU's configuration nor its build system is needed for them, but for
+# what its qemu/osdep.h includes.
+build_vhost_user_blk() {
+    cd "$temporary"
+    fetch_qemu_source "$1"
+    mkdir -p own/qemu
+    printf '#include <%s.h>\n' assert errno fcntl glib inttypes stdbool stddef stdint stdio stdlib \
+        string unistd sys/socket sys/uio sys/un >own/qemu/osdep.h
+    echo '#include "compiler.h"' >>own/qemu/osdep.h
+    cd qemu
+    # shellcheck disable=SC2046 # pkg-config prints words
+    gcc -O2 -w -D_GNU_SOURCE -I../own -Iinclude -Isubprojects/libvhost-user \
+        -Isubprojects/libvhost-user/include $(pkg-config --cflags glib-2.0) -o ../vhost-user-blk \
+        contrib/vhost-user-blk/vhost-user-blk.c subprojects/libvhost-user/libvhost-user.c \
+        subprojects/libvhost-user/libvhost-user-glib.c $(pkg-config --libs glib-2.0) -lpthread
+}
+
 install_qemu
 mkdir -p "$cache"
 exec 9>"$cache/peers.lock"
@@ -61,5 +94,19 @@ if [ ! -d "$peers" ]; then
     build_crates
     # The whole directory appears at once or not at all.
     mv -T "$temporary/peers" "$peers"
+    rm -rf "$temporary"
 fi
+codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
+blk=$cache/vhost-user-blk-$({ echo "$codename" && declare -f fetch_qemu_source build_vhost_user_blk; } |
+    sha256sum | cut -c 1-16)
+if [ ! -e "$blk" ]; then
+    echo "build.sh: building vhost-user-blk" >&2
+    install_packages libglib2.0-dev pkg-config gcc libc6-dev
+    temporary=$(mktemp -d "$cache/building-blk.XXXXXX")
+    trap 'rm -rf "$temporary"' EXIT
+    trap 'exit 1' HUP INT TERM
+    (build_vhost_user_blk "$codename")
+    mv -T "$temporary/vhost-user-blk" "$blk"
+fi
+ln -sfn "$blk" "$peers/bin/vhost-user-blk"
 echo "$peers/bin"

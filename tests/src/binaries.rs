@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
+use crate::process::Launch;
+
 /// What this process has built already.
 static BUILT: Mutex<Option<HashSet<String>>> = Mutex::new(None);
 
@@ -38,6 +40,17 @@ fn of_package(package: &str, name: &str) -> PathBuf {
     let path = directory.join(name);
     assert!(path.is_file(), "{} was not built", path.display());
     path
+}
+
+/// A foreign program, of those that `tests/peers/build.sh` makes.
+///
+/// # Panics
+/// When nobody said where they are.
+pub fn peer(name: &str) -> Launch {
+    let directory = std::env::var_os("OUTRIGGER_PEERS").expect(
+        "OUTRIGGER_PEERS is not set: run ./test.sh, or set it to what tests/peers/build.sh prints",
+    );
+    Launch::program(&Path::new(&directory).join(name))
 }
 
 /// `target/debug` or the like: the test itself is in `deps` below it.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use outrigger_protocol::control::{SlotState, Status};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{binaries, wait_until};
@@ -57,6 +58,7 @@ impl Launcher {
         let output = |name: &str| File::create(directory.path().join(name)).unwrap();
         command
             .current_dir(directory.path())
+            .env("XDG_RUNTIME_DIR", directory.path())
             .stdin(stdin)
             .stdout(output("stdout"))
             .stderr(output("stderr"));
@@ -130,6 +132,59 @@ impl Launcher {
             pid.is_some()
         });
         pid.unwrap()
+    }
+
+    /// What `outrigger ctl control ...` says, and its exit code: the machine was started
+    /// with `--control control`.
+    pub fn ctl(&self, arguments: &[&str]) -> (i32, String, String) {
+        let output = Command::new(programs().join("outrigger"))
+            .args(["ctl", "control"])
+            .args(arguments)
+            .current_dir(self.directory.path())
+            .output()
+            .unwrap();
+        let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+        let code = output.status.code().unwrap_or(-1);
+        (code, text(&output.stdout), text(&output.stderr))
+    }
+
+    /// [`Launcher::ctl`], which must succeed; returns what it says.
+    pub fn do_ctl(&self, arguments: &[&str]) -> String {
+        let (code, said, error) = self.ctl(arguments);
+        let log = self.read("stderr");
+        assert_eq!(
+            (code, error.as_str()),
+            (0, ""),
+            "{arguments:?}: {said}\n{log}"
+        );
+        said
+    }
+
+    /// The machine's status, by [`Launcher::ctl`].
+    pub fn status(&self) -> Status {
+        serde_json::from_str(&self.do_ctl(&["status", "--json"])).unwrap()
+    }
+
+    /// The state of one of its devices.
+    pub fn state(&self, id: &str) -> SlotState {
+        let devices = self.status().devices;
+        devices.iter().find(|it| it.id == id).unwrap().state
+    }
+
+    /// Sends a signal to the process that is called `name`; one of another name follows
+    /// it only if it is waited for.
+    pub fn signal(&self, name: &str, signal: Signal) -> Pid {
+        let pid = self.pid_of(name);
+        kill_process(pid, signal).unwrap();
+        pid
+    }
+
+    /// Waits until another process than `old` is called `name`.
+    pub fn wait_successor(&self, name: &str, old: Pid) -> Pid {
+        wait_until(&format!("{name} is another process"), || {
+            self.pid_of(name) != old
+        });
+        self.pid_of(name)
     }
 
     /// Waits for its end; returns the exit code, -1 for a signal.

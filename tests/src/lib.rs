@@ -6,13 +6,18 @@
 //! * [`queue`] is a split virtqueue from the driver's side;
 //! * [`guest`] ties them together over vhost-user: negotiate, share memory,
 //!   start and stop rings;
+//! * [`chaos`] checks the image of a guest whose disk was killed again and again;
 //! * [`driver`] is another front end for disks, other people's, and [`qemu`] another
 //!   monitor.
 //!
 //! Everything here panics when something is wrong, and every wait has a
 //! deadline: this crate is for tests only.
 
+// `chaos` shares files with the embedded guest, which has no std.
+extern crate alloc;
+
 pub mod binaries;
+pub mod chaos;
 pub mod console;
 pub mod disk;
 pub mod driver;

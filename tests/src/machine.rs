@@ -6,10 +6,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use outrigger_protocol::control::{Event, Reply};
 
-use crate::process::{Launch, Process};
+use crate::process::{LIFETIME, Launch, Process};
 use crate::{binaries, wait_until};
 
 /// True when tests that need /dev/kvm are to be left out (OUTRIGGER_SKIP_KVM=1).
@@ -68,6 +69,7 @@ pub struct Machine {
     arguments: Vec<String>,
     devices: Vec<Device>,
     serial: bool,
+    lifetime: Duration,
     directory: tempfile::TempDir,
 }
 
@@ -86,6 +88,7 @@ impl Machine {
             arguments: Vec::new(),
             devices: Vec::new(),
             serial: true,
+            lifetime: LIFETIME,
             directory: tempfile::tempdir().unwrap(),
         }
     }
@@ -98,6 +101,12 @@ impl Machine {
     /// Appends to the kernel command line.
     pub fn cmdline(mut self, more: &str) -> Self {
         self.cmdline = format!("{} {more}", self.cmdline);
+        self
+    }
+
+    /// Lets it run for so long at most.
+    pub fn lifetime(mut self, time: Duration) -> Self {
+        self.lifetime = time;
         self
     }
 
@@ -178,7 +187,9 @@ impl Machine {
 
     /// Starts the platform: all device processes are there then.
     pub fn prepare(self) -> Prepared {
-        let platform = self.serial.then(|| start_platform(self.directory.path()));
+        let platform = self
+            .serial
+            .then(|| start_platform(self.directory.path(), self.lifetime));
         let events = self.directory.path().join("events");
         let control = self.directory.path().join("control");
         let mut launch = Launch::new("vcpu-runner").args([
@@ -202,7 +213,7 @@ impl Machine {
             ]);
         }
         Prepared {
-            launch: launch.args(self.arguments),
+            launch: launch.args(self.arguments).lifetime(self.lifetime),
             devices: self.devices,
             platform,
             directory: self.directory,
@@ -239,11 +250,12 @@ impl Prepared {
 
 /// Starts a platform process on the socket `platform` in `directory`, with the
 /// serial port going to the file `serial` there.
-fn start_platform(directory: &Path) -> Process {
+fn start_platform(directory: &Path, lifetime: Duration) -> Process {
     let serial = format!("file={}", directory.join("serial").display());
     let socket = directory.join("platform");
     Launch::new("device-platform")
         .args(["--serial", &serial])
+        .lifetime(lifetime)
         .listening_at(&socket)
 }
 
@@ -271,12 +283,19 @@ impl Running {
         self.directory.path()
     }
 
+    /// Puts `process` into the place of the one that serves device `id`, which is
+    /// returned.
+    pub fn replace(&mut self, id: &str, process: Process) -> Process {
+        let device = self.devices.iter_mut().find(|d| d.id == id).unwrap();
+        std::mem::replace(&mut device.process, process)
+    }
+
     /// Kills the platform process and starts another one in its place.
     pub fn replace_platform(&mut self) {
         let old = self.platform.take().unwrap();
         old.signal(rustix::process::Signal::KILL);
         old.wait();
-        self.platform = Some(start_platform(self.directory.path()));
+        self.platform = Some(start_platform(self.directory.path(), LIFETIME));
     }
 
     /// What came out of the serial port so far.

@@ -18,9 +18,9 @@ use tempfile::TempDir;
 
 use crate::{binaries, wait_until};
 
-/// No process under test lives longer unless [`Launch::lifetime`] says so, so that nothing that waits for one waits
-/// for ever: a killed process closes its socket.
-const LIFETIME: Duration = Duration::from_secs(120);
+/// No process under test lives longer unless [`Launch::lifetime`] says so, so that
+/// nothing that waits for one waits for ever: a killed process closes its socket.
+pub const LIFETIME: Duration = Duration::from_secs(120);
 
 /// A running program.
 pub struct Process {
@@ -139,7 +139,8 @@ impl Launch {
         }
     }
 
-    fn spawn_ready(self) -> Process {
+    /// Starts it and waits until it says that it is ready.
+    pub fn ready(self) -> Process {
         let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         let process = self.pass("--ready-fd", writer).spawn();
         let mut said = String::new();
@@ -158,13 +159,13 @@ impl Launch {
 
     /// Starts it listening on the socket `path` and waits until it is ready.
     pub fn listening_at(self, path: &Path) -> Process {
-        self.args([Path::new("--socket-path"), path]).spawn_ready()
+        self.args([Path::new("--socket-path"), path]).ready()
     }
 
     /// Starts it with a connected socket, whose other end is returned.
     pub fn connected(self) -> (Process, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        (self.pass("--fd", theirs.into()).spawn_ready(), ours)
+        (self.pass("--fd", theirs.into()).ready(), ours)
     }
 }
 

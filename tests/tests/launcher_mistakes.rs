@@ -110,7 +110,8 @@ fn mistakes_in_a_vm_file() {
 
 #[test]
 fn mistakes_on_the_command_line() {
-    let long = format!("unix,path=/tmp/{}", "x".repeat(108));
+    let path = format!("/tmp/{}", "x".repeat(108));
+    let long = format!("unix,path={path}");
     let kernel = ["--kernel", "k"];
     for (arguments, code, parts) in [
         (
@@ -175,12 +176,12 @@ fn mistakes_on_the_command_line() {
         (
             &["--disk", "path=missing.img"],
             FAILURE,
-            &["device-disk: --blk-file missing.img: No such file"],
+            &["outrigger: disk0: missing.img: No such file"],
         ),
         (
             &["--disk", "path=/"],
             FAILURE,
-            &["device-disk: --blk-file /"],
+            &["outrigger: disk0: /: neither a regular file"],
         ),
         (
             &["--net", "tap,name=no-such-tap"],
@@ -190,24 +191,53 @@ fn mistakes_on_the_command_line() {
         (
             &["--console", "file,path=/none/a"],
             FAILURE,
-            &["device-console: --file /none/a: No such file"],
+            &["outrigger: console0: /none/a: No such file"],
         ),
         (
             &["--serial", "file,path=/none/a"],
             FAILURE,
-            &["device-platform", "/none/a"],
+            &["outrigger: platform: /none/a: No such file"],
         ),
         (
             &["--console", &long],
             USAGE,
-            &["device-console: ", "/tmp/xxx", "--unix", "107 bytes"],
+            &["outrigger: console0: /tmp/xxx", "107 bytes"],
+        ),
+        (
+            &["--console", "unix,path=/none/a"],
+            FAILURE,
+            &["outrigger: console0: /none/a: its directory does not exist"],
+        ),
+        (
+            &["--control", "/none/a"],
+            FAILURE,
+            &["outrigger: --control /none/a: its directory does not exist"],
+        ),
+        (
+            &["--control", &path],
+            USAGE,
+            &["outrigger: the control socket: /tmp/xxx", "107 bytes"],
+        ),
+        (
+            &["--restart", "sometimes"],
+            USAGE,
+            &["--restart", "sometimes"],
+        ),
+        (
+            &["--on-loss", "cry"],
+            USAGE,
+            &["vcpu-runner", "--on-loss", "cry"],
         ),
     ] {
         let arguments = [&["run", "--quiet"], &kernel[..], arguments].concat();
         expect(Launcher::start(&arguments), code, parts, Vec::new());
     }
     for (arguments, parts) in [
-        (&[][..], &["a command is missing"][..]),
+        (&["ctl"][..], &["a command is missing"][..]),
+        (&["ctl", "vm"], &["a command is missing"]),
+        (&["ctl", "vm", "swap", "disk0"], &["KEY=VALUE"]),
+        (&["ctl", "vm", "expolde"], &["subcommand 'expolde'"]),
+        (&[], &["a command is missing"]),
         (&["rnu"], &["subcommand 'rnu'"]),
         (&["run"], &["--kernel"]),
     ] {
@@ -230,6 +260,7 @@ fn programs_that_are_not_there() {
         let bin = directory.path().join("bin");
         fs::create_dir(&bin).unwrap();
         fs::copy(programs.join("outrigger"), bin.join("outrigger")).unwrap();
+        fs::write(bin.join("disk"), "").unwrap();
         if let Some(mode) = file {
             let program = bin.join("device-disk");
             fs::write(&program, "").unwrap();
@@ -237,7 +268,7 @@ fn programs_that_are_not_there() {
         }
         let mut command = Command::new(bin.join("outrigger"));
         command
-            .args(["run", "--quiet", "--kernel", "k", "--disk", "path=a"])
+            .args(["run", "--quiet", "--kernel", "k", "--disk", "path=bin/disk"])
             .env("PATH", directory.path());
         let launcher = Launcher::spawn(directory, command, Stdio::null());
         expect(launcher, FAILURE, &[parts], vec!["bin".into()]);
@@ -254,7 +285,7 @@ fn a_disk_that_another_machine_has() {
         .listening();
     let arguments = ["run", "--quiet", "--kernel", "k", "--disk", "path=disk.img"];
     let launcher = Launcher::start_in(directory, &arguments);
-    let parts = ["device-disk: --blk-file disk.img: ", "lock"];
+    let parts = ["device-disk: ", "disk.img", "lock"];
     expect(launcher, FAILURE, &parts, vec!["disk.img".into()]);
     assert!(other.is_running());
 }

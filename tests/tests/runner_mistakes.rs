@@ -53,6 +53,12 @@ fn options_that_are_wrong_repeated_or_contradict_each_other() {
             USAGE,
             &["--memory", "colour=red"],
         ),
+        mistake(
+            "--kernel k --on-loss wait:3",
+            USAGE,
+            &["--on-loss", "wait has no limit"],
+        ),
+        mistake("--kernel k --on-loss stop:x", USAGE, &["stop:x", "seconds"]),
         mistake("--kernel k --load i@0", USAGE, &["--kernel", "--load"]),
         mistake("--kernel k --entry long", USAGE, &["--kernel", "--entry"]),
         mistake("--entry long", USAGE, &["--load"]),

@@ -162,11 +162,14 @@ fn sigterm_ends_the_machine_in_order() {
 }
 
 #[test]
-fn a_device_that_dies_ends_the_machine_with_its_name() {
+fn a_device_that_dies_ends_the_machine_with_its_name_if_so_wished() {
     if skip_kvm() {
         return;
     }
-    let machine = Machine::embedded("job=idle").disk(1 << 20).start();
+    let machine = Machine::embedded("job=idle")
+        .args(["--on-loss", "stop"])
+        .disk(1 << 20)
+        .start();
     machine.wait_serial("idle");
     machine.process("disk0").signal(Signal::KILL);
     machine.expect(5);
@@ -187,7 +190,7 @@ fn a_stopped_device_does_not_hold_up_pause_and_stop() {
         return;
     }
     let machine = Machine::embedded("job=disk-irq count=1000000")
-        .args(["--memory", "64M"])
+        .args(["--memory", "64M", "--on-loss", "stop"])
         .disk(64 << 20)
         .start();
     machine.wait_event("driver-ok", |e| matches!(e, Event::DriverOk { .. }));

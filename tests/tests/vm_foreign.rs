@@ -4,17 +4,11 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use outrigger_tests::binaries::peer;
 use outrigger_tests::linux::{guest, linux, wait_end};
 use outrigger_tests::machine::{Machine, skip_kvm};
 use outrigger_tests::process::{Launch, Process};
 use outrigger_tests::wait_until;
-
-fn peer(name: &str) -> Launch {
-    let directory = std::env::var_os("OUTRIGGER_PEERS").expect(
-        "OUTRIGGER_PEERS is not set: run ./test.sh, or set it to what tests/peers/build.sh prints",
-    );
-    Launch::program(&Path::new(&directory).join(name))
-}
 
 /// Starts `launch`, which will make `socket`.
 fn serving(launch: Launch, socket: &Path) -> Process {

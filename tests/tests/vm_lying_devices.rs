@@ -10,7 +10,9 @@ fn start(keys: &str, script: impl Fn(u32) -> Answer + Send + 'static) -> Running
     let socket = machine.directory().join("liar");
     scripted::serve(&socket, script);
     let device = format!("x,type=block,socket={}{keys}", socket.display());
-    machine.args(["--device", &device]).start()
+    machine
+        .args(["--on-loss", "stop", "--device", &device])
+        .start()
 }
 
 /// The runner ends with `code` and one line, which has all of `words`.

@@ -1,19 +1,22 @@
 //! The control socket: any number of clients, a JSON object a line each way
-//! (`outrigger_protocol::control`). One thread; a client that does not read or
-//! write holds nobody up.
+//! (`outrigger_protocol::control`). One thread, which waits for nobody: neither for a
+//! client that does not read or write, nor for the machine, which may be waiting for
+//! a device's process.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 use outrigger_cli::fd::set_nonblocking;
 use outrigger_cli::socket::{self, Bound};
-use outrigger_protocol::control::{Command, MAX_LINE, Reply};
-use rustix::event::{PollFd, PollFlags, poll};
+use outrigger_protocol::control::{Command, MAX_LINE, Reply, Status};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::Error;
+use crate::{Error, eventfd};
 
 /// Longest time that the machine may take to answer: all deadlines of a reset
 /// together.
@@ -22,133 +25,326 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// Clients at a time; others wait.
 const MAX_CLIENTS: usize = 16;
 
+/// Bytes that wait for a client to read them; one that leaves more is dropped.
+const MAX_OUTPUT: usize = 1 << 20;
+
+/// Events on their way to this thread. If it does not keep up, some are lost.
+const MAX_EVENTS: usize = 1024;
+
 /// A command and where its answer goes.
 pub struct Order {
-    /// What to do.
+    /// What to do: neither status nor watch, which are this thread's own.
     pub command: Command,
     /// Takes the answer.
-    pub reply: Sender<Reply>,
+    pub answer: Answer,
     /// Ends when the answer has gone out, for whoever is about to exit.
     pub answered: Receiver<()>,
 }
 
-struct Client {
-    stream: UnixStream,
-    input: Vec<u8>,
+/// Takes the answer to one command.
+pub struct Answer {
+    number: u64,
+    answers: Sender<(u64, Reply)>,
+    wake: Arc<EventFd>,
+}
+
+impl Answer {
+    /// Answers. A client that has gone needs none.
+    pub fn send(self, reply: Reply) {
+        let _ = self.answers.send((self.number, reply));
+        eventfd::signal(&self.wake);
+    }
+}
+
+/// The way of events to clients that watch.
+pub struct Watchers {
+    events: Sender<Vec<u8>>,
+    wake: Arc<EventFd>,
+}
+
+impl Watchers {
+    /// Passes a line on, which ends as lines do.
+    pub fn tell(&self, line: &[u8]) {
+        if let Err(TrySendError::Full(_)) = self.events.try_send(line.to_vec()) {
+            tracing::warn!("control socket: an event was lost");
+        }
+        eventfd::signal(&self.wake);
+    }
 }
 
 /// Binds `path` and starts the thread. If this process `removes` it at its end, that is
-/// when what this returns is dropped; else it stays behind, and the next one replaces it.
+/// when the first part of what this returns is dropped; else it stays behind, and the
+/// next one replaces it.
 ///
 /// # Errors
 /// When the path cannot be bound.
 pub fn start(
     path: &Path,
     removes: bool,
+    status: impl Fn() -> Status + Send + 'static,
     orders: impl Fn(Order) + Send + 'static,
-) -> Result<Option<Bound>, Error> {
+) -> Result<(Option<Bound>, Watchers), Error> {
     let what = format!("--control {}", path.display());
     let (listener, bound) = socket::bind(path).map_err(Error::io(what.clone()))?;
     set_nonblocking(&listener).map_err(Error::io(what))?;
+    let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::io("eventfd"))?;
+    let wake = Arc::new(wake);
+    let (events, told) = bounded(MAX_EVENTS);
+    let (answers, given) = unbounded();
+    let server = Server {
+        listener,
+        clients: Vec::new(),
+        numbers: 0,
+        wake: Arc::clone(&wake),
+        told,
+        answers,
+        given,
+        status: Box::new(status),
+        orders: Box::new(orders),
+    };
     std::thread::Builder::new()
         .name("control".into())
-        .spawn(move || serve(&listener, &orders))
+        .spawn(move || server.run())
         .map_err(Error::io("starting the control thread"))?;
+    let watchers = Watchers { events, wake };
     if removes {
-        return Ok(Some(bound));
+        return Ok((Some(bound), watchers));
     }
     bound.keep();
-    Ok(None)
+    Ok((None, watchers))
 }
 
-fn serve(listener: &UnixListener, orders: &impl Fn(Order)) {
-    let mut clients: Vec<Client> = Vec::new();
-    loop {
-        // Full, the listener is not listened to.
-        let accepting = if clients.len() < MAX_CLIENTS {
-            PollFlags::IN
-        } else {
-            PollFlags::empty()
-        };
-        let mut fds = vec![PollFd::new(listener, accepting)];
-        fds.extend(
-            clients
-                .iter()
-                .map(|client| PollFd::new(&client.stream, PollFlags::IN)),
-        );
-        match poll(&mut fds, None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(error) => {
+struct Server {
+    listener: UnixListener,
+    clients: Vec<Client>,
+    /// Number of the last order.
+    numbers: u64,
+    wake: Arc<EventFd>,
+    told: Receiver<Vec<u8>>,
+    answers: Sender<(u64, Reply)>,
+    given: Receiver<(u64, Reply)>,
+    status: Box<dyn Fn() -> Status + Send>,
+    orders: Box<dyn Fn(Order) + Send>,
+}
+
+struct Client {
+    stream: UnixStream,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    /// The order that the machine works on; the next is not looked at before.
+    waits: Option<Waits>,
+    watches: bool,
+}
+
+struct Waits {
+    number: u64,
+    until: Instant,
+    /// Dropped when the answer has gone out.
+    unanswered: Sender<()>,
+}
+
+impl Server {
+    fn run(mut self) {
+        loop {
+            if let Err(error) = self.serve() {
                 tracing::error!("control socket: poll: {error}");
                 return;
             }
         }
-        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-        let mut at = 0;
-        clients.retain_mut(|client| {
-            at += 1;
-            !ready[at] || client.serve(orders)
+    }
+
+    fn serve(&mut self) -> rustix::io::Result<()> {
+        // Full, the listener is not listened to.
+        let accepting = if self.clients.len() < MAX_CLIENTS {
+            PollFlags::IN
+        } else {
+            PollFlags::empty()
+        };
+        let mut fds = vec![
+            PollFd::from_borrowed_fd(eventfd::borrow(&self.wake), PollFlags::IN),
+            PollFd::new(&self.listener, accepting),
+        ];
+        fds.extend(self.clients.iter().map(Client::watched));
+        let deadlines = self
+            .clients
+            .iter()
+            .filter_map(|c| Some(c.waits.as_ref()?.until));
+        let timeout = deadlines.min().map(|at| {
+            let left = at.saturating_duration_since(Instant::now());
+            Timespec {
+                tv_sec: left.as_secs() as i64,
+                tv_nsec: left.subsec_nanos().into(),
+            }
         });
-        if ready[0]
-            && let Ok((stream, _)) = listener.accept()
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        eventfd::take(&self.wake);
+        self.pass_on();
+        for index in (0..self.clients.len()).rev() {
+            if !self.serve_client(index, ready[index + 2]) {
+                self.clients.swap_remove(index);
+            }
+        }
+        if ready[1]
+            && let Ok((stream, _)) = self.listener.accept()
             && set_nonblocking(&stream).is_ok()
         {
-            clients.push(Client {
+            self.clients.push(Client {
                 stream,
                 input: Vec::new(),
+                output: Vec::new(),
+                waits: None,
+                watches: false,
             });
+        }
+        Ok(())
+    }
+
+    /// Events to those who watch, answers to those who wait.
+    fn pass_on(&mut self) {
+        while let Ok(line) = self.told.try_recv() {
+            for client in self.clients.iter_mut().filter(|client| client.watches) {
+                client.output.extend(&line);
+            }
+        }
+        while let Ok((number, reply)) = self.given.try_recv() {
+            let waits = |client: &&mut Client| {
+                client
+                    .waits
+                    .as_ref()
+                    .is_some_and(|waits| waits.number == number)
+            };
+            if let Some(client) = self.clients.iter_mut().find(waits) {
+                client.answer(&reply);
+            }
+        }
+        let now = Instant::now();
+        for client in &mut self.clients {
+            if client
+                .waits
+                .as_ref()
+                .is_some_and(|waits| waits.until <= now)
+            {
+                client.answer(&Reply::error("no answer from the machine"));
+            }
+        }
+    }
+
+    /// Serves a client; false when it is done with.
+    fn serve_client(&mut self, index: usize, ready: bool) -> bool {
+        if ready && !self.clients[index].receive() {
+            return false;
+        }
+        while self.clients[index].waits.is_none() {
+            let input = &mut self.clients[index].input;
+            let Some(end) = input.iter().position(|&b| b == b'\n') else {
+                break;
+            };
+            let line: Vec<u8> = input.drain(..=end).collect();
+            self.carry_out(index, &line);
+        }
+        let client = &mut self.clients[index];
+        if client.input.len() > MAX_LINE {
+            client.answer(&Reply::error(format!(
+                "a line is longer than {MAX_LINE} bytes"
+            )));
+            let _ = client.send();
+            return false;
+        }
+        client.send()
+    }
+
+    fn carry_out(&mut self, index: usize, line: &[u8]) {
+        let client = &mut self.clients[index];
+        let command = match serde_json::from_slice(line) {
+            Ok(command) => command,
+            Err(error) => return client.answer(&Reply::error(error.to_string())),
+        };
+        match command {
+            Command::Status {} => client.answer(&Reply {
+                status: Some((self.status)()),
+                ..Reply::ok()
+            }),
+            Command::Watch {} => {
+                client.answer(&Reply::ok());
+                client.watches = true;
+            }
+            command => {
+                self.numbers += 1;
+                let (unanswered, answered) = bounded(0);
+                client.waits = Some(Waits {
+                    number: self.numbers,
+                    until: Instant::now() + DEADLINE,
+                    unanswered,
+                });
+                (self.orders)(Order {
+                    command,
+                    answer: Answer {
+                        number: self.numbers,
+                        answers: self.answers.clone(),
+                        wake: Arc::clone(&self.wake),
+                    },
+                    answered,
+                });
+            }
         }
     }
 }
 
 impl Client {
-    /// Serves what has arrived; false when the client is done with.
-    fn serve(&mut self, orders: &impl Fn(Order)) -> bool {
+    fn watched(&self) -> PollFd<'_> {
+        let mut flags = PollFlags::empty();
+        // What one has sent ahead waits in its socket.
+        if self.waits.is_none() {
+            flags |= PollFlags::IN;
+        }
+        if !self.output.is_empty() {
+            flags |= PollFlags::OUT;
+        }
+        PollFd::new(&self.stream, flags)
+    }
+
+    /// Takes what has arrived; false when there will be no more.
+    fn receive(&mut self) -> bool {
         let mut buffer = [0; 4096];
         match self.stream.read(&mut buffer) {
-            Ok(0) => return false,
-            Ok(count) => self.input.extend_from_slice(&buffer[..count]),
-            Err(e) => return matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
-        }
-        while let Some(end) = self.input.iter().position(|&b| b == b'\n') {
-            let line: Vec<u8> = self.input.drain(..=end).collect();
-            // Dropped at the end of the round: the answer has gone out then.
-            let (_unanswered, answered) = bounded(0);
-            if !self.answer(&carry_out(&line, answered, orders)) {
-                return false;
+            Ok(0) => false,
+            Ok(count) => {
+                self.input.extend_from_slice(&buffer[..count]);
+                true
             }
+            Err(e) => matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted),
         }
-        if self.input.len() > MAX_LINE {
-            self.answer(&Reply::error(format!(
-                "a line is longer than {MAX_LINE} bytes"
-            )));
-            return false;
+    }
+
+    fn answer(&mut self, reply: &Reply) {
+        if let Ok(line) = serde_json::to_vec(reply) {
+            self.output.extend(line);
+            self.output.push(b'\n');
+        }
+        if let Some(waits) = self.waits.take() {
+            // Whoever is about to exit waits for this.
+            let sent = self.send();
+            drop(waits.unanswered);
+            tracing::trace!("answered: {sent}");
+        }
+    }
+
+    /// Sends what fits; false when the client is gone or does not read.
+    fn send(&mut self) -> bool {
+        while !self.output.is_empty() {
+            match self.stream.write(&self.output) {
+                Ok(count) => drop(self.output.drain(..count)),
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    return self.output.len() <= MAX_OUTPUT;
+                }
+                Err(_) => return false,
+            }
         }
         true
     }
-
-    /// An answer fits into any socket buffer that is read now and then.
-    fn answer(&mut self, reply: &Reply) -> bool {
-        let Ok(mut line) = serde_json::to_vec(reply) else {
-            return false;
-        };
-        line.push(b'\n');
-        self.stream.write_all(&line).is_ok()
-    }
-}
-
-fn carry_out(line: &[u8], answered: Receiver<()>, orders: &impl Fn(Order)) -> Reply {
-    let command = match serde_json::from_slice(line) {
-        Ok(command) => command,
-        Err(error) => return Reply::error(error.to_string()),
-    };
-    let (reply, answer) = bounded(1);
-    orders(Order {
-        command,
-        reply,
-        answered,
-    });
-    answer
-        .recv_timeout(DEADLINE)
-        .unwrap_or_else(|_| Reply::error("no answer from the machine"))
 }

@@ -83,6 +83,9 @@ pub enum Error {
         /// What happened.
         why: String,
     },
+    /// A command of the control socket that cannot be.
+    #[error("{0}")]
+    Command(&'static str),
     /// A system call failed.
     #[error("{what}: {cause}")]
     Io {

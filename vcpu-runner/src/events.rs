@@ -9,10 +9,14 @@ use outrigger_cli::fd;
 use outrigger_protocol::control::Event;
 
 use crate::Error;
+use crate::control::Watchers;
 
-/// Where events go; nowhere unless `--events` was given.
+/// Where events go: nowhere unless `--events` was given or somebody watches.
 #[derive(Default)]
-pub struct Events(Mutex<Option<File>>);
+pub struct Events {
+    file: Mutex<Option<File>>,
+    watchers: Option<Watchers>,
+}
 
 impl Events {
     /// Opens `target`: the number of an inherited descriptor, or a path to
@@ -39,18 +43,29 @@ impl Events {
         if own {
             fd::set_nonblocking(&file).map_err(Error::io("--events"))?;
         }
-        Ok(Events(Mutex::new(Some(file))))
+        Ok(Events {
+            file: Mutex::new(Some(file)),
+            watchers: None,
+        })
+    }
+
+    /// From now on clients of the control socket may watch.
+    pub fn watched_by(&mut self, watchers: Watchers) {
+        self.watchers = Some(watchers);
     }
 
     /// Reports `event`, here and in the log.
     pub fn emit(&self, event: &Event) {
         tracing::debug!("{event:?}");
-        let mut target = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(file) = &mut *target else { return };
         let Ok(mut line) = serde_json::to_vec(event) else {
             return;
         };
         line.push(b'\n');
+        if let Some(watchers) = &self.watchers {
+            watchers.tell(&line);
+        }
+        let mut target = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(file) = &mut *target else { return };
         match file.write_all(&line) {
             Ok(()) => {}
             Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {

@@ -10,7 +10,7 @@
 //! | [`pci`] | configuration space, BARs, MSI-X, the virtio transport |
 //! | [`frontend`] | one vhost-user session a device, with deadlines |
 //! | [`trap`] | accesses that nobody claims, answered by the platform process |
-//! | [`control`] | the control socket |
+//! | [`control`] | the control socket; [`overview`] is what it tells of the machine |
 //! | [`probe`] | what this host offers |
 //! | [`machine`] | puts it all together and decides what happens next |
 
@@ -23,6 +23,7 @@ pub mod frontend;
 pub mod layout;
 pub mod machine;
 pub mod options;
+pub mod overview;
 pub mod pci;
 pub mod policy;
 pub mod probe;

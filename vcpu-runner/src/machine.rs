@@ -1,24 +1,22 @@
 //! The machine as a whole: sets everything up, then decides what happens next.
 //! One thread, the main one, takes all notices and carries out all commands.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
-use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
-};
 use outrigger_cli::socket::Bound;
-use outrigger_protocol::control::{Command, Event, MachineState, Reply, Status};
+use outrigger_protocol::control::{Command, Event, MachineState, Reply, SlotState};
 use outrigger_protocol::exit;
 
 use crate::boot::{BootSource, cpuid};
-use crate::control::Order as ControlOrder;
+use crate::control::{Answer, Order as ControlOrder};
 use crate::events::Events;
 use crate::frontend::session::DEADLINE;
-use crate::frontend::{Slot, Watchdog, slot};
+use crate::frontend::{OnLoss, Slot, Watchdog, slot};
 use crate::options::{OnReset, Options};
+use crate::overview::Overview;
 use crate::pci::Function;
 use crate::pci::bus::Bus;
 use crate::pci::intx::Intx;
@@ -27,6 +25,7 @@ use crate::trap::{self, TrapChannel};
 use crate::vcpu::io::Io;
 use crate::vcpu::state::{Control, Order};
 use crate::vcpu::{Report, Shared, Vcpu};
+use crate::vm::chips::Chips;
 use crate::vm::irq::Interrupts;
 use crate::vm::memory::Ram;
 use crate::vm::{Vm, host};
@@ -62,15 +61,16 @@ pub struct Machine {
     vm: Arc<Vm>,
     shared: Arc<Shared>,
     boot: BootSource,
-    slots: Vec<Arc<Slot>>,
+    overview: Arc<Overview>,
     vcpus: Vec<Arc<Control>>,
     chips: Chips,
     events: Events,
     on_reset: OnReset,
+    on_loss: Option<OnLoss>,
+    /// When a lost platform ends the machine.
+    platform_limit: Option<Instant>,
     /// Kept for its end.
     control_socket: Option<Bound>,
-    state: MachineState,
-    resets: u64,
     sender: Sender<Notice>,
     notices: Receiver<Notice>,
 }
@@ -126,7 +126,8 @@ impl Machine {
             let id = pending.slot().id().to_owned();
             events.emit(&Event::DeviceConnected { id });
             let to = sender.clone();
-            slots.push(pending.run(device, ram.vhost_regions(), send(to, Notice::Slot))?);
+            let notices = send(to, Notice::Slot);
+            slots.push(pending.run(device, Arc::clone(&ram), options.on_loss, notices)?);
         }
         let trap = match &options.platform {
             None => None,
@@ -156,18 +157,20 @@ impl Machine {
                 Vcpu::new(&vm, index, &cpuid, Arc::clone(&shared), to)?.start()
             })
             .collect::<Result<Vec<_>, _>>()?;
+        let has_platform = options.platform.is_some();
+        let overview = Overview::new(cpus, shared.ram.size(), slots, has_platform);
         Ok(Machine {
             vm,
             shared,
             boot,
-            slots,
+            overview: Arc::new(overview),
             vcpus,
             chips,
             events,
             on_reset: options.on_reset,
+            on_loss: options.on_loss,
+            platform_limit: None,
             control_socket: None,
-            state: MachineState::Running,
-            resets: 0,
             sender,
             notices,
         })
@@ -180,7 +183,10 @@ impl Machine {
     /// When it cannot be bound.
     pub fn serve_control(&mut self, path: &Path, removes: bool) -> Result<(), Error> {
         let to = send(self.sender.clone(), Notice::Control);
-        self.control_socket = control::start(path, removes, to)?;
+        let overview = Arc::clone(&self.overview);
+        let (bound, watchers) = control::start(path, removes, move || overview.status(), to)?;
+        self.control_socket = bound;
+        self.events.watched_by(watchers);
         Ok(())
     }
 
@@ -201,11 +207,16 @@ impl Machine {
         self.start_vcpus()?;
         loop {
             // The sender is ours as well, so the channel never closes.
-            let Ok(notice) = self.notices.recv() else {
-                return Ok(end(exit::FAILURE, "nobody is left"));
+            let notice = match self.platform_limit {
+                Some(limit) => self.notices.recv_deadline(limit).ok(),
+                None => self.notices.recv().ok(),
             };
-            if let Some(end) = self.notice(notice)? {
-                self.state = MachineState::Stopped;
+            let ended = match notice {
+                Some(notice) => self.notice(notice)?,
+                None => Some(end(exit::DEVICE_LOST, "the platform process is lost")),
+            };
+            if let Some(end) = ended {
+                self.overview.now().state = MachineState::Stopped;
                 self.order(Order::Stop);
                 self.wait_still()?;
                 self.events.emit(&Event::Stopped {
@@ -219,19 +230,11 @@ impl Machine {
 
     fn notice(&mut self, notice: Notice) -> Result<Option<End>, Error> {
         match notice {
-            Notice::Slot(slot::Notice::DriverOk(id, queues)) => {
-                self.events.emit(&Event::DriverOk { id, queues });
+            Notice::Slot(slot::Notice::Event(event)) => {
+                self.events.emit(&event);
                 Ok(None)
             }
-            Notice::Slot(slot::Notice::Lost(id, reason)) => {
-                let lost = format!("device {id} is lost: {reason}");
-                self.events.emit(&Event::DeviceLost {
-                    id,
-                    reason,
-                    tracked: false,
-                });
-                Ok(Some(end(exit::DEVICE_LOST, lost)))
-            }
+            Notice::Slot(slot::Notice::End(why)) => Ok(Some(end(exit::DEVICE_LOST, why))),
             Notice::Platform(notice) => self.platform(notice),
             Notice::Vcpu(report) => match report {
                 Report::Reset => self.guest_reset(),
@@ -250,17 +253,31 @@ impl Machine {
     fn platform(&mut self, notice: trap::Notice) -> Result<Option<End>, Error> {
         let id = "platform".to_owned();
         match notice {
-            trap::Notice::Connected => {
-                self.events.emit(&Event::DeviceConnected { id });
+            trap::Notice::Connected(outage) => {
+                self.overview.now().platform = Some(SlotState::Running);
+                self.platform_limit = None;
+                self.events.emit(&match outage {
+                    None => Event::DeviceConnected { id },
+                    Some(outage) => Event::DeviceRunning {
+                        id,
+                        outage_us: outage.as_micros().try_into().unwrap_or(u64::MAX),
+                        replayed: 0,
+                    },
+                });
                 Ok(None)
             }
             trap::Notice::Lost(reason, for_good) => {
                 let lost = format!("the platform process is lost: {reason}");
+                self.overview.now().platform = Some(SlotState::Lost);
                 self.events.emit(&Event::DeviceLost {
                     id,
                     reason,
-                    tracked: false,
+                    // A vCPU's access stays in its slot until it is answered.
+                    tracked: true,
                 });
+                if let Some(OnLoss::Stop(limit)) = self.on_loss {
+                    self.platform_limit = Some(Instant::now() + limit);
+                }
                 Ok(for_good.then(|| end(exit::DEVICE_LOST, lost)))
             }
             trap::Notice::PowerOff => Ok(Some(powered_off())),
@@ -279,42 +296,57 @@ impl Machine {
     }
 
     fn control(&mut self, order: ControlOrder) -> Result<Option<End>, Error> {
-        let result = match order.command {
-            Command::Status {} => Ok(None),
-            Command::Pause {} => self.pause().map(|()| None),
-            Command::Resume {} => self.resume().map(|()| None),
-            Command::Reset {} => self.reset("control").map(|()| None),
-            Command::Stop {} => Ok(Some(end(exit::POWERED_OFF, "stopped by command"))),
-            Command::Watch {} | Command::Swap { .. } | Command::Restart { .. } => {
-                Err(Error::device("", "swap", "not yet"))
+        let ControlOrder {
+            command,
+            answer,
+            answered,
+        } = order;
+        let result = match command {
+            Command::Pause {} => self.pause(),
+            Command::Resume {} => self.resume(),
+            Command::Reset {} => self.reset("control"),
+            Command::Stop {} => {
+                answer.send(Reply::ok());
+                let _ = answered.recv_timeout(ANSWER_DEADLINE);
+                return Ok(Some(end(exit::POWERED_OFF, "stopped by command")));
             }
+            Command::Swap {
+                id,
+                socket: Some(path),
+                device: None,
+            } => {
+                self.swap(&id, path, answer);
+                return Ok(None);
+            }
+            Command::Swap { .. } | Command::Restart { .. } => Err(Error::Command(
+                "this is the runner, which starts no process: swap to one that listens at socket",
+            )),
+            // The control thread's own.
+            Command::Status {} | Command::Watch {} => Ok(()),
         };
-        let reply = match &result {
-            Ok(_) if matches!(order.command, Command::Status {}) => Reply {
-                status: Some(self.status()),
-                ..Reply::ok()
-            },
-            Ok(_) => Reply::ok(),
-            Err(error) => Reply::error(error.to_string()),
-        };
-        // A client that has gone needs no answer.
-        let _ = order.reply.send(reply);
-        if matches!(result, Ok(Some(_))) {
-            let _ = order.answered.recv_timeout(ANSWER_DEADLINE);
-        }
         // A failed command is its client's matter; the machine goes on.
-        Ok(result.unwrap_or(None))
+        answer.send(match result {
+            Ok(()) => Reply::ok(),
+            Err(error) => Reply::error(error.to_string()),
+        });
+        Ok(None)
     }
 
-    fn status(&self) -> Status {
-        Status {
-            state: self.state,
-            vcpus: self.vcpus.len(),
-            memory: self.shared.ram.size(),
-            resets: self.resets,
-            devices: self.slots.iter().map(|slot| slot.status()).collect(),
-            platform: None,
-        }
+    /// The slot answers, when it is done.
+    fn swap(&self, id: &str, path: PathBuf, answer: Answer) {
+        let Some(slot) = self.overview.slots().iter().find(|slot| slot.id() == id) else {
+            return answer.send(Reply::error(format!("no device is named {id}")));
+        };
+        let swapped = move |result: Result<Duration, Error>| {
+            answer.send(match result {
+                Ok(outage) => Reply {
+                    outage_us: Some(outage.as_micros().try_into().unwrap_or(u64::MAX)),
+                    ..Reply::ok()
+                },
+                Err(error) => Reply::error(error.to_string()),
+            });
+        };
+        slot.swap(path, Box::new(swapped));
     }
 
     fn order(&self, order: Order) {
@@ -360,8 +392,9 @@ impl Machine {
     /// Gives every slot an order and waits for all of them. A process that does
     /// not keep its deadlines is cut off, and its slot then answers.
     fn order_slots(&self, order: impl Fn(&Slot) -> Receiver<()>) -> Result<(), Error> {
-        let waits: Vec<_> = self.slots.iter().map(|slot| order(slot)).collect();
-        for (slot, wait) in self.slots.iter().zip(waits) {
+        let slots = self.overview.slots();
+        let waits: Vec<_> = slots.iter().map(|slot| order(slot)).collect();
+        for (slot, wait) in slots.iter().zip(waits) {
             if wait.recv_timeout(2 * DEADLINE).is_err() {
                 slot.cut_off();
                 wait.recv_timeout(DEADLINE)
@@ -371,8 +404,12 @@ impl Machine {
         Ok(())
     }
 
+    fn state(&self) -> MachineState {
+        self.overview.now().state
+    }
+
     fn pause(&mut self) -> Result<(), Error> {
-        if self.state == MachineState::Running {
+        if self.state() == MachineState::Running {
             let stopped = self.park().and_then(|()| self.order_slots(Slot::pause));
             if stopped.is_err() {
                 // Half a pause is none.
@@ -380,17 +417,17 @@ impl Machine {
                 self.order(Order::Run);
                 return stopped;
             }
-            self.state = MachineState::Paused;
+            self.overview.now().state = MachineState::Paused;
             self.events.emit(&Event::Paused);
         }
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), Error> {
-        if self.state == MachineState::Paused {
+        if self.state() == MachineState::Paused {
             self.order_slots(Slot::resume)?;
             self.order(Order::Run);
-            self.state = MachineState::Running;
+            self.overview.now().state = MachineState::Running;
             self.events.emit(&Event::Resumed);
         }
         Ok(())
@@ -421,9 +458,13 @@ impl Machine {
             .entry
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = entry;
+        // First, for the guest itself may be what is waited for.
+        {
+            let mut now = self.overview.now();
+            now.state = MachineState::Running;
+            now.resets += 1;
+        }
         self.start_vcpus()?;
-        self.state = MachineState::Running;
-        self.resets += 1;
         self.events.emit(&Event::Reset { by: by.to_owned() });
         Ok(())
     }
@@ -448,45 +489,4 @@ fn end(code: u8, reason: impl Into<String>) -> End {
 
 fn powered_off() -> End {
     end(exit::POWERED_OFF, "the guest powered off")
-}
-
-/// The kernel's interrupt controllers and timer at power-on.
-struct Chips {
-    irqchips: Vec<kvm_irqchip>,
-    pit: kvm_pit_state2,
-}
-
-impl Chips {
-    fn capture(vm: &Vm) -> Result<Self, Error> {
-        let irqchips = [
-            KVM_IRQCHIP_PIC_MASTER,
-            KVM_IRQCHIP_PIC_SLAVE,
-            KVM_IRQCHIP_IOAPIC,
-        ]
-        .into_iter()
-        .map(|chip_id| {
-            let mut chip = kvm_irqchip {
-                chip_id,
-                ..Default::default()
-            };
-            vm.fd()
-                .get_irqchip(&mut chip)
-                .map_err(Error::kvm("KVM_GET_IRQCHIP"))?;
-            Ok(chip)
-        })
-        .collect::<Result<_, Error>>()?;
-        let pit = vm.fd().get_pit2().map_err(Error::kvm("KVM_GET_PIT2"))?;
-        Ok(Chips { irqchips, pit })
-    }
-
-    fn restore(&self, vm: &Vm) -> Result<(), Error> {
-        for chip in &self.irqchips {
-            vm.fd()
-                .set_irqchip(chip)
-                .map_err(Error::kvm("KVM_SET_IRQCHIP"))?;
-        }
-        vm.fd()
-            .set_pit2(&self.pit)
-            .map_err(Error::kvm("KVM_SET_PIT2"))
-    }
 }

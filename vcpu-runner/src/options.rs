@@ -7,8 +7,8 @@ use outrigger_cli::{LogFormat, socket};
 use outrigger_sandbox::Mode;
 
 use crate::boot::flat::{EntrySpec, LoadSpec};
-use crate::frontend::DeviceSpec;
 use crate::frontend::spec::Endpoint;
+use crate::frontend::{DeviceSpec, OnLoss};
 use crate::pci::bus::MAX_DEVICES;
 use crate::trap::parse_endpoint;
 use crate::vm::memory::MemorySpec;
@@ -95,6 +95,13 @@ pub struct Options {
     /// Where to report events: an inherited descriptor or a file
     #[arg(long, value_name = "FD|PATH")]
     pub events: Option<String>,
+
+    /// What becomes of a device whose process is lost: it waits for another, for
+    /// ever; or, if none comes in time, the guest is told that the device needs a
+    /// reset, or the machine ends with code 5 [default: wait; stop for a device
+    /// given by fd=]
+    #[arg(long, value_name = "wait|error[:SECONDS]|stop[:SECONDS]")]
+    pub on_loss: Option<OnLoss>,
 
     /// What a guest's reset does
     #[arg(long, value_enum, default_value_t = OnReset::Reset)]

@@ -63,6 +63,11 @@ const OWN: &[Rule] = &[
         &[Check::OneOf(0, &[libc::AF_UNIX as u32])],
     ),
     Rule::any(libc::SYS_connect),
+    // Its back-end channel.
+    Rule::when(
+        libc::SYS_socketpair,
+        &[Check::OneOf(0, &[libc::AF_UNIX as u32])],
+    ),
     // Eventfds that must not block.
     Rule::any(libc::SYS_preadv2),
     // Control clients.

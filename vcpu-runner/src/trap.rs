@@ -40,8 +40,8 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// What the platform tells the machine.
 #[derive(Clone, Debug)]
 pub enum Notice {
-    /// Connected, for the first time or again.
-    Connected,
+    /// Connected for the first time, or again after so long.
+    Connected(Option<Duration>),
     /// The connection is gone; `true`: for good.
     Lost(String, bool),
     /// The guest switched its power off.
@@ -308,9 +308,12 @@ impl TrapChannel {
             .name("platform".into())
             .spawn(move || {
                 let mut connected = Some(stream);
+                let mut lost_at: Option<Instant> = None;
                 loop {
                     if let Some(stream) = connected.take() {
+                        notices(Notice::Connected(lost_at.map(|at| at.elapsed())));
                         let why = this.serve(stream, &notices);
+                        lost_at = Some(Instant::now());
                         let for_good = matches!(endpoint, Endpoint::Fd(_));
                         if for_good {
                             this.give_up();
@@ -385,7 +388,6 @@ impl TrapChannel {
 
     /// Takes messages until the connection ends; returns why it did.
     fn serve(&self, stream: UnixStream, notices: &impl Fn(Notice)) -> String {
-        notices(Notice::Connected);
         let why = loop {
             match channel::receive::<FromPlatform>(&stream) {
                 Ok((FromPlatform::PowerOff, _)) => notices(Notice::PowerOff),

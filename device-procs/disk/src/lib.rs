@@ -104,10 +104,17 @@ pub fn main() -> ExitCode {
     })
 }
 
+/// What an inherited file was opened as, as far as the kernel knows (proc_pid_fd(5)): a
+/// number says nothing to those who gave a path to somebody else.
+fn named(fd: RawFd) -> String {
+    let path = std::fs::read_link(format!("/proc/self/fd/{fd}"));
+    path.map_or_else(|_| String::new(), |path| format!(" ({})", path.display()))
+}
+
 fn build(options: &Options) -> anyhow::Result<Program> {
     let path = options.blk_file.clone().unwrap_or_default();
     let name = match options.blk_fd {
-        Some(fd) => format!("--blk-fd {fd}"),
+        Some(fd) => format!("--blk-fd {fd}{}", named(fd)),
         None => format!("--blk-file {}", path.display()),
     };
     let open = || {

@@ -2,6 +2,7 @@
 
 mod console;
 mod disk;
+mod disk_chaos;
 mod disk_speed;
 mod main;
 mod net;
@@ -90,6 +91,7 @@ fn job(guest: &Guest) -> Result<(), String> {
         "ram" => ram::run(guest),
         "disk-io" => disk_speed::polling(guest),
         "disk-irq" => disk_speed::interrupts(guest),
+        "disk-chaos" => disk_chaos::run(guest),
         "echo" => console::echo(guest),
         "serial" => serial::lines(guest),
         "serial-irq" => serial::echo(guest),

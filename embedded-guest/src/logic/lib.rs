@@ -5,8 +5,11 @@
 extern crate alloc;
 
 pub mod acpi;
+pub mod block;
 pub mod clock;
+pub mod ledger;
 pub mod options;
 pub mod packet;
 pub mod pattern;
 pub mod times;
+pub mod used;

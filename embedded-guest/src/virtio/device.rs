@@ -38,6 +38,8 @@ pub mod common {
     pub const DRIVER_FEATURE: u64 = 0x0c;
     /// MSI-X table entry for configuration changes.
     pub const CONFIG_MSIX_VECTOR: u64 = 0x10;
+    /// How many queues the device has.
+    pub const NUM_QUEUES: u64 = 0x12;
     /// Device status, one byte.
     pub const DEVICE_STATUS: u64 = 0x14;
     /// Changes with the configuration, one byte.
@@ -59,6 +61,9 @@ pub mod common {
     /// Address of the used ring, 64 bits.
     pub const QUEUE_DEVICE: u64 = 0x30;
 }
+
+/// No driver uses more queues of a device.
+pub const MOST_QUEUES: usize = 4;
 
 /// A stretch of a BAR.
 #[derive(Clone, Copy, Debug, Default)]
@@ -122,7 +127,7 @@ fn kind(function: Function) -> Option<u16> {
     }
 }
 
-/// What a device type is called in messages, and how many queues the guest uses.
+/// What a device type is called in messages, and how many queues the guest uses at least.
 pub fn role(kind: u16) -> Option<(&'static str, usize)> {
     match kind {
         BLOCK => Some(("disk", 1)),
@@ -174,8 +179,15 @@ impl Device {
         }
         function.enable(true);
         let msix = msix.ok_or_else(|| format!("{}: has no MSI-X", device.name))?;
-        device.set_up_msix(msix, 1 + queues)?;
+        let offered: u16 = device.common.read(common::NUM_QUEUES);
+        let most = usize::from(offered).clamp(queues, MOST_QUEUES);
+        device.set_up_msix(msix, 1 + queues, 1 + most)?;
         Ok(device)
+    }
+
+    /// How many queues have a vector.
+    pub fn queues(&self) -> usize {
+        self.vectors.len() - 1
     }
 
     /// The area that the virtio capability at `offset` describes, mapped.
@@ -193,7 +205,7 @@ impl Device {
             .map_err(|error| format!("{}: BAR {index}: {error}", self.name))
     }
 
-    fn set_up_msix(&mut self, capability: u16, needed: usize) -> Result<(), String> {
+    fn set_up_msix(&mut self, capability: u16, needed: usize, wanted: usize) -> Result<(), String> {
         let function = self.function;
         let control = function.read16(capability + 2);
         let entries = usize::from(control & 0x7ff) + 1;
@@ -210,7 +222,7 @@ impl Device {
         };
         pages::map(table.start..table.start + table.length, Kind::Device);
         function.write16(capability + 2, control | MSIX_ENABLE | MSIX_FUNCTION_MASK);
-        for index in 0..needed {
+        for index in 0..wanted.min(entries) {
             let what = match index {
                 0 => String::from("configuration"),
                 _ => format!("queue {}", index - 1),

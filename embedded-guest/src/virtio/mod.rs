@@ -6,6 +6,7 @@ pub mod disk;
 pub mod hal;
 pub mod net;
 pub mod queue;
+pub mod split;
 pub mod transport;
 
 /// Device types (virtio 1.3, chapter 5).

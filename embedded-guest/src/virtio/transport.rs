@@ -1,6 +1,6 @@
 //! From reset to DRIVER_OK, and the register side of queues for virtio-drivers.
 
-use super::device::{Device, common};
+use super::device::{Device, MOST_QUEUES, common};
 use crate::{fail, seconds};
 use alloc::format;
 use alloc::string::String;
@@ -44,8 +44,8 @@ pub struct Transport {
     device: Device,
     completion: Completion,
     features: u64,
-    /// Addresses of the doorbells of queues 0 and 1.
-    doorbells: [u64; 2],
+    /// Addresses of the queues' doorbells.
+    doorbells: [u64; MOST_QUEUES],
 }
 
 impl Transport {
@@ -60,7 +60,7 @@ impl Transport {
             device,
             completion,
             features: 0,
-            doorbells: [0; 2],
+            doorbells: [0; MOST_QUEUES],
         };
         transport.add_status(ACKNOWLEDGE);
         transport.add_status(DRIVER);

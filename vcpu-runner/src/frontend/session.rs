@@ -1,5 +1,6 @@
 //! One connection to a device's process.
 
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use outrigger_protocol::memory::USER_ADDRESS_OFFSET;
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{
     Error as VhostUserError, Frontend, FrontendReqHandler, HandlerResult, VhostUserFrontend,
     VhostUserFrontendReqHandler, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
@@ -22,6 +23,7 @@ use virtio_bindings::virtio_config::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config_space;
+use super::inflight::Inflight;
 use super::spec::DeviceSpec;
 use super::watchdog::Watchdog;
 use crate::Error;
@@ -82,9 +84,12 @@ pub struct Session {
     offered: u64,
     /// Length of its configuration space; the most it can be until it is known.
     config_length: usize,
+    queues: usize,
     queue_size: u16,
     changes: Arc<ConfigChanges>,
     channel: Option<Channel>,
+    /// It missed a deadline: the watchdog has ended our reading.
+    late: bool,
 }
 
 /// The back-end channel, and a handle to cut it off by.
@@ -94,19 +99,19 @@ struct Channel {
 }
 
 impl Session {
-    /// Shakes hands over `socket`; returns the session and what the device is.
+    /// A connection on which nothing was said yet.
     ///
     /// # Errors
-    /// Names the step that failed, or what the process is not.
-    pub fn connect(
+    /// When there are no descriptors left.
+    pub fn new(
         spec: &DeviceSpec,
         socket: UnixStream,
         watchdog: &Arc<Watchdog>,
-    ) -> Result<(Self, DeviceInfo), Error> {
+    ) -> Result<Self, Error> {
         let stream = socket
             .try_clone()
             .map_err(Error::io("duplicating a socket"))?;
-        let mut session = Session {
+        Ok(Session {
             id: spec.id.clone(),
             frontend: Frontend::from_stream(stream, MAX_QUEUES as u64),
             socket,
@@ -114,29 +119,36 @@ impl Session {
             protocol: VhostUserProtocolFeatures::empty(),
             offered: 0,
             config_length: CONFIG_LENGTH,
+            queues: 0,
             queue_size: spec.queue_size,
             changes: Arc::default(),
             channel: None,
-        };
-        session.call("SET_OWNER", |f| f.set_owner())?;
-        session.offered = session.call("GET_FEATURES", |f| f.get_features())?;
-        if session.offered & (1 << VIRTIO_F_VERSION_1) == 0 {
-            return Err(session.error("GET_FEATURES", "not a virtio 1.0 device"));
+            late: false,
+        })
+    }
+
+    /// Shakes hands; returns what the device is.
+    ///
+    /// # Errors
+    /// Names the step that failed, or what the process is not.
+    pub fn shake_hands(&mut self, spec: &DeviceSpec) -> Result<DeviceInfo, Error> {
+        self.call("SET_OWNER", |f| f.set_owner())?;
+        self.offered = self.call("GET_FEATURES", |f| f.get_features())?;
+        if self.offered & (1 << VIRTIO_F_VERSION_1) == 0 {
+            return Err(self.error("GET_FEATURES", "not a virtio 1.0 device"));
         }
-        if session.offered & PROTOCOL_FEATURES != 0 {
-            session.negotiate_protocol()?;
+        if self.offered & PROTOCOL_FEATURES != 0 {
+            self.negotiate_protocol()?;
         }
-        let queues = session.count_queues(spec)?;
-        let config = session.read_config()?;
-        let info = DeviceInfo {
+        self.queues = self.count_queues(spec)?;
+        Ok(DeviceInfo {
             id: spec.id.clone(),
             virtio_id: spec.virtio_id,
-            features: (session.offered & !WITHHELD) | 1 << VIRTIO_F_RING_RESET,
-            queues,
+            features: (self.offered & !WITHHELD) | 1 << VIRTIO_F_RING_RESET,
+            queues: self.queues,
             queue_size: spec.queue_size,
-            config,
-        };
-        Ok((session, info))
+            config: self.read_config()?,
+        })
     }
 
     fn error(&self, operation: &str, why: impl ToString) -> Error {
@@ -155,9 +167,23 @@ impl Session {
         let guard = self.watchdog.guard(&self.socket, DEADLINE)?;
         let result = f(self);
         if guard.finish() && result.is_err() {
+            self.late = true;
             return Err(self.error(operation, format!("no complete answer in {DEADLINE:?}")));
         }
         Ok(result)
+    }
+
+    /// Gives the process up and tells it so. What this returns hangs up (poll(2))
+    /// when the process has closed its end, and that is when it can do no more harm:
+    /// one that is only stopped would wake up and write to guest memory.
+    pub fn abandon(self) -> UnixStream {
+        // A process that owes an answer finds that nobody reads it; another one finds
+        // that there is nothing more to read. Not both: then our own end would count
+        // as hung up. An error means that it is gone.
+        if !self.late {
+            let _ = self.socket.shutdown(Shutdown::Write);
+        }
+        self.socket
     }
 
     /// Sends a message.
@@ -183,7 +209,8 @@ impl Session {
         let wanted = VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::BACKEND_REQ;
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
         self.protocol = offered & wanted;
         let protocol = self.protocol;
         self.call("SET_PROTOCOL_FEATURES", |f| {
@@ -261,19 +288,65 @@ impl Session {
         self.call("SET_CONFIG", |f| f.set_config(offset as u32, flags, data))
     }
 
-    /// Tells the process what the driver accepted and where guest memory is.
+    /// Whether the process tracks what it has in work.
+    pub fn is_tracked(&self) -> bool {
+        self.protocol
+            .contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    }
+
+    /// Tells the process what the driver accepted, what its predecessor had in work
+    /// and where guest memory is. Returns the table that the process tracks its own
+    /// work in: `inflight` if there is one, else a fresh one; `None` if it tracks
+    /// nothing.
     ///
     /// # Errors
     /// When the process refuses it.
     pub fn prepare(
         &mut self,
         features: u64,
+        inflight: Option<Inflight>,
         memory: &[VhostUserMemoryRegionInfo],
-    ) -> Result<(), Error> {
+    ) -> Result<Option<Inflight>, Error> {
         let features = (features & self.offered) | (self.offered & PROTOCOL_FEATURES);
         self.call("SET_FEATURES", |f| f.set_features(features))?;
-        self.call("SET_MEM_TABLE", |f| f.set_mem_table(memory))
-            .map(|_| ())
+        let inflight = match inflight {
+            _ if !self.is_tracked() => None,
+            Some(kept) => Some(kept),
+            None => Some(self.fresh_inflight()?),
+        };
+        if let Some(inflight) = &inflight {
+            self.set_inflight(inflight)?;
+        }
+        self.call("SET_MEM_TABLE", |f| f.set_mem_table(memory))?;
+        Ok(inflight)
+    }
+
+    fn fresh_inflight(&mut self) -> Result<Inflight, Error> {
+        let wanted = VhostUserInflight {
+            num_queues: self.queues as u16,
+            queue_size: self.queue_size,
+            ..Default::default()
+        };
+        let (shape, file) = self.call("GET_INFLIGHT_FD", |f| f.get_inflight_fd(&wanted))?;
+        Ok(Inflight {
+            shape: VhostUserInflight {
+                num_queues: wanted.num_queues,
+                queue_size: wanted.queue_size,
+                ..shape
+            },
+            file,
+        })
+    }
+
+    /// Gives the process the table of one that was lost.
+    ///
+    /// # Errors
+    /// When the process refuses it.
+    pub fn set_inflight(&mut self, inflight: &Inflight) -> Result<(), Error> {
+        let fd = inflight.file.as_raw_fd();
+        self.call("SET_INFLIGHT_FD", |f| {
+            f.set_inflight_fd(&inflight.shape, fd)
+        })
     }
 
     /// Starts one queue.

@@ -40,7 +40,16 @@ const MAX_QUEUE_SIZE: u16 = 1 << 15;
 /// without multi-queue support has.
 const TYPES: [(&str, u16, usize); 3] = [("net", 1, 2), ("block", 2, 1), ("console", 3, 2)];
 
+/// Of these types each request is completed sooner or later, without anything else
+/// happening first (a frame that comes, a key that is pressed).
+const COMPLETE_ALL: [u16; 1] = [2];
+
 impl DeviceSpec {
+    /// Whether a process that takes no more requests comes to an end of those it has.
+    pub fn completes_all(&self) -> bool {
+        COMPLETE_ALL.contains(&self.virtio_id)
+    }
+
     /// How many queues a process has that cannot tell.
     pub fn default_queues(&self) -> usize {
         TYPES

@@ -1,6 +1,6 @@
 //! Deadlines for vhost-user messages. Crate vhost's front end waits for ever for
-//! an answer, so whoever is late has its socket shut down, and the wait ends
-//! with an error.
+//! an answer, so whoever is late has its socket shut down for reading, and the
+//! wait ends with an error.
 
 use std::collections::BTreeMap;
 use std::net::Shutdown;
@@ -53,7 +53,7 @@ impl Watchdog {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Shuts `socket` down if the guard still lives after `limit`.
+    /// Shuts `socket` down for reading if the guard still lives after `limit`.
     ///
     /// # Errors
     /// When the socket cannot be duplicated.
@@ -81,8 +81,9 @@ impl Watchdog {
             let now = Instant::now();
             state.watched.retain(|_, (deadline, socket)| {
                 if *deadline <= now {
-                    // An error means that it is gone already.
-                    let _ = socket.shutdown(Shutdown::Both);
+                    // Only what waits for an answer: see `Session::abandon`. An error
+                    // means that it is gone already.
+                    let _ = socket.shutdown(Shutdown::Read);
                 }
                 *deadline > now
             });

@@ -1,5 +1,6 @@
 //! The virtual machine as KVM has it.
 
+pub mod chips;
 pub mod host;
 pub mod irq;
 pub mod memory;

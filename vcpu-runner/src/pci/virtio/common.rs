@@ -60,6 +60,8 @@ struct Queue {
 /// The registers.
 pub struct Common {
     offered: u64,
+    /// What is offered after the next reset.
+    next_offer: u64,
     max_queue_size: u16,
     vectors: u16,
     device_feature_select: u32,
@@ -88,6 +90,7 @@ impl Common {
         };
         Common {
             offered,
+            next_offer: offered,
             max_queue_size,
             vectors,
             device_feature_select: 0,
@@ -108,12 +111,26 @@ impl Common {
         *self = Common {
             generation: self.generation,
             ..Common::new(
-                self.offered,
+                self.next_offer,
                 self.queues.len(),
                 self.max_queue_size,
                 self.vectors,
             )
         };
+    }
+
+    /// Offers these feature bits to the next driver. The present one keeps what it
+    /// has accepted.
+    pub fn offer(&mut self, features: u64) {
+        self.next_offer = features;
+        if self.status == 0 {
+            self.offered = features;
+        }
+    }
+
+    /// The feature bits that the driver accepted, if it has come so far.
+    pub fn accepted(&self) -> Option<u64> {
+        (self.status & status::FEATURES_OK != 0).then_some(self.driver_features)
     }
 
     /// Device status.

@@ -185,6 +185,16 @@ impl VirtioPci {
         self.lock().common.is_live()
     }
 
+    /// The feature bits that the driver accepted, if it has come so far.
+    pub fn accepted(&self) -> Option<u64> {
+        self.lock().common.accepted()
+    }
+
+    /// Offers these feature bits from the next reset on.
+    pub fn offer(&self, features: u64) {
+        self.lock().common.offer(features);
+    }
+
     /// All queues are stopped: the reset is complete.
     pub fn stopped(&self) {
         let state = &mut *self.lock();

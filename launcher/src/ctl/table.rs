@@ -1,0 +1,169 @@
+//! Status and events for people.
+
+use std::fmt::Write;
+
+use anyhow::Context;
+use outrigger_protocol::control::{Reply, SlotState, Status};
+use serde_json::Value;
+
+/// The status that `reply` brings.
+///
+/// # Errors
+/// When it brings none.
+pub fn status(reply: &Reply, json: bool) -> anyhow::Result<String> {
+    let status = reply.status.as_ref().context("an answer without status")?;
+    Ok(if json {
+        serde_json::to_string(status)? + "\n"
+    } else {
+        table(status)
+    })
+}
+
+fn table(status: &Status) -> String {
+    let mut text = format!(
+        "{}, {} vCPU{}, {} MiB, {} reset{}\n",
+        word(&status.state),
+        status.vcpus,
+        plural(status.vcpus as u64),
+        status.memory >> 20,
+        status.resets,
+        plural(status.resets),
+    );
+    let mut row = |cells: [&str; 8]| {
+        let line = cells.map(|cell| format!("{cell:<11}")).concat();
+        text += line.trim_end();
+        text.push('\n');
+    };
+    row([
+        "DEVICE", "TYPE", "STATE", "DRIVER", "QUEUES", "TRACKED", "LOSSES", "SWAPS",
+    ]);
+    for device in &status.devices {
+        let yes = |it| if it { "yes" } else { "no" };
+        row([
+            &device.id,
+            &kind(device.virtio_id),
+            &word(&device.state),
+            yes(device.driver_ok),
+            &device.active_queues.to_string(),
+            yes(device.tracked),
+            &device.losses.to_string(),
+            &device.swaps.to_string(),
+        ]);
+    }
+    if let Some(platform) = status.platform {
+        row([
+            "platform",
+            "",
+            &word::<SlotState>(&platform),
+            "",
+            "",
+            "",
+            "",
+            "",
+        ]);
+    }
+    text
+}
+
+fn plural(count: u64) -> &'static str {
+    if count == 1 { "" } else { "s" }
+}
+
+/// The name that the protocol has for a state.
+fn word<T: serde::Serialize>(state: &T) -> String {
+    match serde_json::to_value(state) {
+        Ok(Value::String(word)) => word,
+        _ => "?".into(),
+    }
+}
+
+/// Virtio 1.2 section 5.
+fn kind(virtio_id: u16) -> String {
+    match virtio_id {
+        1 => "net".into(),
+        2 => "block".into(),
+        3 => "console".into(),
+        other => other.to_string(),
+    }
+}
+
+/// An event, which comes as JSON: its name, the device, and what else there is. Those
+/// of a newer runner are shown as well.
+pub fn event(json: &str) -> String {
+    let Ok(Value::Object(mut fields)) = serde_json::from_str(json) else {
+        return format!("{json}\n");
+    };
+    let plain = |value: Value| match value {
+        Value::String(text) => text.escape_debug().to_string(),
+        other => other.to_string(),
+    };
+    let mut text = String::new();
+    for first in ["event", "id"] {
+        if let Some(value) = fields.remove(first) {
+            let _ = write!(text, "{:<20}", plain(value));
+        }
+    }
+    let reason = fields.remove("reason");
+    for (name, value) in fields {
+        let _ = write!(text, " {name}={}", plain(value));
+    }
+    if let Some(reason) = reason {
+        let _ = write!(text, " {}", plain(reason));
+    }
+    text.trim_end().to_owned() + "\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use outrigger_protocol::control::{DeviceStatus, MachineState};
+
+    use super::*;
+
+    #[test]
+    fn a_status_is_a_table() {
+        let mut reply = Reply::ok();
+        assert!(status(&reply, false).is_err());
+        reply.status = Some(Status {
+            state: MachineState::Running,
+            vcpus: 1,
+            memory: 64 << 20,
+            resets: 0,
+            devices: vec![DeviceStatus {
+                id: "disk0".into(),
+                virtio_id: 2,
+                state: SlotState::Lost,
+                driver_ok: true,
+                active_queues: 4,
+                tracked: true,
+                losses: 3,
+                swaps: 1,
+            }],
+            platform: Some(SlotState::Running),
+        });
+        let text = status(&reply, false).unwrap();
+        let lines: Vec<Vec<&str>> = text
+            .lines()
+            .map(|l| l.split_whitespace().collect())
+            .collect();
+        assert_eq!(
+            text.lines().next(),
+            Some("running, 1 vCPU, 64 MiB, 0 resets")
+        );
+        assert_eq!(
+            lines[2],
+            ["disk0", "block", "lost", "yes", "4", "yes", "3", "1"]
+        );
+        assert_eq!(lines[3], ["platform", "running"]);
+        let json = status(&reply, true).unwrap();
+        let back: Status = serde_json::from_str(&json).unwrap();
+        assert_eq!(Some(back), reply.status);
+    }
+
+    #[test]
+    fn an_event_is_a_line() {
+        let line = event(r#"{"event":"device-lost","id":"disk0","tracked":true,"reason":"gone"}"#);
+        let words: Vec<&str> = line.split_whitespace().collect();
+        assert_eq!(words, ["device-lost", "disk0", "tracked=true", "gone"]);
+        assert_eq!(event(r#"{"event":"paused"}"#), "paused\n");
+    }
+}

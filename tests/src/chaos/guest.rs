@@ -1,0 +1,228 @@
+//! A machine whose guest does `disk-chaos`, and its image.
+
+use std::cell::RefCell;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use outrigger_protocol::control::{Event, SlotState};
+
+use super::victim::LIFETIME;
+use super::{Image, Random, Report};
+use crate::machine::{Machine, Running};
+
+/// Bytes of its image; the guest uses the first blocks and the last.
+pub const IMAGE: u64 = 16 << 20;
+/// Blocks that it writes.
+const BLOCKS: u64 = 512;
+/// How long the guest may take for anything.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What comes before the machine: an empty image of its own.
+pub struct Prepared {
+    directory: tempfile::TempDir,
+    /// The guest's seed.
+    seed: u64,
+}
+
+impl Prepared {
+    /// With a seed that `random` chooses.
+    pub fn new(random: &mut Random) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let prepared = Prepared {
+            directory,
+            seed: random.below(1 << 32),
+        };
+        let image = std::fs::File::create(prepared.image()).unwrap();
+        image.set_len(IMAGE).unwrap();
+        prepared
+    }
+
+    /// The image's path.
+    pub fn image(&self) -> PathBuf {
+        self.directory.path().join("image")
+    }
+
+    /// Boots a guest with these words on its command line and these options of the
+    /// runner, and waits until it is at work.
+    pub fn start(self, words: &str, options: &[String]) -> Chaos {
+        let seed = self.seed;
+        let cmdline = format!("job=disk-chaos count=0 blocks={BLOCKS} seed={seed} {words}");
+        let image = Image::open(&self.image(), BLOCKS, seed).unwrap();
+        let machine = Machine::embedded(&cmdline)
+            .lifetime(LIFETIME)
+            .args(["--memory", "64M", "--log-level", "warn"])
+            .args(options)
+            .start();
+        let chaos = Chaos {
+            image,
+            machine,
+            events: RefCell::default(),
+            _directory: self.directory,
+        };
+        chaos.wait("the guest is ready", |chaos| {
+            chaos.machine.serial().contains("disk-chaos: ready")
+        });
+        chaos
+    }
+}
+
+/// Events that were read so far.
+#[derive(Default)]
+struct Events {
+    read: u64,
+    seen: Vec<Event>,
+}
+
+/// The machine at work.
+pub struct Chaos {
+    /// Its image.
+    pub image: Image,
+    /// The machine.
+    pub machine: Running,
+    events: RefCell<Events>,
+    _directory: tempfile::TempDir,
+}
+
+impl Chaos {
+    /// Waits until `condition` holds; the machine has to run meanwhile.
+    ///
+    /// # Panics
+    /// When it does not come to that.
+    pub fn wait(&self, what: &str, mut condition: impl FnMut(&Self) -> bool) {
+        let start = Instant::now();
+        loop {
+            let running = self.machine.runner.is_running();
+            if condition(self) {
+                return;
+            }
+            assert!(
+                running && start.elapsed() < PATIENCE,
+                "still not: {what}\n{}",
+                self.situation()
+            );
+            std::thread::sleep(Duration::from_micros(500));
+        }
+    }
+
+    /// How many events of a kind there were so far.
+    pub fn count(&self, wanted: impl Fn(&Event) -> bool) -> usize {
+        self.read_events();
+        let events = self.events.borrow();
+        events.seen.iter().filter(|event| wanted(event)).count()
+    }
+
+    /// Sends a command to the runner's control socket; it must be carried out.
+    ///
+    /// # Panics
+    /// When it is not.
+    pub fn order(&self, command: &str) {
+        let reply = self.machine.control(command);
+        assert!(reply.ok, "{command}: {reply:?}\n{}", self.situation());
+    }
+
+    /// Puts the process behind `socket` in the disk's place; returns for how long
+    /// nobody worked on its rings.
+    ///
+    /// # Errors
+    /// Why the old one stays.
+    pub fn swap(&self, socket: &Path) -> Result<Duration, String> {
+        let line = format!(
+            r#"{{"command":"swap","id":"disk0","socket":"{}"}}"#,
+            socket.display()
+        );
+        let reply = self.machine.control_line(&line);
+        match (reply.ok, reply.outage_us, reply.error) {
+            (true, Some(outage), None) => Ok(Duration::from_micros(outage)),
+            (false, None, Some(error)) => Err(error),
+            other => panic!("{other:?}\n{}", self.situation()),
+        }
+    }
+
+    /// The state of the disk's slot.
+    pub fn state(&self) -> SlotState {
+        self.machine.control("status").status.unwrap().devices[0].state
+    }
+
+    /// How often the disk came back.
+    pub fn returns(&self) -> usize {
+        self.count(|event| matches!(event, Event::DeviceRunning { .. }))
+    }
+
+    /// All events of the machine so far.
+    pub fn events(&self) -> Vec<Event> {
+        self.read_events();
+        self.events.borrow().seen.clone()
+    }
+
+    fn read_events(&self) {
+        let mut events = self.events.borrow_mut();
+        let path = self.machine.directory().join("events");
+        let Ok(mut file) = std::fs::File::open(path) else {
+            return;
+        };
+        let mut text = String::new();
+        file.seek(SeekFrom::Start(events.read)).unwrap();
+        file.read_to_string(&mut text).unwrap();
+        // The last line may be in the making.
+        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        events.read += whole as u64;
+        for line in text[..whole].lines() {
+            events.seen.push(serde_json::from_str(line).unwrap());
+        }
+    }
+
+    /// Tells the guest to come to its end, waits for that, and checks the image.
+    ///
+    /// # Panics
+    /// When anything is not as it has to be.
+    pub fn finish(self) -> Report {
+        self.image.stop();
+        let start = Instant::now();
+        while self.machine.runner.is_running() && start.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert!(
+            !self.machine.runner.is_running(),
+            "the guest does not come to its end\n{}",
+            self.situation()
+        );
+        assert_eq!(self.machine.wait(), 0, "{}", self.situation());
+        assert!(self.machine.serial().contains("guest: pass"));
+        match self.image.check() {
+            Ok(report) => report,
+            Err(fault) => panic!("{fault}\n{}", self.situation()),
+        }
+    }
+
+    /// What there is to read when something is wrong.
+    pub fn situation(&self) -> String {
+        let events = self.events();
+        let last = &events[events.len().saturating_sub(12)..];
+        format!(
+            "serial: {}\nrunner: {}\nlast events: {last:#?}",
+            self.machine.serial(),
+            self.machine.runner.log()
+        )
+    }
+}
+
+impl Report {
+    /// One line for people.
+    pub fn summary(&self) -> String {
+        let ms = self.cycles as f64 / super::cycles_per_ms();
+        let done = self.writes + self.reads + self.flushes;
+        format!(
+            "{} queues x {}: {} writes, {} reads, {} flushes in {:.1} s ({:.0}/s), \
+             longest gap {:.1} ms",
+            self.queues,
+            self.depth,
+            self.writes,
+            self.reads,
+            self.flushes,
+            ms / 1e3,
+            done as f64 / ms * 1e3,
+            self.longest as f64 / super::cycles_per_ms()
+        )
+    }
+}

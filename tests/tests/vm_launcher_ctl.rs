@@ -1,0 +1,379 @@
+//! `outrigger ctl`: what it shows, and what it does to a machine that runs.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use outrigger_protocol::control::{Event, MachineState, SlotState};
+use outrigger_tests::launcher::{Launcher, programs};
+use outrigger_tests::machine::{embedded_guest, skip_kvm};
+use outrigger_tests::wait_until;
+use rustix::process::Signal;
+
+fn launch(cmdline: &str, more: &[&str]) -> Launcher {
+    launch_with(cmdline, more, Stdio::null())
+}
+
+fn launch_with(cmdline: &str, more: &[&str], stdin: Stdio) -> Launcher {
+    let directory = tempfile::tempdir().unwrap();
+    for name in ["disk.img", "other.img"] {
+        let image = File::create(directory.path().join(name)).unwrap();
+        image.set_len(64 << 20).unwrap();
+    }
+    let guest = embedded_guest().display().to_string();
+    let mut arguments = vec!["run", "--kernel", &guest, "--cmdline", cmdline];
+    arguments.extend(["--memory", "64M", "--disk", "path=disk.img,queues=4"]);
+    arguments.extend(["--serial", "file,path=serial", "--control", "control"]);
+    arguments.extend(more);
+    Launcher::start_with(directory, &arguments, stdin)
+}
+
+fn expect_end(launcher: &mut Launcher, code: i32) {
+    let got = launcher.wait();
+    assert_eq!(got, code, "{}", launcher.read("stderr"));
+    launcher.expect_nobody_left();
+    let mut left = std::fs::read_dir(launcher.directory()).unwrap();
+    let stale = left.any(|entry| {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        name == "control" || name.starts_with("outrigger.")
+    });
+    assert!(!stale);
+}
+
+/// What is refused is one line, and nothing has changed.
+fn expect_refused(launcher: &Launcher, arguments: &[&str], parts: &[&str]) {
+    let (code, said, error) = launcher.ctl(arguments);
+    assert_eq!((code, said.as_str()), (1, ""), "{arguments:?}: {error}");
+    assert_eq!(error.lines().count(), 1, "{error}");
+    for part in parts {
+        assert!(error.contains(part), "no {part:?} in: {error}");
+    }
+    wait_until("only one process is left", || {
+        let processes = launcher.processes();
+        processes.iter().filter(|it| it.1 == "device-disk").count() == 1
+    });
+    assert_eq!(launcher.state("disk0"), SlotState::Running);
+}
+
+#[test]
+fn a_machine_shows_what_it_does_and_does_what_it_is_told() {
+    if skip_kvm() {
+        return;
+    }
+    let mut launcher = launch("job=main need=block end=idle", &["--net", "isolated"]);
+    launcher.wait_file("serial", "guest: pass");
+    let table = launcher.do_ctl(&["status"]);
+    let lines: Vec<Vec<&str>> = table
+        .lines()
+        .map(|l| l.split_whitespace().collect())
+        .collect();
+    assert!(
+        table.starts_with("running, 1 vCPU, 64 MiB, 0 resets\n"),
+        "{table}"
+    );
+    assert_eq!(lines[2][..4], ["disk0", "block", "running", "yes"]);
+    assert_eq!(lines[3][..4], ["net0", "net", "running", "yes"]);
+    assert_eq!(lines[4], ["platform", "running"]);
+    launcher.do_ctl(&["pause"]);
+    assert_eq!(launcher.status().state, MachineState::Paused);
+    launcher.do_ctl(&["resume"]);
+    launcher.do_ctl(&["reset"]);
+    wait_until("it was reset", || launcher.status().resets == 1);
+    launcher.do_ctl(&["stop"]);
+    expect_end(&mut launcher, 0);
+    let (code, _, error) = launcher.ctl(&["status"]);
+    assert_eq!(code, 1);
+    assert!(
+        error.starts_with("outrigger: control: No such file"),
+        "{error}"
+    );
+    assert_eq!(error.lines().count(), 1);
+}
+
+#[test]
+fn events_are_told_as_they_come_until_the_end() {
+    if skip_kvm() {
+        return;
+    }
+    let mut launcher = launch("job=main need=block end=idle", &[]);
+    launcher.wait_file("serial", "guest: pass");
+    let watch = |arguments: &[&str]| {
+        Command::new(programs().join("outrigger"))
+            .args(["ctl", "control"])
+            .args(arguments)
+            .current_dir(launcher.directory())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap()
+    };
+    let (json, text) = (watch(&["watch", "--json"]), watch(&["status", "--watch"]));
+    // They watch when they have been told something.
+    std::thread::sleep(Duration::from_millis(300));
+    let old = launcher.signal("device-disk", Signal::KILL);
+    launcher.wait_successor("device-disk", old);
+    wait_until("it runs", || {
+        let disk = &launcher.status().devices[0];
+        disk.losses == 1 && disk.state == SlotState::Running
+    });
+    launcher.do_ctl(&["restart", "disk0"]);
+    launcher.do_ctl(&["stop"]);
+    expect_end(&mut launcher, 0);
+    let (json, text) = (
+        json.wait_with_output().unwrap(),
+        text.wait_with_output().unwrap(),
+    );
+    assert!(json.status.success() && text.status.success());
+    let json = String::from_utf8(json.stdout).unwrap();
+    let events: Vec<Event> = json
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    let has = |wanted: fn(&Event) -> bool| assert!(events.iter().any(wanted), "{events:?}");
+    has(|it| matches!(it, Event::DeviceLost { tracked: true, .. }));
+    has(|it| matches!(it, Event::DeviceRunning { .. }));
+    has(|it| matches!(it, Event::DeviceSwapped { .. }));
+    has(|it| matches!(it, Event::Stopped { code: 0, .. }));
+    let text = String::from_utf8(text.stdout).unwrap();
+    assert!(text.starts_with("running, 1 vCPU"), "{text}");
+    assert!(
+        text.lines()
+            .any(|line| line.starts_with("device-swapped") && line.contains("disk0"))
+    );
+}
+
+#[test]
+fn a_device_is_restarted_under_load_and_so_is_the_platform() {
+    if skip_kvm() {
+        return;
+    }
+    let mut launcher = launch("job=disk-chaos seconds=3 count=0", &[]);
+    launcher.wait_file("serial", "disk-chaos: ready");
+    for (id, name) in [("disk0", "device-disk"), ("platform", "device-platform")].repeat(5) {
+        let old = launcher.pid_of(name);
+        launcher.do_ctl(&["restart", id]);
+        assert_ne!(launcher.wait_successor(name, old), old);
+    }
+    assert_eq!(launcher.status().devices[0].swaps, 5);
+    assert_eq!(launcher.status().devices[0].losses, 0);
+    // What comes after a restart is restarted like any other.
+    let old = launcher.signal("device-disk", Signal::KILL);
+    launcher.wait_successor("device-disk", old);
+    expect_end(&mut launcher, 0);
+    assert!(launcher.read("serial").contains("guest: pass"));
+}
+
+#[test]
+fn a_swap_that_does_not_suit_changes_nothing_and_one_that_does_stays() {
+    if skip_kvm() {
+        return;
+    }
+    let mut launcher = launch("job=main need=block end=idle", &[]);
+    launcher.wait_file("serial", "guest: pass");
+    let directory = launcher.directory().to_owned();
+    let small = File::create(directory.join("small.img")).unwrap();
+    small.set_len(1 << 20).unwrap();
+    for (with, parts) in [
+        (
+            "path=missing.img",
+            &["disk0: ", "missing.img: No such file"][..],
+        ),
+        ("path=small.img,queues=4", &["disk0", "capacity"]),
+        ("path=other.img", &["disk0", "queues"]),
+        ("path=other.img,queues=4,readonly=on", &["disk0"]),
+        ("path=other.img,queues=many", &["disk0", "queues=many"]),
+        ("pth=other.img", &["disk0", "`pth`", "`path`"]),
+        (
+            "path=other.img,serial=much-longer-than-twenty-bytes",
+            &["device-disk", "--serial"],
+        ),
+        ("socket=nobody", &["disk0", "nobody"]),
+    ] {
+        expect_refused(&launcher, &["swap", "disk0", with], parts);
+    }
+    expect_refused(
+        &launcher,
+        &["swap", "disk7", "path=other.img"],
+        &["disk7", "only disk0"],
+    );
+    expect_refused(
+        &launcher,
+        &["swap", "platform", "null"],
+        &["platform", "not swapped"],
+    );
+    assert_eq!(launcher.status().devices[0].swaps, 0);
+
+    // To another image, which then is the device's: also for whoever comes after a kill.
+    launcher.do_ctl(&["swap", "disk0", "path=other.img,queues=4"]);
+    let old = launcher.signal("device-disk", Signal::KILL);
+    let new = launcher.wait_successor("device-disk", old);
+    let files = format!("/proc/{}/fd", new.as_raw_nonzero());
+    let open: Vec<_> = std::fs::read_dir(files)
+        .unwrap()
+        .filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok())
+        .collect();
+    let holds = |name: &str| open.contains(&directory.join(name));
+    assert!(holds("other.img") && !holds("disk.img"), "{open:?}");
+    // The old one is free, so it may come back, with what it is served by now shared.
+    launcher.do_ctl(&["swap", "disk0", "path=disk.img,queues=4"]);
+    launcher.do_ctl(&["swap", "disk0", "path=disk.img,queues=8"]);
+    launcher.do_ctl(&["stop"]);
+    expect_end(&mut launcher, 0);
+}
+
+#[test]
+fn a_stopped_process_is_swapped_away() {
+    if skip_kvm() {
+        return;
+    }
+    let mut launcher = launch("job=disk-chaos seconds=3 count=0", &[]);
+    launcher.wait_file("serial", "disk-chaos: ready");
+    let old = launcher.signal("device-disk", Signal::STOP);
+    let start = Instant::now();
+    // The first attempt finds that it does not answer.
+    let _ = launcher.ctl(&["restart", "disk0"]);
+    launcher.wait_successor("device-disk", old);
+    wait_until("it runs", || launcher.state("disk0") == SlotState::Running);
+    assert!(start.elapsed() < Duration::from_secs(25));
+    expect_end(&mut launcher, 0);
+    assert!(launcher.read("serial").contains("guest: pass"));
+}
+
+/// To somebody else's process and back.
+#[test]
+fn a_disk_moves_to_qemu_storage_daemon_and_back() {
+    if skip_kvm() {
+        return;
+    }
+    let mut launcher = launch("job=disk-chaos seconds=4 count=0 lengths=any", &[]);
+    launcher.wait_file("serial", "disk-chaos: ready");
+    let socket = launcher.directory().join("qsd");
+    let image = launcher.directory().join("disk.img");
+    let blockdev = format!(
+        "driver=file,node-name=i,locking=off,filename={}",
+        image.display()
+    );
+    let export = format!(
+        "type=vhost-user-blk,id=d,node-name=i,writable=on,num-queues=4,addr.type=unix,addr.path={}",
+        socket.display()
+    );
+    let mut daemon = Command::new("qemu-storage-daemon")
+        .args(["--blockdev", &blockdev, "--export", &export])
+        .spawn()
+        .unwrap();
+    wait_until("it listens", || socket.exists());
+    launcher.do_ctl(&["swap", "disk0", "socket=qsd"]);
+    wait_until("device-disk is gone", || {
+        launcher.processes().iter().all(|it| it.1 != "device-disk")
+    });
+    let (code, _, error) = launcher.ctl(&["restart", "disk0"]);
+    assert_eq!(code, 1);
+    assert!(error.contains("not the launcher's"), "{error}");
+    std::thread::sleep(Duration::from_millis(300));
+    launcher.do_ctl(&["swap", "disk0", "path=disk.img,queues=4"]);
+    let _ = daemon.kill();
+    let _ = daemon.wait();
+    expect_end(&mut launcher, 0);
+    assert!(launcher.read("serial").contains("guest: pass"));
+    std::fs::remove_file(socket).unwrap_or_default();
+}
+
+/// Both ends of a new terminal.
+fn terminal() -> (File, File) {
+    let flags = rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY;
+    let terminal = rustix::pty::openpt(flags).unwrap();
+    rustix::pty::unlockpt(&terminal).unwrap();
+    let name = rustix::pty::ptsname(&terminal, Vec::new()).unwrap();
+    let mut options = File::options();
+    let slave = options.read(true).write(true).open(name.to_str().unwrap());
+    (terminal.into(), slave.unwrap())
+}
+
+/// The user's terminal is as it was whenever no console has it.
+#[test]
+fn a_console_leaves_the_terminal_and_the_terminal_is_as_it_was() {
+    if skip_kvm() {
+        return;
+    }
+    let (mut keyboard, slave) = terminal();
+    let canonical = || {
+        let mode = rustix::termios::tcgetattr(&slave).unwrap();
+        mode.local_modes
+            .contains(rustix::termios::LocalModes::ICANON)
+    };
+    assert!(canonical());
+    let stdin = slave.try_clone().unwrap().into();
+    let mut launcher = launch_with("job=echo", &["--console", "stdio"], stdin);
+    launcher.wait_file("stdout", "size ");
+    assert!(!canonical());
+    // A successor has it, too.
+    kill_and_type(&launcher, &mut keyboard, "first");
+    assert!(!canonical());
+    launcher.do_ctl(&["restart", "console0"]);
+    keyboard.write_all(b"second\r").unwrap();
+    launcher.wait_file("stdout", "second");
+    assert!(!canonical());
+
+    launcher.do_ctl(&["swap", "console0", "pty,path=link"]);
+    wait_until("the terminal is as it was", canonical);
+    let link = launcher.directory().join("link");
+    let mut options = File::options();
+    let mut pty = options.read(true).write(true).open(link).unwrap();
+    pty.write_all(b"quit\n").unwrap();
+    expect_end(&mut launcher, 0);
+    assert!(canonical());
+
+    // One that is killed with nobody to follow it.
+    let stdin = slave.try_clone().unwrap().into();
+    let more = ["--console", "stdio", "--restart", "never"];
+    let mut launcher = launch_with("job=echo", &more, stdin);
+    launcher.wait_file("stdout", "size ");
+    assert!(!canonical());
+    launcher.signal("device-console", Signal::KILL);
+    wait_until("the terminal is as it was", canonical);
+    launcher.do_ctl(&["stop"]);
+    expect_end(&mut launcher, 0);
+}
+
+fn kill_and_type(launcher: &Launcher, keyboard: &mut File, word: &str) {
+    let old = launcher.signal("device-console", Signal::KILL);
+    launcher.wait_successor("device-console", old);
+    wait_until("it runs", || {
+        let console = &launcher.status().devices[1];
+        console.losses == 1 && console.state == SlotState::Running
+    });
+    write!(keyboard, "{word}\r").unwrap();
+    launcher.wait_file("stdout", word);
+}
+
+#[test]
+fn clients_that_say_nothing_or_read_nothing_hold_nobody_up() {
+    if skip_kvm() {
+        return;
+    }
+    let mut launcher = launch("job=idle", &[]);
+    launcher.wait_file("serial", "idle");
+    let connect = || UnixStream::connect(launcher.directory().join("control")).unwrap();
+    let mut silent: Vec<UnixStream> = (0..30).map(|_| connect()).collect();
+    silent.last_mut().unwrap().write_all(b"{\"comm").unwrap();
+    // Asks on and on, and reads nothing.
+    let mut greedy = connect();
+    greedy
+        .set_write_timeout(Some(Duration::from_millis(200)))
+        .unwrap();
+    let question = b"{\"command\":\"status\"}\n".repeat(100_000);
+    let _ = greedy.write_all(&question);
+    for _ in 0..3 {
+        assert_eq!(launcher.status().state, MachineState::Running);
+    }
+    let mut long = connect();
+    long.set_write_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
+    let _ = long.write_all(&b"x".repeat(100_000));
+    let mut said = String::new();
+    let _ = long.read_to_string(&mut said);
+    assert!(said.contains("longer than 65536 bytes"), "{said}");
+    launcher.do_ctl(&["stop"]);
+    expect_end(&mut launcher, 0);
+}

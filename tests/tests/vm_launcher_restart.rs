@@ -1,0 +1,272 @@
+//! Device processes that are killed or stopped under the launcher: another comes, and
+//! the guest does not notice.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::time::{Duration, Instant};
+
+use outrigger_protocol::control::SlotState;
+use outrigger_tests::launcher::Launcher;
+use outrigger_tests::machine::{embedded_guest, skip_kvm};
+use outrigger_tests::wait_until;
+use rustix::process::{Signal, kill_process};
+
+const DEVICES: [&str; 4] = [
+    "device-disk",
+    "device-net",
+    "device-console",
+    "device-platform",
+];
+
+fn launch(cmdline: &str, more: &[&str]) -> Launcher {
+    let directory = tempfile::tempdir().unwrap();
+    let image = File::create(directory.path().join("disk.img")).unwrap();
+    image.set_len(64 << 20).unwrap();
+    let guest = embedded_guest().display().to_string();
+    let mut arguments = vec!["run", "--kernel", &guest, "--cmdline", cmdline];
+    arguments.extend(["--memory", "64M", "--disk", "path=disk.img,queues=4"]);
+    arguments.extend(["--net", "isolated", "--serial", "file,path=serial"]);
+    arguments.extend(["--control", "control"]);
+    if !more.contains(&"--console") {
+        arguments.extend(["--console", "file,path=console"]);
+    }
+    arguments.extend(more);
+    Launcher::start_in(directory, &arguments)
+}
+
+/// Its end, of which nothing is left but what the test made.
+fn expect_end(launcher: &mut Launcher, code: i32) {
+    let got = launcher.wait();
+    assert_eq!(got, code, "{}", launcher.read("stderr"));
+    launcher.expect_nobody_left();
+    let mut left: Vec<_> = std::fs::read_dir(launcher.directory())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    left.sort();
+    let known = ["console", "disk.img", "serial", "stderr", "stdout"];
+    assert!(
+        left.iter().all(|it| known.contains(&it.as_str())),
+        "{left:?}"
+    );
+}
+
+fn deaths(launcher: &Launcher, id: &str) -> usize {
+    let said = launcher.read("stderr");
+    let line = format!("outrigger: {id}: ");
+    said.lines().filter(|it| it.starts_with(&line)).count()
+}
+
+/// Kills `name`, waits for its successor, and does it again.
+fn kill(launcher: &Launcher, name: &str, times: usize, pause: Duration) {
+    for _ in 0..times {
+        std::thread::sleep(pause);
+        let old = launcher.signal(name, Signal::KILL);
+        launcher.wait_successor(name, old);
+    }
+}
+
+#[test]
+fn a_guest_whose_disk_is_killed_loses_nothing() {
+    if skip_kvm() {
+        return;
+    }
+    let mut launcher = launch("job=disk-chaos seconds=4 count=0", &[]);
+    launcher.wait_file("serial", "disk-chaos: ready");
+    kill(&launcher, "device-disk", 5, Duration::from_millis(150));
+    assert!(launcher.status().devices[0].losses >= 1);
+    expect_end(&mut launcher, 0);
+    assert!(launcher.read("serial").contains("guest: pass"));
+    assert_eq!(deaths(&launcher, "disk0"), 5, "{}", launcher.read("stderr"));
+}
+
+#[test]
+fn a_guest_whose_platform_is_killed_prints_each_line_once() {
+    if skip_kvm() {
+        return;
+    }
+    let mut launcher = launch("job=serial lines=3000", &[]);
+    launcher.wait_file("serial", "line 000010");
+    kill(&launcher, "device-platform", 5, Duration::from_millis(30));
+    expect_end(&mut launcher, 0);
+    let serial = launcher.read("serial");
+    let lines = serial.lines().filter(|line| line.starts_with("line "));
+    let numbers: Vec<usize> = lines
+        .map(|line| line[5..].trim().parse().unwrap())
+        .collect();
+    assert_eq!(numbers, (1..=3000).collect::<Vec<_>>());
+    assert_eq!(deaths(&launcher, "platform"), 5);
+}
+
+/// The pseudo-terminal is the launcher's, so whoever has it open keeps it.
+#[test]
+fn a_console_that_is_killed_keeps_its_terminal() {
+    if skip_kvm() {
+        return;
+    }
+    let mut launcher = launch("job=echo", &["--console", "pty,path=link"]);
+    let link = launcher.directory().join("link");
+    let mut options = File::options();
+    wait_until("the terminal is there", || link.exists());
+    let mut terminal = options.read(true).write(true).open(&link).unwrap();
+    let mut seen = String::new();
+    for round in 0..6 {
+        let word = format!("round{round}");
+        writeln!(terminal, "{word}").unwrap();
+        let mut buffer = [0; 256];
+        // The guest's echo; the terminal itself has none.
+        while !seen.contains(&word) {
+            let count = terminal.read(&mut buffer).unwrap();
+            seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
+        }
+        kill(&launcher, "device-console", 1, Duration::ZERO);
+    }
+    for round in 0..6 {
+        assert_eq!(seen.matches(&format!("round{round}")).count(), 1, "{seen}");
+    }
+    writeln!(terminal, "quit").unwrap();
+    expect_end(&mut launcher, 0);
+    assert!(std::fs::symlink_metadata(link).is_err());
+}
+
+#[test]
+fn any_device_may_be_killed_at_any_moment() {
+    if skip_kvm() {
+        return;
+    }
+    for (round, name) in DEVICES.into_iter().cycle().take(12).enumerate() {
+        let mut launcher = launch("job=main need=block,console end=idle", &[]);
+        // From before the runner is there to when the guest is done.
+        std::thread::sleep(Duration::from_millis(15 * round as u64));
+        let ready = || launcher.read("stderr").contains("runner ");
+        wait_until("all have started", ready);
+        let old = launcher.signal(name, Signal::KILL);
+        launcher.wait_successor(name, old);
+        if name != "device-net" {
+            // (A frame may be lost, and this guest sends none twice.)
+            launcher.wait_file("serial", "guest: pass");
+        }
+        launcher.do_ctl(&["stop"]);
+        expect_end(&mut launcher, 0);
+    }
+}
+
+#[test]
+fn who_dies_again_and_again_is_given_up_and_can_be_had_back() {
+    if skip_kvm() {
+        return;
+    }
+    let mut launcher = launch("job=idle", &[]);
+    launcher.wait_file("serial", "idle");
+    // The first comes at once, the others later and later.
+    kill(&launcher, "device-disk", 4, Duration::ZERO);
+    let said = launcher.read("stderr");
+    assert!(
+        said.contains("disk0: device-disk died: signal 9; started again as"),
+        "{said}"
+    );
+    for wait in [100, 200, 400] {
+        let text = format!("to be started again in {wait} ms");
+        assert!(said.contains(&text), "{said}");
+    }
+    // By hand it comes at once, and all is forgotten.
+    launcher.do_ctl(&["restart", "disk0"]);
+    kill(&launcher, "device-disk", 1, Duration::ZERO);
+    wait_until("it runs", || launcher.state("disk0") == SlotState::Running);
+    let said = launcher.read("stderr");
+    assert_eq!(said.matches("started again as").count(), 2, "{said}");
+    launcher.do_ctl(&["stop"]);
+    expect_end(&mut launcher, 0);
+}
+
+#[test]
+fn never_means_never_and_the_loss_is_the_runners_to_judge() {
+    if skip_kvm() {
+        return;
+    }
+    let mut waits = launch("job=idle", &["--restart", "never"]);
+    waits.wait_file("serial", "idle");
+    waits.signal("device-disk", Signal::KILL);
+    wait_until("it is lost", || waits.state("disk0") == SlotState::Lost);
+    assert!(waits.read("stderr").contains("not started again"));
+    waits.do_ctl(&["restart", "disk0"]);
+    assert_eq!(waits.state("disk0"), SlotState::Running);
+    waits.do_ctl(&["stop"]);
+    expect_end(&mut waits, 0);
+
+    let more = ["--restart", "never", "--on-loss", "stop:1"];
+    let mut stops = launch("job=idle", &more);
+    stops.wait_file("serial", "idle");
+    stops.signal("device-net", Signal::KILL);
+    expect_end(&mut stops, 5);
+}
+
+/// An end in order is no failure.
+#[test]
+fn on_failure_and_always_differ_by_a_good_end() {
+    if skip_kvm() {
+        return;
+    }
+    for (policy, comes) in [("on-failure", false), ("always", true)] {
+        let mut launcher = launch("job=idle", &["--restart", policy]);
+        launcher.wait_file("serial", "idle");
+        let old = launcher.signal("device-disk", Signal::TERM);
+        if comes {
+            launcher.wait_successor("device-disk", old);
+        } else {
+            launcher.wait_file(
+                "stderr",
+                "disk0: device-disk died: exit code 0; not started",
+            );
+        }
+        launcher.do_ctl(&["stop"]);
+        expect_end(&mut launcher, 0);
+    }
+}
+
+/// Whatever process is stopped, what is asked of the machine is done in time; the runner
+/// gives the process up, the launcher kills it, and the next one serves.
+#[test]
+fn a_stopped_process_keeps_nobody_waiting() {
+    if skip_kvm() {
+        return;
+    }
+    for name in DEVICES {
+        let mut launcher = launch("job=main need=block end=idle", &[]);
+        launcher.wait_file("serial", "guest: pass");
+        let old = launcher.signal(name, Signal::STOP);
+        for command in ["pause", "resume", "reset"] {
+            let start = Instant::now();
+            launcher.do_ctl(&[command]);
+            assert!(
+                start.elapsed() < Duration::from_secs(20),
+                "{name}: {command}"
+            );
+        }
+        if name != "device-platform" {
+            launcher.wait_successor(name, old);
+        }
+        launcher.do_ctl(&["stop"]);
+        expect_end(&mut launcher, 0);
+
+        let mut launcher = launch("job=main need=block end=idle", &[]);
+        launcher.wait_file("serial", "guest: pass");
+        launcher.signal(name, Signal::STOP);
+        let start = Instant::now();
+        launcher.do_ctl(&["stop"]);
+        expect_end(&mut launcher, 0);
+        assert!(start.elapsed() < Duration::from_secs(20), "{name}: stop");
+    }
+}
+
+/// A launcher that is killed takes all with it; only its directory stays.
+#[test]
+fn a_machine_whose_runner_dies_is_over() {
+    if skip_kvm() {
+        return;
+    }
+    let mut launcher = launch("job=idle", &[]);
+    launcher.wait_file("serial", "idle");
+    kill_process(launcher.pid_of("vcpu-runner"), Signal::KILL).unwrap();
+    expect_end(&mut launcher, 1);
+}

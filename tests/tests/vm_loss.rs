@@ -1,0 +1,320 @@
+//! Device processes that die, stand still or are swapped, as the runner deals with
+//! it; under load, with kills at every point, is `vm_chaos`.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use outrigger_protocol::control::{Event, SlotState};
+use outrigger_tests::machine::{Machine, Running, skip_kvm};
+use outrigger_tests::process::{Launch, Process};
+use outrigger_tests::wait_until;
+use rustix::process::Signal;
+
+/// A device-disk for `image` that listens at `socket`; several may use the image.
+fn disk<'a>(image: &Path, socket: &Path, more: impl IntoIterator<Item = &'a str>) -> Process {
+    Launch::new("device-disk")
+        .args(["--lock", "off", "--blk-file"])
+        .args([image])
+        .args(more)
+        .listening_at(socket)
+}
+
+/// A machine that reads from its disk for a while.
+fn reading(count: u32, more: &[&str]) -> Running {
+    let machine = Machine::embedded(&format!("job=disk-irq count={count} qdepth=4"))
+        .args(["--memory", "64M"])
+        .args(more.iter().copied());
+    let image = machine.disk_path();
+    std::fs::File::create(&image)
+        .unwrap()
+        .set_len(64 << 20)
+        .unwrap();
+    let socket = machine.directory().join("disk.sock");
+    let process = disk(&image, &socket, []);
+    let machine = machine.served("disk0", "block", process, &socket).start();
+    machine.wait_event("driver-ok", |e| matches!(e, Event::DriverOk { .. }));
+    machine
+}
+
+fn socket(machine: &Running) -> PathBuf {
+    machine.directory().join("disk.sock")
+}
+
+fn image(machine: &Running) -> PathBuf {
+    machine.directory().join("disk.img")
+}
+
+fn state(machine: &Running) -> SlotState {
+    machine.control("status").status.unwrap().devices[0].state
+}
+
+fn is_lost(machine: &Running) {
+    wait_until("the device is lost", || state(machine) == SlotState::Lost);
+}
+
+fn is_running(machine: &Running) {
+    wait_until("the device runs", || state(machine) == SlotState::Running);
+}
+
+fn kill(machine: &mut Running, successor: impl FnOnce(&Path, &Path) -> Process) {
+    machine.process("disk0").signal(Signal::KILL);
+    machine.process("disk0").wait();
+    let next = successor(&image(machine), &socket(machine));
+    machine.replace("disk0", next);
+}
+
+fn swap(machine: &Running, socket: &Path) -> Result<Duration, String> {
+    let line = format!(
+        "{{\"command\":\"swap\",\"id\":\"disk0\",\"socket\":\"{}\"}}",
+        socket.display()
+    );
+    let reply = machine.control_line(&line);
+    match (reply.ok, reply.outage_us, reply.error) {
+        (true, Some(outage), None) => Ok(Duration::from_micros(outage)),
+        (false, None, Some(error)) => Err(error),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn passes(machine: &Running) {
+    machine.expect(0);
+    assert!(
+        machine.serial().contains("guest: pass"),
+        "{}",
+        machine.serial()
+    );
+}
+
+#[test]
+fn a_lost_disk_is_waited_for_and_comes_back() {
+    if skip_kvm() {
+        return;
+    }
+    let mut machine = reading(20_000, &[]);
+    machine.process("disk0").signal(Signal::KILL);
+    is_lost(&machine);
+    // Meanwhile the machine does as it is told.
+    assert!(machine.control("pause").ok && machine.control("resume").ok);
+    assert_eq!(state(&machine), SlotState::Lost);
+    let next = disk(&image(&machine), &socket(&machine), []);
+    machine.replace("disk0", next);
+    is_running(&machine);
+    for _ in 0..5 {
+        kill(&mut machine, |image, socket| disk(image, socket, []));
+        is_running(&machine);
+    }
+    passes(&machine);
+    let events = machine.events();
+    let count = |wanted: fn(&Event) -> bool| events.iter().filter(|e| wanted(e)).count();
+    assert_eq!(count(|e| matches!(e, Event::DeviceLost { .. })), 6);
+    assert_eq!(count(|e| matches!(e, Event::DeviceReconnecting { .. })), 6);
+    let back = |e: &Event| matches!(e, Event::DeviceRunning { outage_us, .. } if *outage_us > 0);
+    assert_eq!(count(back), 6, "{events:?}");
+}
+
+#[test]
+fn a_disk_lost_while_the_machine_is_paused_or_reset_comes_back() {
+    if skip_kvm() {
+        return;
+    }
+    let mut machine = reading(5_000, &[]);
+    assert!(machine.control("pause").ok);
+    kill(&mut machine, |image, socket| disk(image, socket, []));
+    wait_until("it is back, and stands still", || {
+        state(&machine) == SlotState::Paused
+    });
+    assert!(machine.control("resume").ok);
+    machine.process("disk0").signal(Signal::KILL);
+    is_lost(&machine);
+    // The guest boots again and finds a device that answers nothing yet.
+    assert!(machine.control("reset").ok);
+    let next = disk(&image(&machine), &socket(&machine), []);
+    machine.replace("disk0", next);
+    passes(&machine);
+}
+
+#[test]
+fn what_does_not_suit_is_refused_and_the_next_one_taken() {
+    if skip_kvm() {
+        return;
+    }
+    let mut machine = reading(5_000, &[]);
+    let small = machine.directory().join("small.img");
+    std::fs::File::create(&small)
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
+    kill(&mut machine, |_, socket| disk(&small, socket, []));
+    machine.wait_event(
+        "refused",
+        |e| matches!(e, Event::DeviceRefused { reason, .. } if reason.contains("capacity")),
+    );
+    assert_eq!(state(&machine), SlotState::Lost);
+    kill(&mut machine, |image, socket| disk(image, socket, []));
+    passes(&machine);
+}
+
+#[test]
+fn an_end_comes_when_it_was_asked_for() {
+    if skip_kvm() {
+        return;
+    }
+    // With a limit, and a process that comes in time.
+    let mut machine = reading(3_000, &["--on-loss", "stop:20"]);
+    kill(&mut machine, |image, socket| disk(image, socket, []));
+    passes(&machine);
+    let machine = reading(1_000_000, &["--on-loss", "stop:1"]);
+    let lost = Instant::now();
+    machine.process("disk0").signal(Signal::KILL);
+    machine.expect(5);
+    assert!(lost.elapsed() >= Duration::from_secs(1));
+    let log = machine.runner.log();
+    assert!(log.contains("device disk0 is lost: "), "{log}");
+}
+
+#[test]
+fn a_stopped_disk_has_a_deadline_and_its_successor_waits_for_its_end() {
+    if skip_kvm() {
+        return;
+    }
+    let mut machine = reading(300_000, &[]);
+    machine.process("disk0").signal(Signal::STOP);
+    // Whoever asks what goes on gets an answer while a pause waits for the disk.
+    let path = machine.directory().join("control");
+    let mut pausing = UnixStream::connect(&path).unwrap();
+    pausing.write_all(b"{\"command\":\"pause\"}\n").unwrap();
+    let mut quickest = Duration::MAX;
+    for _ in 0..10 {
+        let asked = Instant::now();
+        assert!(machine.control("status").ok);
+        quickest = quickest.min(asked.elapsed());
+    }
+    assert!(quickest < Duration::from_secs(1), "{quickest:?}");
+    let mut answer = String::new();
+    BufReader::new(pausing).read_line(&mut answer).unwrap();
+    assert!(answer.contains("true"), "{answer}");
+    assert_eq!(state(&machine), SlotState::Lost);
+    assert!(machine.control("resume").ok);
+    // It could wake up at any time, so nobody takes its place while it is there.
+    let other = machine.directory().join("other.sock");
+    let successor = disk(&image(&machine), &other, []);
+    let error = swap(&machine, &other).unwrap_err();
+    assert!(error.contains("is there still: end it first"), "{error}");
+    machine.process("disk0").signal(Signal::KILL);
+    let outage = swap(&machine, &other).unwrap();
+    eprintln!("stopped for {outage:?}");
+    drop(machine.replace("disk0", successor));
+    is_running(&machine);
+
+    // One that goes on leaves of itself, and takes its own place.
+    machine.process("disk0").signal(Signal::STOP);
+    assert!(machine.control("reset").ok);
+    assert_eq!(state(&machine), SlotState::Lost);
+    machine.process("disk0").signal(Signal::CONT);
+    is_running(&machine);
+    machine.process("disk0").signal(Signal::STOP);
+    let asked = Instant::now();
+    assert!(machine.control("stop").ok);
+    machine.expect(0);
+    assert!(asked.elapsed() < Duration::from_secs(10));
+}
+
+#[test]
+fn a_disk_is_swapped_and_stays_when_the_other_does_not_suit() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = reading(150_000, &[]);
+    let path = |name: &str| machine.directory().join(name);
+    let second = disk(&image(&machine), &path("second.sock"), []);
+    let first = path("disk.sock");
+    let small = path("small.img");
+    std::fs::File::create(&small)
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
+    let small = disk(&small, &path("small.sock"), []);
+    let read_only = disk(&image(&machine), &path("ro.sock"), ["--read-only"]);
+    for round in 0..10 {
+        let to = if round % 2 == 0 {
+            path("second.sock")
+        } else {
+            first.clone()
+        };
+        let outage = swap(&machine, &to).unwrap();
+        eprintln!("swapped in {outage:?}");
+        for (socket, why) in [
+            ("small.sock", "capacity is 2048, not 131072"),
+            ("ro.sock", "has features 0x20"),
+            ("nowhere.sock", "connecting to"),
+        ] {
+            let error = swap(&machine, &path(socket)).unwrap_err();
+            assert!(error.contains("disk0") && error.contains(why), "{error}");
+        }
+    }
+    passes(&machine);
+    drop((second, small, read_only));
+    let events = machine.events();
+    let swaps = |e: &&Event| matches!(e, Event::DeviceSwapped { .. });
+    assert_eq!(events.iter().filter(swaps).count(), 10);
+    assert!(!events.iter().any(|e| matches!(e, Event::DeviceLost { .. })));
+}
+
+#[test]
+fn whoever_watches_is_told() {
+    if skip_kvm() {
+        return;
+    }
+    let mut machine = reading(1_000_000, &[]);
+    let path = machine.directory().join("control");
+    let mut stream = UnixStream::connect(&path).unwrap();
+    stream.write_all(b"{\"command\":\"watch\"}\n").unwrap();
+    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "{\"ok\":true}");
+    // One that does not read is dropped, some time, and holds nobody up.
+    let mut deaf = UnixStream::connect(&path).unwrap();
+    deaf.write_all(b"{\"command\":\"watch\"}\n").unwrap();
+    kill(&mut machine, |image, socket| disk(image, socket, []));
+    let mut seen = Vec::new();
+    while !matches!(seen.last(), Some(Event::DeviceRunning { .. })) {
+        let line = lines.next().unwrap().unwrap();
+        seen.push(serde_json::from_str::<Event>(&line).unwrap());
+    }
+    assert!(matches!(seen[0], Event::DeviceLost { .. }), "{seen:?}");
+    // Answers come in between.
+    stream.write_all(b"{\"command\":\"stop\"}\n").unwrap();
+    let rest: Vec<String> = lines.map_while(Result::ok).collect();
+    assert!(rest.iter().any(|line| line == "{\"ok\":true}"), "{rest:?}");
+    machine.expect(0);
+}
+
+#[test]
+fn what_only_a_launcher_can_do_is_said() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = reading(1_000_000, &[]);
+    for (line, word) in [
+        (
+            "{\"command\":\"restart\",\"id\":\"disk0\"}",
+            "starts no process",
+        ),
+        (
+            "{\"command\":\"swap\",\"id\":\"disk0\"}",
+            "starts no process",
+        ),
+        (
+            "{\"command\":\"swap\",\"id\":\"disk0\",\"device\":\"path=x\"}",
+            "starts no process",
+        ),
+        (
+            "{\"command\":\"swap\",\"id\":\"disk7\",\"socket\":\"/x\"}",
+            "no device is named disk7",
+        ),
+    ] {
+        let reply = machine.control_line(line);
+        assert!(!reply.ok && reply.error.unwrap().contains(word), "{line}");
+    }
+}

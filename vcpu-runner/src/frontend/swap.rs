@@ -1,0 +1,190 @@
+//! One process in place of another, under the running guest. The new one is made
+//! ready while the old one works, so that all that stands still is the time from the
+//! stop of the first ring to the start of the last; whatever fails, the old one goes
+//! on.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use outrigger_protocol::control::Event;
+
+use super::inflight::Inflight;
+use super::loss::hangs_up;
+use super::session::{DEADLINE, Session};
+use super::spec::Endpoint;
+use super::state::Step;
+use super::suit;
+use super::thread::{Link, Thread};
+use crate::Error;
+use crate::pci::virtio::DeviceInfo;
+
+/// What is answered, and whether the slot's process is lost by it.
+type Outcome = (Result<Duration, Error>, Result<(), Error>);
+
+impl Thread {
+    /// Puts the process at `path` in place of the present one. Answers for how long
+    /// no process worked on the rings, or why the old one stays.
+    pub fn swap(&mut self, path: PathBuf) -> Outcome {
+        let outcome = match &self.link {
+            Link::Up(_) => self.swap_running(&path),
+            Link::Down(_) => (self.swap_lost(&path), Ok(())),
+        };
+        let id = self.slot.id().to_owned();
+        match &outcome.0 {
+            Ok(outage) => {
+                self.spec.endpoint = Endpoint::Path(path);
+                self.slot.counts.swaps.fetch_add(1, Ordering::Relaxed);
+                self.report(Event::DeviceSwapped {
+                    id,
+                    outage_us: outage.as_micros().try_into().unwrap_or(u64::MAX),
+                });
+            }
+            Err(error) => self.report(Event::DeviceSwapRefused {
+                id,
+                reason: error.to_string(),
+            }),
+        }
+        outcome
+    }
+
+    fn connect_to(&self, path: &Path) -> Result<UnixStream, Error> {
+        outrigger_cli::socket::connect(path, None)
+            .map_err(|e| self.error(&format!("swap: connecting to {}", path.display()), e))
+    }
+
+    /// There is no process to go back to; there may be one to wait for.
+    fn swap_lost(&mut self, path: &Path) -> Result<Duration, Error> {
+        let gone = match &mut self.link {
+            Link::Down(down) => down.wait_gone(DEADLINE),
+            Link::Up(_) => true,
+        };
+        if !gone {
+            let why = "its process does not answer, but is there still: end it first";
+            return Err(self.error("swap", why));
+        }
+        let socket = self.connect_to(path)?;
+        self.reconnect(socket)
+    }
+
+    fn swap_running(&mut self, path: &Path) -> Outcome {
+        let mut new = match self.make_ready(path) {
+            Ok(new) => new,
+            Err(error) => return (Err(error), Ok(())),
+        };
+        let began = Instant::now();
+        self.slot.state.take(Step::Drain);
+        let leaves_work = self.leaves_work();
+        let Link::Up(old) = &mut self.link else {
+            return (Err(self.error("swap", "its process is lost")), Ok(()));
+        };
+        if let Err(error) = self.rings.stop(old) {
+            let why = self.error("swap", format!("its process is lost: {error}"));
+            return (Err(why), Err(error));
+        }
+        if leaves_work && !self.rings.settle(DEADLINE) {
+            let why = self.error(
+                "swap",
+                "its process does not come to an end of its requests",
+            );
+            return (Err(why), self.go_back(None));
+        }
+        let started = if self.paused {
+            Ok(())
+        } else {
+            self.rings.start(&mut new.session)
+        };
+        let started = started.and_then(|()| self.slot.connected_by(&new.session));
+        if let Err(error) = started {
+            let result = self.go_back(Some(new));
+            return (Err(error), result);
+        }
+        let outage = began.elapsed();
+        // The old process finds its connection closed.
+        self.link = Link::Up(Box::new(new.session));
+        self.rings.keep(new.inflight);
+        self.adopt(new.info);
+        self.rings.wake();
+        self.drained();
+        (Ok(outage), Ok(()))
+    }
+
+    /// The whole handshake with the process at `path`, which has no ring to work on
+    /// yet.
+    fn make_ready(&mut self, path: &Path) -> Result<Ready, Error> {
+        let socket = self.connect_to(path)?;
+        let mut session = Session::new(&self.spec, socket, &self.watchdog)?;
+        let info = session.shake_hands(&self.spec)?;
+        suit::check(&self.info, self.device.accepted(), &info)
+            .map_err(|why| self.error("swap", why))?;
+        let inflight = self.rings.introduce(&mut session, false)?;
+        Ok(Ready {
+            session,
+            inflight,
+            info,
+        })
+    }
+
+    /// The old process goes on, behind what the new one may have done already.
+    fn go_back(&mut self, new: Option<Ready>) -> Result<(), Error> {
+        let mut table = None;
+        if let Some(mut new) = new {
+            if self.rings.stop(&mut new.session).is_err() {
+                // It failed in the middle: as if it had been the device's process and
+                // died.
+                let socket = new.session.abandon();
+                if !hangs_up(&socket, DEADLINE) {
+                    let why = "the new process has begun, and neither answers nor ends";
+                    self.lose(&self.error("swap", why));
+                    self.wait_for(socket);
+                    return Ok(());
+                }
+                self.rings.rewind();
+                table = new.inflight;
+            } else if self.spec.completes_all() && !new.session.is_tracked() {
+                self.rings.settle(DEADLINE);
+            }
+        }
+        let Link::Up(old) = &mut self.link else {
+            return Ok(());
+        };
+        if let Some(table) = table
+            && old.is_tracked()
+        {
+            old.set_inflight(&table)?;
+            self.rings.keep(Some(table));
+        }
+        self.slot.connected_by(old)?;
+        let result = if self.paused {
+            Ok(())
+        } else {
+            self.rings.start(old)
+        };
+        self.rings.wake();
+        self.drained();
+        result
+    }
+
+    fn drained(&mut self) {
+        self.slot.state.take(Step::Drained);
+        if self.paused {
+            self.slot.state.take(Step::Pause);
+        }
+    }
+
+    /// The device is what the new process says from now on; its driver sees other
+    /// features when it starts anew.
+    pub fn adopt(&mut self, info: DeviceInfo) {
+        self.info.features = info.features;
+        self.device.offer(info.features);
+        self.configured(info.config);
+    }
+}
+
+/// A process that could begin.
+struct Ready {
+    session: Session,
+    inflight: Option<Inflight>,
+    info: DeviceInfo,
+}

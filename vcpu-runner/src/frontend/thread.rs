@@ -1,0 +1,327 @@
+//! The thread that works for a slot: takes what the driver and the machine ask for
+//! and talks to the device's process. Every wait for that has a deadline.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use crossbeam_channel::Receiver;
+use outrigger_protocol::control::Event;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::loss::Down;
+use super::on_loss::OnLoss;
+use super::rings::Rings;
+use super::session::{DEADLINE, Session};
+use super::slot::{Message, Notice, Slot};
+use super::spec::DeviceSpec;
+use super::state::Step;
+use super::watchdog::Watchdog;
+use crate::pci::virtio::backend::{QueueSetup, Request};
+use crate::pci::virtio::{DeviceInfo, VirtioPci};
+use crate::vm::memory::Ram;
+use crate::{Error, eventfd};
+
+/// The way to a process.
+pub(super) enum Link {
+    /// There is one.
+    Up(Box<Session>),
+    /// It is lost, and another is waited for.
+    Down(Down),
+}
+
+impl Link {
+    pub fn session(&mut self) -> Option<&mut Session> {
+        match self {
+            Link::Up(session) => Some(session),
+            Link::Down(_) => None,
+        }
+    }
+}
+
+pub(super) struct Thread {
+    pub slot: Arc<Slot>,
+    messages: Receiver<Message>,
+    pub watchdog: Arc<Watchdog>,
+    /// Where its process is now: a swap changes that.
+    pub spec: DeviceSpec,
+    pub link: Link,
+    /// The device as its driver knows it.
+    pub info: DeviceInfo,
+    pub device: Arc<VirtioPci>,
+    pub rings: Rings,
+    /// The machine stands still, and so do the rings.
+    pub paused: bool,
+    pub on_loss: OnLoss,
+    notices: Box<dyn Fn(Notice) + Send>,
+}
+
+impl Thread {
+    pub fn new(
+        (slot, messages, watchdog): (Arc<Slot>, Receiver<Message>, Arc<Watchdog>),
+        (session, info): (Session, DeviceInfo),
+        device: Arc<VirtioPci>,
+        ram: Arc<Ram>,
+        on_loss: Option<OnLoss>,
+        notices: Box<dyn Fn(Notice) + Send>,
+    ) -> Self {
+        let spec = slot.spec.clone();
+        Thread {
+            on_loss: on_loss.unwrap_or(OnLoss::usual(&spec.endpoint)),
+            slot,
+            messages,
+            watchdog,
+            spec,
+            link: Link::Up(Box::new(session)),
+            info,
+            rings: Rings::new(Arc::clone(&device), ram),
+            device,
+            paused: false,
+            notices,
+        }
+    }
+
+    pub fn run(mut self) {
+        loop {
+            if let Err(error) = self.wait_and_serve() {
+                self.lose(&error);
+            }
+        }
+    }
+
+    pub fn report(&self, event: Event) {
+        (self.notices)(Notice::Event(event));
+    }
+
+    pub fn end(&self, why: String) {
+        (self.notices)(Notice::End(why));
+    }
+
+    pub fn error(&self, operation: &str, why: impl ToString) -> Error {
+        Error::device(self.slot.id(), operation, why)
+    }
+
+    /// Waits for something to happen and deals with it.
+    ///
+    /// # Errors
+    /// When the process is lost by it.
+    fn wait_and_serve(&mut self) -> Result<(), Error> {
+        let wake = eventfd::borrow(&self.slot.wake);
+        let mut fds = vec![PollFd::from_borrowed_fd(wake, PollFlags::IN)];
+        let mut timeout = None;
+        match &self.link {
+            Link::Up(session) => {
+                fds.push(PollFd::new(session.socket(), PollFlags::IN));
+                if let Some(channel) = session.channel() {
+                    // SAFETY: the channel lives as long as the session.
+                    let channel = unsafe { BorrowedFd::borrow_raw(channel) };
+                    fds.push(PollFd::from_borrowed_fd(channel, PollFlags::IN));
+                }
+            }
+            Link::Down(down) => {
+                fds.extend(down.watched());
+                timeout = down.wakes_at().map(timespec_until);
+            }
+        }
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(Error::io("poll")(e.into())),
+        }
+        let ready = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
+        let (called, announced) = (ready(1), ready(2));
+        // First what was polled for: a message may put another process there.
+        match &mut self.link {
+            Link::Up(session) => {
+                if called && let Some(error) = session.unasked() {
+                    return Err(error);
+                }
+                if announced && session.handle_channel()? {
+                    let config = session.read_config()?;
+                    self.configured(config);
+                }
+            }
+            Link::Down(_) => self.search(called),
+        }
+        // EAGAIN: woken by something else.
+        let _ = self.slot.wake.read();
+        while let Ok(message) = self.messages.try_recv() {
+            self.handle(message)?;
+        }
+        Ok(())
+    }
+
+    /// This is the device's configuration space now.
+    pub fn configured(&mut self, config: Vec<u8>) {
+        self.info.config.clone_from(&config);
+        self.device.set_config(config);
+    }
+
+    fn handle(&mut self, message: Message) -> Result<(), Error> {
+        match message {
+            Message::Request(request) => self.request(request),
+            Message::Pause(done) => {
+                let result = self.pause();
+                // Nobody waits any more if it took too long.
+                let _ = done.send(());
+                result
+            }
+            Message::Resume(done) => {
+                let result = self.resume();
+                let _ = done.send(());
+                result
+            }
+            Message::Stop(done) => {
+                let result = self.clear();
+                if std::mem::take(&mut self.paused) && self.link.session().is_some() {
+                    self.slot.state.take(Step::Resume);
+                }
+                let _ = done.send(());
+                result
+            }
+            Message::Swap(path, swapped) => {
+                let (answer, result) = self.swap(path);
+                swapped(answer);
+                result
+            }
+        }
+    }
+
+    fn request(&mut self, request: Request) -> Result<(), Error> {
+        match request {
+            Request::Start { features, queues } => {
+                let result = self.start(features, queues);
+                self.fail_refused(result)
+            }
+            Request::StartQueue(setup) => {
+                let result = self.rings.add(setup).and_then(|()| self.start_rings());
+                self.fail_refused(result)
+            }
+            Request::StopQueue(index) => {
+                let result = self.rings.remove(index, self.link.session());
+                self.count();
+                self.device.queue_stopped(index);
+                result
+            }
+            Request::Stop => {
+                let result = self.clear();
+                self.device.stopped();
+                result
+            }
+            Request::WriteConfig { offset, data } => {
+                let Link::Up(session) = &mut self.link else {
+                    return Ok(());
+                };
+                let written = session.write_config(offset, &data);
+                if let Err(error) = written {
+                    // The driver wrote what the device does not take.
+                    tracing::debug!("{error}");
+                }
+                let config = session.read_config()?;
+                self.configured(config);
+                Ok(())
+            }
+        }
+    }
+
+    /// What the driver set up cannot be: that is between it and its device, which
+    /// needs a reset now (virtio 1.2 section 2.1.2). The process goes on.
+    fn fail_refused(&mut self, result: Result<(), Error>) -> Result<(), Error> {
+        let Err(error @ Error::Refused { .. }) = result else {
+            return result;
+        };
+        tracing::warn!("{error}");
+        self.device.failed();
+        self.clear()
+    }
+
+    fn start(&mut self, features: u64, queues: Vec<QueueSetup>) -> Result<(), Error> {
+        // A process may have been swapped for another since the driver read them.
+        let missing = features & !self.info.features;
+        if missing != 0 {
+            return Err(Error::Refused {
+                id: self.slot.id().to_owned(),
+                operation: format!("features {missing:#x} that are not offered any more"),
+            });
+        }
+        self.rings.set_up(features, queues)?;
+        if let Link::Up(session) = &mut self.link {
+            let inflight = self.rings.introduce(session, false)?;
+            self.rings.keep(inflight);
+        }
+        self.start_rings()?;
+        self.report(Event::DriverOk {
+            id: self.slot.id().to_owned(),
+            queues: self.rings.len(),
+        });
+        Ok(())
+    }
+
+    /// Starts the rings that do not run yet, unless the machine is paused or there is
+    /// no process: then they start with it.
+    pub fn start_rings(&mut self) -> Result<(), Error> {
+        self.count();
+        match &mut self.link {
+            Link::Up(session) if !self.paused => self.rings.start(session),
+            _ => Ok(()),
+        }
+    }
+
+    /// Tells the control socket how many rings there are.
+    fn count(&self) {
+        let active = &self.slot.counts.active;
+        active.store(self.rings.len(), Ordering::Relaxed);
+    }
+
+    /// The driver is no more: neither are its rings.
+    fn clear(&mut self) -> Result<(), Error> {
+        let result = self.stop_rings();
+        self.rings.clear();
+        self.count();
+        result
+    }
+
+    /// Stops the rings; what was taken from them is completed then.
+    fn stop_rings(&mut self) -> Result<(), Error> {
+        let Link::Up(session) = &mut self.link else {
+            return Ok(());
+        };
+        self.rings.stop(session)?;
+        if self.leaves_work() && !self.rings.settle(DEADLINE) {
+            let id = self.slot.id();
+            tracing::warn!("device {id}: not all of its requests are completed, though it stopped");
+        }
+        Ok(())
+    }
+
+    /// Whether the process may say that a ring stands still while it does not. One
+    /// that tracks its work is thought to know what it does.
+    pub fn leaves_work(&mut self) -> bool {
+        let tracked = self.link.session().is_some_and(|s| s.is_tracked());
+        self.spec.completes_all() && !tracked
+    }
+
+    fn pause(&mut self) -> Result<(), Error> {
+        if std::mem::replace(&mut self.paused, true) || self.link.session().is_none() {
+            return Ok(());
+        }
+        self.slot.state.take(Step::Pause);
+        self.stop_rings()
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        if !std::mem::take(&mut self.paused) || self.link.session().is_none() {
+            return Ok(());
+        }
+        self.slot.state.take(Step::Resume);
+        self.start_rings()
+    }
+}
+
+fn timespec_until(at: Instant) -> Timespec {
+    let left = at.saturating_duration_since(Instant::now());
+    Timespec {
+        tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
+        tv_nsec: left.subsec_nanos().into(),
+    }
+}

@@ -1,0 +1,57 @@
+//! The kernel's interrupt controllers and timer at power-on.
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
+};
+
+use super::Vm;
+use crate::Error;
+
+/// Their registers.
+pub struct Chips {
+    irqchips: Vec<kvm_irqchip>,
+    pit: kvm_pit_state2,
+}
+
+impl Chips {
+    /// Takes them down from a machine that has not run.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn capture(vm: &Vm) -> Result<Self, Error> {
+        let irqchips = [
+            KVM_IRQCHIP_PIC_MASTER,
+            KVM_IRQCHIP_PIC_SLAVE,
+            KVM_IRQCHIP_IOAPIC,
+        ]
+        .into_iter()
+        .map(|chip_id| {
+            let mut chip = kvm_irqchip {
+                chip_id,
+                ..Default::default()
+            };
+            vm.fd()
+                .get_irqchip(&mut chip)
+                .map_err(Error::kvm("KVM_GET_IRQCHIP"))?;
+            Ok(chip)
+        })
+        .collect::<Result<_, Error>>()?;
+        let pit = vm.fd().get_pit2().map_err(Error::kvm("KVM_GET_PIT2"))?;
+        Ok(Chips { irqchips, pit })
+    }
+
+    /// Puts them back.
+    ///
+    /// # Errors
+    /// KVM's.
+    pub fn restore(&self, vm: &Vm) -> Result<(), Error> {
+        for chip in &self.irqchips {
+            vm.fd()
+                .set_irqchip(chip)
+                .map_err(Error::kvm("KVM_SET_IRQCHIP"))?;
+        }
+        vm.fd()
+            .set_pit2(&self.pit)
+            .map_err(Error::kvm("KVM_SET_PIT2"))
+    }
+}
