@@ -63,7 +63,7 @@ fn a_machine_shows_what_it_does_and_does_what_it_is_told() {
         return;
     }
     let mut launcher = launch("job=main need=block end=idle", &["--net", "isolated"]);
-    launcher.wait_file("serial", "guest: pass");
+    launcher.wait_file("serial", "idle");
     let table = launcher.do_ctl(&["status"]);
     let lines: Vec<Vec<&str>> = table
         .lines()
@@ -98,7 +98,7 @@ fn events_are_told_as_they_come_until_the_end() {
         return;
     }
     let mut launcher = launch("job=main need=block end=idle", &[]);
-    launcher.wait_file("serial", "guest: pass");
+    launcher.wait_file("serial", "idle");
     let watch = |arguments: &[&str]| {
         Command::new(programs().join("outrigger"))
             .args(["ctl", "control"])
@@ -170,7 +170,7 @@ fn a_swap_that_does_not_suit_changes_nothing_and_one_that_does_stays() {
         return;
     }
     let mut launcher = launch("job=main need=block end=idle", &[]);
-    launcher.wait_file("serial", "guest: pass");
+    launcher.wait_file("serial", "idle");
     let directory = launcher.directory().to_owned();
     let small = File::create(directory.join("small.img")).unwrap();
     small.set_len(1 << 20).unwrap();
