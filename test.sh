@@ -3,8 +3,24 @@
 # else), then runs everything. The summary is the test runner's own.
 #
 #   OUTRIGGER_SKIP_KVM=1   leave out what needs /dev/kvm; the summary counts it
+#   OUTRIGGER_SEED=N       repeats a run of the chaos tests, which print their seeds
+#   ./test.sh --long       kills and swaps device processes as often as is claimed:
+#                          more than 1,000 kills, 100 swaps, 100 refused ones
 set -euo pipefail
 cd "$(dirname "$0")"
+
+profile=default
+case "${1:-}" in
+--long)
+    profile=long
+    export OUTRIGGER_LONG=1
+    ;;
+"") ;;
+*)
+    echo "usage: ./test.sh [--long]" >&2
+    exit 2
+    ;;
+esac
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -74,10 +90,10 @@ if command -v cargo-nextest >/dev/null; then
     trap 'rm -f "$log"' EXIT
     failed=0
     # What an earlier run left is no result of this one.
-    rm -f target/nextest/default/junit.xml
-    cargo nextest run --workspace --locked --no-fail-fast "${skip[@]}" 2>&1 | tee "$log" || failed=$?
+    rm -f "target/nextest/$profile/junit.xml"
+    cargo nextest run --profile "$profile" --workspace --locked --no-fail-fast "${skip[@]}" 2>&1 | tee "$log" || failed=$?
     say "who served whom (docs/interop.md)"
-    tests/interop.py target/nextest/default/junit.xml || failed=1
+    tests/interop.py "target/nextest/$profile/junit.xml" || failed=1
     # The runner's own words once more, where one looks for them.
     printf '\n'
     sed -n '/^ *Summary \[/,$p' "$log"

@@ -84,6 +84,27 @@ impl Guest {
         }
     }
 
+    /// Another front end, connected by `stream`, goes on with this guest's memory and
+    /// queues. Where the device of this one was it does not ask: that process may be
+    /// gone, and the used index says it.
+    pub fn move_to(self, stream: UnixStream) -> Self {
+        let (ram, queues, features) = (self.ram, self.queues, self.features);
+        drop((self.frontend, self.stream));
+        let mut next = Guest {
+            stream: stream.try_clone().unwrap(),
+            frontend: Frontend::from_stream(stream, MAX_QUEUES),
+            ram,
+            queues,
+            features: 0,
+        };
+        next.negotiate(features);
+        next.share_memory();
+        for index in 0..next.queues.len() {
+            next.start(index, next.queues[index].device_used_index());
+        }
+        next
+    }
+
     /// Shares all memory at once (SET_MEM_TABLE).
     pub fn share_memory(&mut self) {
         self.frontend.set_mem_table(&self.ram.regions()).unwrap();

@@ -177,6 +177,16 @@ fn platforms() {
         "device-platform",
         &[
             (
+                "--socket-path @/s --serial fd=1000",
+                FAILED,
+                "--serial fd=1000: Bad file descriptor (os error 9)",
+            ),
+            (
+                "--socket-path @/s --serial null --debug-console fd=x",
+                USAGE,
+                "invalid value 'fd=x' for '--debug-console <stderr|file=PATH|fd=N|null>': must be stderr, file=PATH, fd=N or null",
+            ),
+            (
                 "--socket-path @/s --serial file=@/nowhere/file",
                 FAILED,
                 "--serial file=@/nowhere/file: No such file or directory (os error 2)",
@@ -234,6 +244,16 @@ fn images() {
                 "--socket-path @/s --blk-file @/image --blk-file @/image",
                 USAGE,
                 "the argument '--blk-file <PATH>' cannot be used multiple times",
+            ),
+            (
+                "--socket-path @/s --blk-fd 1000",
+                FAILED,
+                "--blk-fd 1000: Bad file descriptor (os error 9)",
+            ),
+            (
+                "--socket-path @/s --blk-file @/image --blk-fd 3",
+                USAGE,
+                "the argument '--blk-file <PATH>' cannot be used with '--blk-fd <N>'",
             ),
             (
                 "--socket-path @/s --blk-file @/image --queues 65",
@@ -390,6 +410,31 @@ fn consoles() {
                 "--socket-path @/s --pty --pty-link @/nowhere/link",
                 FAILED,
                 "--pty-link @/nowhere/link: No such file or directory (os error 2)",
+            ),
+            (
+                "--socket-path @/s --pty-fd 1000",
+                FAILED,
+                "--pty-fd 1000: Bad file descriptor (os error 9)",
+            ),
+            (
+                "--socket-path @/s --pty-fd 2",
+                FAILED,
+                "--pty-fd 2: not the master of a pseudo-terminal",
+            ),
+            (
+                "--socket-path @/s --unix-fd 2",
+                FAILED,
+                "--unix-fd 2: Socket operation on non-socket (os error 88)",
+            ),
+            (
+                "--socket-path @/s --file-fd 1000",
+                FAILED,
+                "--file-fd 1000: Bad file descriptor (os error 9)",
+            ),
+            (
+                "--socket-path @/s --pty --backlog-fd 2",
+                FAILED,
+                "--backlog-fd 2: not open for reading",
             ),
             (
                 "--socket-path @/s --file @/a --file @/b",

@@ -1,5 +1,6 @@
 //! Images are locked as QEMU locks them. Each test has the real thing on one side.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -170,4 +171,62 @@ fn the_lock_goes_with_its_process() {
         // The next one has it at once.
         disk(&image, &[]).listening();
     }
+}
+
+/// As a launcher does it: it opens the image once, and each process that inherits the
+/// open file has its lock. So the next one can be there before the last has gone.
+#[test]
+fn processes_with_the_same_open_file_share_the_lock() {
+    let (_directory, image) = image();
+    let file = File::options().read(true).write(true).open(&image).unwrap();
+    let start = || {
+        let file = file.try_clone().unwrap().into();
+        Launch::new("device-disk").pass("--blk-fd", file)
+    };
+    let first = start().listening();
+    let second = start().listening();
+    let is_taken = || {
+        is_locked(&qemu("qemu-io", WRITE, &image));
+        assert!(refusal(&image, &[]).contains("lets nobody else write to it"));
+    };
+    is_taken();
+    first.signal(Signal::KILL);
+    first.wait();
+    is_taken();
+    drop(second);
+    // Nobody serves it, and still it is the launcher's.
+    is_taken();
+    drop(file);
+    disk(&image, &[]).listening();
+}
+
+#[test]
+fn an_open_file_must_be_open_for_what_is_done_with_it() {
+    let (_directory, image) = image();
+    let mistake = |file: File, options: &[&str]| {
+        let launch = Launch::new("device-disk");
+        let socket = launch.directory().join("socket");
+        let process = launch
+            .args(options)
+            .args(["--socket-path".as_ref(), socket.as_os_str()])
+            .pass("--blk-fd", file.into())
+            .spawn();
+        assert_eq!(process.wait().code(), Some(1), "{}", process.log());
+        assert!(!socket.exists());
+        process.log()
+    };
+    let log = mistake(File::open(&image).unwrap(), &[]);
+    assert!(log.starts_with("device-disk: --blk-fd "), "{log}");
+    assert!(log.ends_with(": not open for writing\n"), "{log}");
+    let writable = File::options().write(true).open(&image).unwrap();
+    let log = mistake(writable, &["--read-only"]);
+    assert!(log.ends_with(": not open for reading\n"), "{log}");
+    let log = mistake(File::open("/dev/null").unwrap(), &["--read-only"]);
+    assert!(
+        log.ends_with("neither a regular file nor a block device\n"),
+        "{log}"
+    );
+    let file = File::open(&image).unwrap().into();
+    let launch = Launch::new("device-disk").args(["--read-only"]);
+    launch.pass("--blk-fd", file).listening();
 }

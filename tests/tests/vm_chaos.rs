@@ -8,11 +8,15 @@
 
 use std::time::Duration;
 
+use device_core::fault;
 use outrigger_protocol::control::Event;
 use outrigger_tests::chaos::guest::{Chaos, Prepared};
 use outrigger_tests::chaos::victim::Victim;
 use outrigger_tests::chaos::{Random, Report, long};
-use outrigger_tests::machine::skip_kvm;
+use outrigger_tests::linux;
+use outrigger_tests::machine::{Running, skip_kvm};
+use outrigger_tests::process::Launch;
+use outrigger_tests::wait_until;
 
 /// How often a process is killed, of two tests that kill device-disk.
 fn kills() -> u64 {
@@ -105,6 +109,164 @@ fn device_disk_dies_while_its_driver_starts_again_and_again() {
     let report = chaos.finish();
     assert!(report.rebinds > 0);
     println!("{} kills, {} rebinds", victim.kills, report.rebinds);
+}
+
+/// What the runner says to a process that comes for a lost one.
+const HANDSHAKE_POINTS: [&str; 16] = [
+    "GET_FEATURES",
+    "SET_OWNER",
+    "GET_PROTOCOL_FEATURES",
+    "SET_PROTOCOL_FEATURES",
+    "GET_QUEUE_NUM",
+    "GET_CONFIG",
+    "SET_FEATURES",
+    "SET_INFLIGHT_FD",
+    "SET_MEM_TABLE",
+    "SET_VRING_NUM",
+    "SET_VRING_BASE",
+    "SET_VRING_ADDR",
+    "SET_VRING_CALL",
+    "SET_VRING_KICK",
+    "SET_VRING_ENABLE",
+    "SET_BACKEND_REQ_FD",
+];
+
+/// Between taking a request and telling the guest that it is done.
+const WORK_POINTS: [&str; 6] = [
+    "popped",
+    "done",
+    "written",
+    "published",
+    "cleared",
+    "interrupt",
+];
+
+/// Every point of every kind, several times each: the process dies just there.
+fn points(queues: u16) {
+    if skip_kvm() {
+        return;
+    }
+    let mut random = Random::announced();
+    let prepared = Prepared::new(&mut random);
+    let mut victim = Victim::faulty_disk(&prepared.image(), queues);
+    let chaos = prepared.start("qdepth=16", &victim.device());
+    let rounds = if long() { 20 } else { 2 };
+    let mut died = std::collections::BTreeMap::new();
+    for _ in 0..rounds {
+        for point in HANDSHAKE_POINTS.iter().chain(&WORK_POINTS) {
+            let nth = match () {
+                () if WORK_POINTS.contains(point) => 1 + random.below(60),
+                // Each of these comes once a ring.
+                () if point.starts_with("SET_VRING") => 1 + random.below(queues.into()),
+                () => 1,
+            };
+            victim.kill();
+            victim.start_at(&format!("{point}:{nth}"));
+            if let Some(status) = victim.ends_within(Duration::from_secs(5)) {
+                // At the point, and of nothing else.
+                assert_eq!(status.code(), Some(fault::STATUS), "{point}:{nth}");
+                *died.entry(*point).or_insert(0) += 1;
+            }
+            let returns = chaos.returns();
+            victim.kill();
+            victim.start();
+            chaos.wait("the disk is back", |chaos| chaos.returns() > returns);
+        }
+    }
+    let seen = check_events(&chaos);
+    let report = chaos.finish();
+    say("faulty-disk", &victim, seen, &report);
+    println!("died at {died:?}");
+    for point in HANDSHAKE_POINTS.iter().chain(&WORK_POINTS) {
+        assert_eq!(died.get(point), Some(&rounds), "{point}");
+    }
+}
+
+#[test]
+fn a_disk_with_one_queue_dies_at_each_point() {
+    points(1);
+}
+
+#[test]
+fn a_disk_with_four_queues_dies_at_each_point() {
+    points(4);
+}
+
+fn returns(machine: &Running) -> u64 {
+    let back = |event: &&Event| matches!(event, Event::DeviceRunning { .. });
+    machine.events().iter().filter(back).count() as u64
+}
+
+/// A whole operating system, with a journal and fsync(2), on a disk of two queues.
+#[test]
+fn linux_writes_with_fsync_while_its_disk_dies() {
+    if skip_kvm() {
+        return;
+    }
+    const ROUNDS: u64 = 5;
+    let mut random = Random::announced();
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("disk.img");
+    let file = std::fs::File::create(&image).unwrap();
+    file.set_len(64 << 20).unwrap();
+    let mut victim = Victim::device_disk(&image, 2);
+    let job = format!("outrigger.job=cpus,disk,fsync outrigger.cpus=2 outrigger.rounds={ROUNDS}");
+    let machine = linux::linux("vmlinux", &job)
+        .args(["--cpus", "2", "--memory", "96M"])
+        .args(victim.device())
+        .lifetime(linux::PATIENCE)
+        .start();
+    linux::wait_serial(&machine, "STEP cpus: pass");
+    // While the file system is made and used for the first time, then in each round.
+    let said = (0..3).map(|_| "GUEST up".to_owned());
+    for text in said.chain((1..=ROUNDS).map(|round| format!("ROUND {round}"))) {
+        linux::wait_serial(&machine, &text);
+        std::thread::sleep(random.time(Duration::from_millis(1500)));
+        victim.kill();
+        std::thread::sleep(random.time(ABSENCE));
+        victim.start();
+        wait_until("the disk is back", || returns(&machine) == victim.kills);
+    }
+    linux::wait_end(&machine, 0);
+    let serial = machine.serial();
+    assert!(serial.contains("STEP fsync: pass"), "{serial}");
+    for word in ["I/O error", "EXT4-fs error", "Buffer I/O"] {
+        assert!(!serial.contains(word), "{serial}");
+    }
+    println!("{} kills", victim.kills);
+    linux::check_image(&image);
+}
+
+/// What the guest checks by itself, made wrong on purpose: a disk that loses what it has
+/// acknowledged, and one that refuses to write.
+#[test]
+fn the_guest_notices_a_lost_write_and_an_error() {
+    if skip_kvm() {
+        return;
+    }
+    let mut random = Random::announced();
+    let prepared = Prepared::new(&mut random);
+    let victim = Victim::device_disk(&prepared.image(), 2);
+    let chaos = prepared.start("", &victim.device());
+    chaos.wait("the guest fails", |chaos| {
+        chaos.image.write(0, &[0; 4096]);
+        chaos.machine.serial().contains("FAIL")
+    });
+    assert_eq!(chaos.machine.wait(), 4);
+    let serial = chaos.machine.serial();
+    assert!(serial.contains("block 0: lost"), "{serial}");
+
+    let prepared = Prepared::new(&mut random);
+    let image = prepared.image();
+    let victim = Victim::new(true, move |socket| {
+        Launch::new("device-disk")
+            .args(["--read-only", "--blk-file"])
+            .args([&*image, "--socket-path".as_ref(), socket])
+    });
+    let chaos = prepared.start("", &victim.device());
+    assert_eq!(chaos.machine.wait(), 4);
+    let serial = chaos.machine.serial();
+    assert!(serial.contains("I/O error: request of type 1"), "{serial}");
 }
 
 /// A back end that other people wrote and that tracks what it has in work. It answers

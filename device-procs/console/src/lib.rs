@@ -182,16 +182,16 @@ fn restore_on_panic() {
 }
 
 fn build(options: &Options) -> anyhow::Result<Program> {
+    let backlog = match options.backlog_fd {
+        Some(fd) => Backlog::adopt(fd).map_err(of(format!("--backlog-fd {fd}")))?,
+        None => Backlog::new().map_err(of("memory for output that nobody reads"))?,
+    };
     let Connection {
         backend,
         syscalls,
         restore,
         unserved,
     } = connect(options)?;
-    let backlog = match options.backlog_fd {
-        Some(fd) => Backlog::adopt(fd).map_err(of(format!("--backlog-fd {fd}")))?,
-        None => Backlog::new().map_err(of("memory for output that nobody reads"))?,
-    };
     let size = backend.size();
     let config = ConfigSpace::new(console::config_space(size.unwrap_or_default()));
     Ok(Program {

@@ -45,7 +45,7 @@ impl Pty {
     /// # Errors
     /// When there is none.
     pub fn adopt(fd: RawFd) -> io::Result<Self> {
-        let master = device_core::fd::inherit_open_for(fd, true, true)?;
+        let master = device_core::fd::inherit(fd)?;
         Self::new(master).map_err(|error| match Errno::from_io_error(&error) {
             Some(Errno::NOTTY) => io::Error::other("not the master of a pseudo-terminal"),
             Some(Errno::IO) => io::Error::other("a pseudo-terminal that is not unlocked"),

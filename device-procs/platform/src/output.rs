@@ -265,6 +265,8 @@ fn sink(file: File) -> io::Result<Sink> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::IntoRawFd;
+
     use super::*;
 
     fn write_all(output: &mut Output, stream: &mut Stream, bytes: &[u8]) {
@@ -313,6 +315,27 @@ mod tests {
         write_all(&mut output, &mut copy, b"five");
         assert_eq!(std::fs::read(&other).unwrap(), b"five");
         assert!(!output.is_same_file(&successor));
+    }
+
+    #[test]
+    fn an_inherited_file_is_as_good_unless_it_is_open_for_appending() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let open = |append: bool| {
+            let mut options = File::options();
+            options.create(true).write(true).append(append);
+            let fd = options.open(&path).unwrap().into_raw_fd();
+            Output::open("serial", &Target::Fd(fd)).unwrap()
+        };
+        let mut stream = Stream::default();
+        write_all(&mut open(false), &mut stream, b"one ");
+        let mut copy = stream;
+        write_all(&mut open(false), &mut stream, b"two ");
+        write_all(&mut open(false), &mut copy, b"two three ");
+        assert_eq!(std::fs::read(&path).unwrap(), b"one two three ");
+        write_all(&mut open(true), &mut copy, b"four");
+        assert_eq!(std::fs::read(&path).unwrap(), b"one two three four");
+        assert!(open(true).fd().is_some() && open(false).fd().is_none());
     }
 
     #[test]

@@ -2,10 +2,10 @@
 
 use std::cell::RefCell;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use outrigger_protocol::control::Event;
+use outrigger_protocol::control::{Event, SlotState};
 
 use super::victim::LIFETIME;
 use super::{Image, Random, Report};
@@ -110,6 +110,38 @@ impl Chaos {
         self.read_events();
         let events = self.events.borrow();
         events.seen.iter().filter(|event| wanted(event)).count()
+    }
+
+    /// Sends a command to the runner's control socket; it must be carried out.
+    ///
+    /// # Panics
+    /// When it is not.
+    pub fn order(&self, command: &str) {
+        let reply = self.machine.control(command);
+        assert!(reply.ok, "{command}: {reply:?}\n{}", self.situation());
+    }
+
+    /// Puts the process behind `socket` in the disk's place; returns for how long
+    /// nobody worked on its rings.
+    ///
+    /// # Errors
+    /// Why the old one stays.
+    pub fn swap(&self, socket: &Path) -> Result<Duration, String> {
+        let line = format!(
+            r#"{{"command":"swap","id":"disk0","socket":"{}"}}"#,
+            socket.display()
+        );
+        let reply = self.machine.control_line(&line);
+        match (reply.ok, reply.outage_us, reply.error) {
+            (true, Some(outage), None) => Ok(Duration::from_micros(outage)),
+            (false, None, Some(error)) => Err(error),
+            other => panic!("{other:?}\n{}", self.situation()),
+        }
+    }
+
+    /// The state of the disk's slot.
+    pub fn state(&self) -> SlotState {
+        self.machine.control("status").status.unwrap().devices[0].state
     }
 
     /// How often the disk came back.

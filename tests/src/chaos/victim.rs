@@ -1,11 +1,13 @@
 //! A disk process that is killed and started again on the same path.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use tempfile::TempDir;
 
+use crate::binaries::{binary, helper, peer};
 use crate::process::{Launch, Process};
 use crate::wait_until;
 
@@ -29,14 +31,18 @@ pub struct Victim {
 impl Victim {
     /// device-disk with `image` in `queues` queues.
     pub fn device_disk(image: &Path, queues: u16) -> Self {
-        Self::ours("device-disk", image, queues)
+        Self::ours(&binary("device-disk"), image, queues)
     }
 
-    /// A program with device-disk's options.
-    pub fn ours(program: &'static str, image: &Path, queues: u16) -> Self {
-        let image = image.to_owned();
+    /// device-disk that dies where [`Victim::start_at`] says.
+    pub fn faulty_disk(image: &Path, queues: u16) -> Self {
+        Self::ours(&helper("faulty-disk"), image, queues)
+    }
+
+    fn ours(program: &Path, image: &Path, queues: u16) -> Self {
+        let (program, image) = (program.to_owned(), image.to_owned());
         Self::new(true, move |socket| {
-            Launch::new(program)
+            Launch::program(&program)
                 .args(["--log-level", "warn", "--lock", "off"])
                 .args(["--queues", &queues.to_string()])
                 .args(["--blk-file".as_ref(), image.as_os_str()])
@@ -70,7 +76,7 @@ impl Victim {
     pub fn vhost_user_blk(image: &Path) -> Self {
         let image = image.to_owned();
         Self::new(false, move |socket| {
-            crate::binaries::peer("vhost-user-blk")
+            peer("vhost-user-blk")
                 .args(["-b".as_ref(), image.as_os_str()])
                 .args(["-s".as_ref(), socket.as_os_str()])
         })
@@ -124,10 +130,10 @@ impl Victim {
         self.process = Some(process);
     }
 
-    /// Starts it as [`Victim::start`], but with an environment variable.
-    pub fn start_with(&mut self, name: &str, value: &str) {
+    /// Starts it so that it dies at `point`, of those of faulty-disk.
+    pub fn start_at(&mut self, point: &str) {
         let mut launch = self.launch();
-        launch.command().env(name, value);
+        launch.command().env("OUTRIGGER_FAULT", point);
         self.process = Some(launch.ready());
     }
 
@@ -135,11 +141,26 @@ impl Victim {
         (self.start)(&self.socket()).lifetime(LIFETIME)
     }
 
-    /// Kills it, and returns when it is gone.
+    /// Its exit status if it ends by itself within `time`.
+    pub fn ends_within(&mut self, time: Duration) -> Option<ExitStatus> {
+        let start = Instant::now();
+        while self.process().is_running() {
+            if start.elapsed() > time {
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Some(self.process().wait())
+    }
+
+    /// Kills it unless it is dead already, and returns when it is gone.
     pub fn kill(&mut self) {
         if let Some(process) = self.process.take() {
-            process.signal(Signal::KILL);
-            process.wait();
+            // One that has ended is reaped by this question.
+            if process.is_running() {
+                process.signal(Signal::KILL);
+                process.wait();
+            }
             self.kills += 1;
         }
     }

@@ -1,5 +1,6 @@
 //! device-console as its guest sees it, and as whoever sits at the other end.
 
+mod inherited;
 mod pty;
 mod stdio;
 mod unix;
@@ -144,6 +145,10 @@ fn refuses_options_that_make_no_sense() {
         &["--stdio", "--pty"][..],
         &["--file", "/x", "--unix", "/y"],
         &["--stdio", "--pty-link", "/x"],
+        &["--unix-fd", "3", "--pty-link", "/x"],
+        &["--pty", "--pty-fd", "3"],
+        &["--unix-fd", "3", "--file-fd", "4"],
+        &["--backlog-fd", "3"],
         &[],
     ] {
         let process = Launch::new("device-console").args(args).spawn();

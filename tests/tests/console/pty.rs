@@ -22,7 +22,7 @@ fn start() -> (Process, PathBuf) {
     (process, path.into())
 }
 
-fn open(path: &PathBuf) -> File {
+pub fn open(path: &PathBuf) -> File {
     File::options()
         .read(true)
         .write(true)

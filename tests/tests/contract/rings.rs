@@ -1,6 +1,5 @@
 //! How rings start, run and stop.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::Duration;
@@ -236,19 +235,9 @@ pub fn go_on_where_they_stopped_and_lose_nothing<S: Subject>() {
             guest.start(index, base);
         }
     }
-    // Another front end takes the rings over. It does not ask the device of the
-    // first where it was: that process may be gone, and the used index says it.
     let offered = fill::<S>(&mut guest);
     guest.queues[S::REQUESTS].kick();
-    let (ram, queues) = (Arc::clone(&guest.ram), std::mem::take(&mut guest.queues));
-    drop(guest);
-    let mut next = Guest::new(device.process.connect(), Ram::new(&[(0, 4096)]));
-    (next.ram, next.queues) = (ram, queues);
-    next.negotiate(EVENT_IDX);
-    next.share_memory();
-    for index in 0..S::QUEUES {
-        next.start(index, next.queues[index].device_used_index());
-    }
+    let mut next = guest.move_to(device.process.connect());
     let queue = &mut next.queues[S::REQUESTS];
     assert_eq!(queue.wait_all().len(), offered);
     device.round_trip(&mut next);

@@ -78,13 +78,17 @@ fn packet_socket(name: &str) -> OwnedFd {
 /// A frame each way through a device that is attached to `name`.
 fn frames_go_through(process: &Process, name: &str) {
     let mut guest = Guest::boot(process.connect(), EVENT_IDX, 2);
+    exchange_frames(&mut guest, name);
+}
+
+fn exchange_frames(guest: &mut Guest, name: &str) {
     let socket = packet_socket(name);
     let frame = ethernet(
         BROADCAST,
         EXPERIMENT,
         b"from the guest to the host, padded to sixty",
     );
-    send(&mut guest, &frame);
+    send(guest, &frame);
     loop {
         assert!(readable_within(&socket, DEADLINE), "the frame did not come");
         let mut bytes = [0; 2048];
@@ -93,7 +97,7 @@ fn frames_go_through(process: &Process, name: &str) {
             break;
         }
     }
-    post(&mut guest, 4, 2048);
+    post(guest, 4, 2048);
     let mut frame = ethernet(
         MAC,
         EXPERIMENT,
@@ -101,7 +105,7 @@ fn frames_go_through(process: &Process, name: &str) {
     );
     frame[6] = 0x02;
     rustix::io::write(&socket, &frame).unwrap();
-    receive_until(&mut guest, |got| (got.bytes == frame).then_some(()));
+    receive_until(guest, |got| (got.bytes == frame).then_some(()));
 }
 
 #[test]
@@ -131,6 +135,35 @@ fn takes_over_an_inherited_tap_device() {
         let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
         let launch = Launch::new("device-net").pass("--tap-fd", tap("tap7", flags));
         frames_go_through(&launch.listening(), "tap7");
+    });
+}
+
+/// As a launcher does it: it attaches once, and the next process may be there before the
+/// last has gone.
+#[test]
+fn a_tap_device_goes_from_process_to_process() {
+    in_own_network(|| {
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        let tap = tap("tap8", flags);
+        let start = || {
+            let tap = tap.try_clone().unwrap();
+            Launch::new("device-net").pass("--tap-fd", tap).listening()
+        };
+        let mut process = start();
+        let mut guest = Guest::boot(process.connect(), EVENT_IDX, 2);
+        let address = guest.config(0, 6);
+        for _ in 0..5 {
+            exchange_frames(&mut guest, "tap8");
+            let next = start();
+            // The one that waits takes no frames.
+            exchange_frames(&mut guest, "tap8");
+            process.signal(rustix::process::Signal::KILL);
+            process.wait();
+            guest = guest.move_to(next.connect());
+            assert_eq!(guest.config(0, 6), address);
+            process = next;
+        }
+        exchange_frames(&mut guest, "tap8");
     });
 }
 
