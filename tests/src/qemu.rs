@@ -120,6 +120,18 @@ impl Qemu {
         self
     }
 
+    /// Adds a vhost-user device of `kind` behind whoever listens on `socket`, to whom QEMU
+    /// connects again whenever it has lost them; `options` go to the device.
+    pub fn reconnecting(mut self, kind: &str, socket: &Path, options: &str) -> Self {
+        let path = socket.display();
+        let chardev = format!("socket,id=again,path={path},reconnect-ms=10");
+        let device = format!("{},chardev=again{options}", self.board.device(kind));
+        self.launch
+            .command()
+            .args(["-chardev", &chardev, "-device", &device]);
+        self
+    }
+
     /// Adds a network card behind `process`.
     pub fn net(mut self, process: &Process) -> Self {
         let id = format!("c{}", process.pid());

@@ -444,10 +444,10 @@ fn tables_of_a_wrong_shape_are_refused() {
     let wrong = [
         wrong(&|it| it.queue_size = 2048),
         wrong(&|it| it.queue_size = 65),
-        wrong(&|it| it.queue_size *= 2),
         wrong(&|it| it.num_queues = 3),
         wrong(&|it| it.num_queues = u16::MAX),
-        wrong(&|it| it.mmap_size -= 1),
+        wrong(&|it| it.mmap_size = 2 * 1088 - 1),
+        wrong(&|it| it.mmap_size += 1),
         wrong(&|it| it.mmap_size = u64::MAX),
         wrong(&|it| it.mmap_offset = 4096),
         wrong(&|it| it.mmap_offset = u64::MAX),
@@ -456,16 +456,16 @@ fn tables_of_a_wrong_shape_are_refused() {
         let refused = frontend.set_inflight_fd(shape, file.as_raw_fd());
         assert!(refused.is_err());
     }
-    let short = tempfile::tempfile().unwrap();
-    short.set_len(good.mmap_size - 1).unwrap();
-    assert!(frontend.set_inflight_fd(&good, short.as_raw_fd()).is_err());
+    let other = tempfile::tempfile().unwrap();
+    other.set_len(good.mmap_size - 1).unwrap();
+    assert!(frontend.set_inflight_fd(&good, other.as_raw_fd()).is_err());
     let log = process.log();
     assert_eq!(log.matches("inflight table: ").count(), 10, "{log}");
 
-    // One that is too small for a ring is refused when that starts.
-    let wish = VhostUserInflight::new(0, 0, QUEUES as u16, QUEUE_SIZE / 2);
-    let (small, file) = frontend.get_inflight_fd(&wish).unwrap();
-    frontend.set_inflight_fd(&small, file.as_raw_fd()).unwrap();
+    // One that is too small for a ring is refused when that starts. (Those that it makes
+    // itself have room for all.)
+    let small = VhostUserInflight::new(2 * 576, 0, QUEUES as u16, QUEUE_SIZE / 2);
+    frontend.set_inflight_fd(&small, other.as_raw_fd()).unwrap();
     frontend.set_mem_table(&world.ram.regions()).unwrap();
     assert!(world.start(&mut frontend, 1).is_err());
     let log = process.log();

@@ -66,6 +66,14 @@ impl Shape {
         Ok(())
     }
 
+    /// The same for the largest rings.
+    fn with_room(self, max_size: u16) -> Self {
+        Shape {
+            size: max_size,
+            ..self
+        }
+    }
+
     /// Length of a queue's region in bytes.
     fn stride(self) -> u64 {
         ((HEADER + ENTRY * usize::from(self.size)) as u64).next_multiple_of(ALIGNMENT)
@@ -84,10 +92,14 @@ fn bad(why: String) -> Error {
 /// Makes a table in which nothing is in flight, for a device of `queues` queues of
 /// `max_size` entries at most. Returns its file and its length in bytes.
 ///
+/// It has room for the largest rings whatever size is asked for: QEMU's virtio-mmio asks
+/// for 128 entries and lets the driver have rings of 1024.
+///
 /// # Errors
 /// When there is no such device, or no memory.
 pub fn create(shape: Shape, queues: usize, max_size: u16) -> Result<(File, u64), Error> {
     shape.check(queues, max_size)?;
+    let shape = shape.with_room(max_size);
     let make = || {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = memfd_create("inflight", flags)?;
@@ -123,6 +135,9 @@ impl Table {
         max_size: u16,
     ) -> Result<Self, Error> {
         shape.check(queues, max_size)?;
+        // The length tells one that `create` made from one of the size that is said.
+        let largest = shape.with_room(max_size);
+        let shape = if len == largest.len() { largest } else { shape };
         if len < shape.len() {
             return Err(bad(format!(
                 "{len} bytes are too few for {} queues of {} entries",

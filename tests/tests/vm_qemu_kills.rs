@@ -1,0 +1,97 @@
+//! QEMU as the front end of a disk process that is killed again and again under a Linux
+//! guest: QEMU keeps the table of what is in flight and connects to the next process.
+
+use std::fs::File;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
+
+use outrigger_tests::linux::{self, PATIENCE};
+use outrigger_tests::machine::skip_kvm;
+use outrigger_tests::process::{Launch, Process};
+use outrigger_tests::qemu::{Board, Qemu};
+use rustix::process::Signal;
+
+/// Rounds of writing with fsync(2).
+const ROUNDS: usize = 8;
+
+fn disk(image: &Path, socket: &Path) -> Process {
+    Launch::new("device-disk")
+        .lifetime(PATIENCE)
+        .args(["--queues=2", "--blk-file"])
+        .args([image])
+        .listening_at(socket)
+}
+
+fn survives_kills(board: Board, cpus: u32) {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let seed = match std::env::var("OUTRIGGER_SEED") {
+        Ok(seed) => seed.parse().unwrap(),
+        Err(_) => now.unwrap().as_nanos() as u64,
+    };
+    println!("OUTRIGGER_SEED={seed}");
+    let mut random = seed | 1;
+
+    let directory = tempfile::tempdir().unwrap();
+    let (image, socket) = (
+        directory.path().join("disk.img"),
+        directory.path().join("socket"),
+    );
+    File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let mut process = disk(&image, &socket);
+    let job = format!("outrigger.job=disk,fsync outrigger.rounds={ROUNDS}");
+    let machine = Qemu::new(board, cpus, 128, &job)
+        .reconnecting("vhost-user-blk", &socket, ",num-queues=2")
+        .start();
+    machine.wait_serial("GUEST up");
+    let (mut kills, mut replays) = (0, 0);
+    let start = Instant::now();
+    while !machine.serial().contains("STEP fsync: pass") {
+        assert!(
+            machine.process.is_running()
+                && start.elapsed() < PATIENCE
+                && !machine.serial().contains("GUEST FAIL"),
+            "after {kills} kills\nserial: {}\nlog: {}\ndisk: {}",
+            machine.serial(),
+            machine.process.log(),
+            process.log()
+        );
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        std::thread::sleep(Duration::from_millis(50 + random % 2000));
+        process.signal(Signal::KILL);
+        process.wait();
+        kills += 1;
+        // Once in a while nobody is there for a time.
+        std::thread::sleep(Duration::from_millis(random / 1000 % 4 * 50));
+        let next = disk(&image, &socket);
+        let log = process.log();
+        replays += usize::from(log.contains("were in flight"));
+        assert!(!log.contains("WARN") && !log.contains("ERROR"), "{log}");
+        process = next;
+    }
+    machine.wait_serial("GUEST pass");
+    println!("{kills} kills, {replays} of which found requests in flight");
+    assert!(kills >= 5, "{kills}");
+    let serial = machine.serial();
+    assert!(serial.contains("STEP disk: pass"), "{serial}");
+    for error in ["I/O error", "EXT4-fs error", "EXT4-fs warning", "timeout"] {
+        assert!(!serial.contains(error), "{serial}");
+    }
+    drop((machine, process));
+    linux::check_image(&image);
+}
+
+#[test]
+fn q35_keeps_a_disk_that_is_killed_again_and_again() {
+    if !skip_kvm() {
+        survives_kills(Board::Q35, 2);
+    }
+}
+
+#[test]
+fn microvm_keeps_a_disk_that_is_killed_again_and_again() {
+    if !skip_kvm() {
+        survives_kills(Board::Microvm, 1);
+    }
+}
