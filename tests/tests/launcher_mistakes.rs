@@ -236,7 +236,7 @@ fn mistakes_on_the_command_line() {
         (&["ctl"][..], &["a command is missing"][..]),
         (&["ctl", "vm"], &["'outrigger ctl' requires a subcommand"]),
         (&["ctl", "vm", "swap", "disk0"], &["KEY=VALUE"]),
-        (&["ctl", "vm", "expolde"], &["subcommand 'expolde'"]),
+        (&["ctl", "vm", "expolde"], &["'expolde'"]),
         (&[], &["a command is missing"]),
         (&["rnu"], &["subcommand 'rnu'"]),
         (&["run"], &["--kernel"]),
