@@ -234,9 +234,9 @@ fn mistakes_on_the_command_line() {
     }
     for (arguments, parts) in [
         (&["ctl"][..], &["a command is missing"][..]),
-        (&["ctl", "vm"], &["a command is missing"]),
+        (&["ctl", "vm"], &["'outrigger ctl' requires a subcommand"]),
         (&["ctl", "vm", "swap", "disk0"], &["KEY=VALUE"]),
-        (&["ctl", "vm", "expolde"], &["subcommand 'expolde'"]),
+        (&["ctl", "vm", "expolde"], &["'expolde'"]),
         (&[], &["a command is missing"]),
         (&["rnu"], &["subcommand 'rnu'"]),
         (&["run"], &["--kernel"]),

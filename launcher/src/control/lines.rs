@@ -83,7 +83,10 @@ impl Lines {
                 return Ok(reply);
             }
         }
-        Err(io::Error::new(ErrorKind::UnexpectedEof, "it ended"))
+        Err(io::Error::new(
+            ErrorKind::UnexpectedEof,
+            "it ended without an answer",
+        ))
     }
 }
 

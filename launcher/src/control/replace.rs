@@ -4,7 +4,6 @@
 use outrigger_protocol::control::{Command, Reply, SlotState};
 
 use super::Link;
-use crate::plan::PLATFORM;
 use crate::supervise::{Ask, Event, With};
 
 /// A replacement that was begun; unless it is [`Begun::commit`]ted, it is undone.
@@ -48,11 +47,10 @@ fn try_replace(link: &Link, id: &str, with: With) -> Result<Reply, String> {
         id,
         done: false,
     };
-    if id == PLATFORM {
-        // The runner finds it by itself.
+    let Some(path) = path else {
         begun.commit()?;
         return Ok(Reply::ok());
-    }
+    };
     let swap = Command::Swap {
         id: id.to_owned(),
         socket: Some(path),

@@ -2,6 +2,7 @@
 
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
+use std::process::ExitStatus;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Instant;
@@ -145,16 +146,19 @@ pub struct Replacement {
     pub machine: Option<Machine>,
     /// The process.
     pub process: Option<Number>,
-    /// The first thing that it has complained of.
+    /// The first thing that it has complained of; empty if there will be none.
     pub complaint: Option<String>,
+    /// How it ended.
+    pub ended: Option<ExitStatus>,
     /// It comes when the present one has ended, at the same socket.
     pub afterwards: bool,
     /// Who waits for it to be ready.
     pub ready: Option<Sender<Begun>>,
 }
 
-/// Where a process that is ready can be connected to, or why there is none.
-pub type Begun = Result<PathBuf, String>;
+/// Where a process that is ready can be connected to, if not where its predecessor
+/// could, so that the runner finds it by itself; or why there is none.
+pub type Begun = Result<Option<PathBuf>, String>;
 
 impl Replacement {
     /// Tells who waits.

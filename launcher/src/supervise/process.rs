@@ -123,7 +123,7 @@ pub fn says_ready(mut reader: PipeReader) -> bool {
 const COMPLAINT: usize = 1000;
 
 /// Passes on what a process says on its standard error, and gives its first line to
-/// `complaint` once.
+/// `complaint`; an empty one if it ends without a word.
 pub fn pass_on(mut reader: PipeReader, complaint: impl FnOnce(String)) {
     let mut first = Vec::new();
     let mut complaint = Some(complaint);
@@ -139,6 +139,9 @@ pub fn pass_on(mut reader: PipeReader, complaint: impl FnOnce(String)) {
         {
             complaint(String::from_utf8_lossy(&first[..end]).into_owned());
         }
+    }
+    if let Some(complaint) = complaint {
+        complaint(String::from_utf8_lossy(&first).into_owned());
     }
 }
 

@@ -1,6 +1,9 @@
 //! One process takes the place of another that works: first it starts beside it, at a
 //! socket of its own; then the runner changes over, which is not our work; then the old
 //! one ends, or, when the runner has refused the new one, that does.
+//!
+//! Where two cannot be at once (the platform's process, and consoles on one terminal), the
+//! old one ends first, and the new one comes to its socket, as after a kill.
 
 use std::path::PathBuf;
 use std::process::ExitStatus;
@@ -12,6 +15,7 @@ use rustix::process::Signal;
 use super::READY;
 use super::device::{Begun, Device, Number, Recipe, Replacement};
 use super::group::Group;
+use super::policy::History;
 use super::process::describe;
 use crate::config::Machine;
 use crate::keyval;
@@ -123,7 +127,7 @@ impl Group {
                 let why = "its process is not the launcher's: swap puts one there";
                 return Err(format!("{id}: {why}"));
             }
-            With::Same if !device.virtio => {
+            With::Same if !device.virtio || device.recipe.program.needs_stdin => {
                 replacement.afterwards = true;
                 return self.begin_afterwards(index, replacement);
             }
@@ -138,11 +142,14 @@ impl Group {
                 let machine = described(&self.machine, id, text)?;
                 let program = plan::device(&machine, id).map(|device| device.program);
                 let program = program.ok_or_else(|| format!("{id}: there is no such device"))?;
+                if program.needs_stdin && device.recipe.program.needs_stdin {
+                    return Err(format!("{id}: it is on stdio already"));
+                }
                 let recipe = Recipe::new(program, device.recipe.files(), &mut self.runtime);
                 replacement.recipe = Some(recipe.map_err(|error| format!("{error:#}"))?);
                 replacement.machine = Some(machine);
             }
-            With::Foreign(path) => replacement.tell(Ok(path.clone())),
+            With::Foreign(path) => replacement.tell(Ok(Some(path.clone()))),
         }
         if let Some(recipe) = &replacement.recipe {
             let number = self
@@ -166,8 +173,6 @@ impl Group {
         Ok(number)
     }
 
-    /// The platform's process keeps nothing that its successor could not take over from
-    /// the runner, so one ends and the next comes, at the same socket.
     fn begin_afterwards(&mut self, index: usize, replacement: Replacement) -> Result<(), String> {
         self.devices[index].due = None;
         self.devices[index].replacement = Some(replacement);
@@ -187,6 +192,8 @@ impl Group {
                 self.devices[index].current = Some(number);
                 if let Some(replacement) = &mut self.devices[index].replacement {
                     replacement.afterwards = false;
+                    // It complains where it always does.
+                    replacement.complaint = Some(String::new());
                     replacement.process = Some(number);
                 }
             }
@@ -211,44 +218,52 @@ impl Group {
         let Some(replacement) = &mut device.replacement else {
             return;
         };
-        let recipe = replacement.recipe.as_ref().unwrap_or(&device.recipe);
-        let path = recipe.endpoint.path.clone();
+        let recipe = replacement.recipe.as_ref();
+        let path = recipe.map(|recipe| recipe.endpoint.path.clone());
         replacement.tell(Ok(path));
     }
 
     /// A process complains; it matters of one that is not ready.
     pub fn complained(&mut self, number: Number, said: String) {
-        for device in &mut self.devices {
-            if let Some(replacement) = &mut device.replacement
-                && replacement.process == Some(number)
-            {
-                replacement.complaint = Some(said);
-                return;
-            }
+        let replacements = self.devices.iter_mut().enumerate();
+        let mut replacements = replacements.filter_map(|(index, it)| {
+            let replacement = it.replacement.as_mut()?;
+            Some((index, replacement))
+        });
+        if let Some((index, it)) = replacements.find(|it| it.1.process == Some(number)) {
+            it.complaint = Some(said);
+            self.give_up(index);
         }
     }
 
-    /// A process ended that was to get a place, and there is nothing to be committed or
-    /// aborted; or one that has lost its own.
+    /// A process ended that was to get a place; or one that has lost its own.
     pub fn successor_ended(&mut self, index: usize, number: Number, status: ExitStatus) {
+        if let Some(replacement) = &mut self.devices[index].replacement
+            && replacement.process == Some(number)
+        {
+            replacement.ended = Some(status);
+            self.give_up(index);
+        }
+    }
+
+    /// A process that has ended without having been ready, and whose last words are
+    /// known, does not come: what was begun is over.
+    fn give_up(&mut self, index: usize) {
         let device = &mut self.devices[index];
-        let its_own = |it: &Replacement| it.process == Some(number);
-        let Some(mut replacement) = device.replacement.take_if(|it| its_own(it)) else {
+        let comes_not = |it: &mut Replacement| it.ready.is_some() && it.ended.is_some();
+        let told = |it: &mut Replacement| it.complaint.is_some();
+        let Some(mut replacement) = device.replacement.take_if(|it| comes_not(it) && told(it))
+        else {
             return;
         };
         let program = &device.recipe.program;
-        let why = replacement.complaint.take().unwrap_or_else(|| {
-            let (id, name, how) = (&program.id, program.name, describe(status));
-            format!("{id}: {name} did not start: {how}")
+        let complaint = replacement.complaint.take().filter(|it| !it.is_empty());
+        let why = complaint.unwrap_or_else(|| {
+            let how = replacement.ended.map(describe).unwrap_or_default();
+            format!("{}: {} did not start: {how}", program.id, program.name)
         });
-        if replacement.ready.is_some() {
-            replacement.tell(Err(why));
-            self.fill(index);
-        } else {
-            // The runner is about to find that out.
-            replacement.process = None;
-            device.replacement = Some(replacement);
-        }
+        replacement.tell(Err(why));
+        self.fill(index);
     }
 
     /// A device whose replacement has come to nothing has its own process again.
@@ -265,18 +280,20 @@ impl Group {
             return;
         };
         let device = &mut self.devices[index];
-        if replacement.recipe.is_none() && device.current == replacement.process {
-            return; // the platform's: it has its place already
+        if replacement.recipe.is_none() && replacement.process.is_some() {
+            // It came afterwards, and has its place.
+            device.history = History::default();
+            return self.fill(index);
         }
-        let old = std::mem::replace(&mut device.current, replacement.process);
-        device.history = super::policy::History::default();
+        // It may have died while the place was being given to it.
+        let new = replacement.process.filter(|_| replacement.ended.is_none());
+        let old = std::mem::replace(&mut device.current, new);
+        device.history = History::default();
         device.foreign = replacement.recipe.is_none();
-        let stdin = device.recipe.program.needs_stdin;
         match replacement.recipe {
             Some(recipe) => device.recipe = recipe,
             None => device.recipe.close(),
         }
-        let still = stdin && device.recipe.program.needs_stdin;
         if let Some(machine) = replacement.machine {
             self.machine = machine;
         }
@@ -285,13 +302,9 @@ impl Group {
         {
             process.served = true;
         }
-        match old {
-            // It would give back the terminal, which is its successor's now.
-            Some(old) if still => self.signal(old, Signal::KILL),
-            Some(old) => self.retire(old),
-            None => {}
+        if let Some(old) = old {
+            self.retire(old);
         }
-        // It may have died while the place was being given to it.
         self.fill(index);
     }
 
