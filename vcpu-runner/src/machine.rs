@@ -458,12 +458,13 @@ impl Machine {
             .entry
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = entry;
-        self.start_vcpus()?;
+        // First, for the guest itself may be what is waited for.
         {
             let mut now = self.overview.now();
             now.state = MachineState::Running;
             now.resets += 1;
         }
+        self.start_vcpus()?;
         self.events.emit(&Event::Reset { by: by.to_owned() });
         Ok(())
     }
