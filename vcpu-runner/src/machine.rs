@@ -67,6 +67,8 @@ pub struct Machine {
     events: Events,
     on_reset: OnReset,
     on_loss: Option<OnLoss>,
+    /// Slots that want the vCPUs to stand still at the moment.
+    holds: usize,
     /// When a lost platform ends the machine.
     platform_limit: Option<Instant>,
     /// Kept for its end.
@@ -169,6 +171,7 @@ impl Machine {
             events,
             on_reset: options.on_reset,
             on_loss: options.on_loss,
+            holds: 0,
             platform_limit: None,
             control_socket: None,
             sender,
@@ -235,6 +238,7 @@ impl Machine {
                 Ok(None)
             }
             Notice::Slot(slot::Notice::Hold(still)) => {
+                self.holds += 1;
                 // If they do not stand still, nobody is told that they do.
                 if self.state() == MachineState::Paused || self.park().is_ok() {
                     let _ = still.send(());
@@ -242,7 +246,8 @@ impl Machine {
                 Ok(None)
             }
             Notice::Slot(slot::Notice::Release) => {
-                if self.state() == MachineState::Running {
+                self.holds = self.holds.saturating_sub(1);
+                if self.holds == 0 && self.state() == MachineState::Running {
                     self.order(Order::Run);
                 }
                 Ok(None)
