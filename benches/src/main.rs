@@ -1,5 +1,6 @@
 //! Benchmarks of machines and device processes, each beside a peer in the same run.
 
+mod blackout;
 mod boot;
 mod disk;
 mod first_byte;
@@ -18,12 +19,13 @@ fn median<T: Copy + PartialOrd>(values: &mut [T]) -> T {
 
 fn main() -> ExitCode {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
-    let all: [(&str, fn()); 5] = [
+    let all: [(&str, fn()); 6] = [
         ("boot", boot::run),
         ("first-byte", first_byte::run),
         ("trap", trap::run),
         ("memory", memory::run),
         ("disk", disk::run),
+        ("blackout", blackout::run),
     ];
     if let Some(unknown) = wanted.iter().find(|w| all.iter().all(|a| a.0 != **w)) {
         eprintln!("no benchmark is called {unknown}");

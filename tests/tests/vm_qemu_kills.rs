@@ -1,10 +1,12 @@
-//! QEMU as the front end of a disk process that is killed again and again under a Linux
-//! guest: QEMU keeps the table of what is in flight and connects to the next process.
+//! QEMU as the front end of a disk process that dies again and again under a Linux guest,
+//! by a signal or at a point of its work: QEMU keeps the table of what is in flight and
+//! connects to the next process.
 
 use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
+use outrigger_tests::binaries::helper;
 use outrigger_tests::linux::{self, PATIENCE};
 use outrigger_tests::machine::skip_kvm;
 use outrigger_tests::process::{Launch, Process};
@@ -14,9 +16,22 @@ use rustix::process::Signal;
 /// Rounds of writing with fsync(2).
 const ROUNDS: usize = 8;
 
-fn disk(image: &Path, socket: &Path) -> Process {
-    Launch::new("device-disk")
-        .lifetime(PATIENCE)
+/// Points at which a disk dies, if no signal comes first.
+const POINTS: [&str; 6] = [
+    "popped",
+    "done",
+    "written",
+    "published",
+    "cleared",
+    "interrupt",
+];
+
+fn disk(image: &Path, socket: &Path, fault: Option<String>) -> Process {
+    let mut launch = Launch::program(&helper("faulty-disk")).lifetime(PATIENCE);
+    if let Some(fault) = fault {
+        launch.command().env("OUTRIGGER_FAULT", fault);
+    }
+    launch
         .args(["--queues=2", "--blk-file"])
         .args([image])
         .listening_at(socket)
@@ -30,6 +45,12 @@ fn survives_kills(board: Board, cpus: u32) {
     };
     println!("OUTRIGGER_SEED={seed}");
     let mut random = seed | 1;
+    let mut random = move |below: u64| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random % below
+    };
 
     let directory = tempfile::tempdir().unwrap();
     let (image, socket) = (
@@ -37,7 +58,7 @@ fn survives_kills(board: Board, cpus: u32) {
         directory.path().join("socket"),
     );
     File::create(&image).unwrap().set_len(64 << 20).unwrap();
-    let mut process = disk(&image, &socket);
+    let mut process = disk(&image, &socket, None);
     let job = format!("outrigger.job=disk,fsync outrigger.rounds={ROUNDS}");
     let machine = Qemu::new(board, cpus, 128, &job)
         .reconnecting("vhost-user-blk", &socket, ",num-queues=2")
@@ -55,23 +76,26 @@ fn survives_kills(board: Board, cpus: u32) {
             machine.process.log(),
             process.log()
         );
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        std::thread::sleep(Duration::from_millis(50 + random % 2000));
+        let alive = Duration::from_millis(50 + random(2000));
+        let end = Instant::now() + alive;
+        while process.is_running() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         process.signal(Signal::KILL);
         process.wait();
         kills += 1;
         // Once in a while nobody is there for a time.
-        std::thread::sleep(Duration::from_millis(random / 1000 % 4 * 50));
-        let next = disk(&image, &socket);
+        std::thread::sleep(Duration::from_millis(random(4) * 50));
+        let point = POINTS[random(POINTS.len() as u64) as usize];
+        let fault = format!("{point}:{}", 1 + random(200));
+        let next = disk(&image, &socket, Some(fault));
         let log = process.log();
         replays += usize::from(log.contains("were in flight"));
         assert!(!log.contains("WARN") && !log.contains("ERROR"), "{log}");
         process = next;
     }
     machine.wait_serial("GUEST pass");
-    println!("{kills} kills, {replays} of which found requests in flight");
+    println!("{kills} deaths, {replays} of which found requests in flight");
     assert!(kills >= 5, "{kills}");
     let serial = machine.serial();
     assert!(serial.contains("STEP disk: pass"), "{serial}");

@@ -234,6 +234,19 @@ impl Machine {
                 self.events.emit(&event);
                 Ok(None)
             }
+            Notice::Slot(slot::Notice::Hold(still)) => {
+                // If they do not stand still, nobody is told that they do.
+                if self.state() == MachineState::Paused || self.park().is_ok() {
+                    let _ = still.send(());
+                }
+                Ok(None)
+            }
+            Notice::Slot(slot::Notice::Release) => {
+                if self.state() == MachineState::Running {
+                    self.order(Order::Run);
+                }
+                Ok(None)
+            }
             Notice::Slot(slot::Notice::End(why)) => Ok(Some(end(exit::DEVICE_LOST, why))),
             Notice::Platform(notice) => self.platform(notice),
             Notice::Vcpu(report) => match report {

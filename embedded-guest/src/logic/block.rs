@@ -198,7 +198,7 @@ pub struct Layout {
 }
 
 /// Blocks of gaps in a report.
-pub const GAP_BLOCKS: u64 = 4;
+pub const GAP_BLOCKS: u64 = 16;
 
 impl Layout {
     /// On a disk of `capacity` bytes, with `data` blocks of data or as many as fit;
@@ -281,7 +281,7 @@ mod tests {
     fn nothing_overlaps_on_any_disk() {
         for blocks in 0..2000u64 {
             let Some(layout) = Layout::new(blocks * SIZE as u64, 1000) else {
-                assert!(blocks < 9, "{blocks}");
+                assert!(blocks < 5 + GAP_BLOCKS, "{blocks}");
                 continue;
             };
             let Layout {

@@ -15,6 +15,8 @@ use crate::machine::{Machine, Running};
 pub const IMAGE: u64 = 16 << 20;
 /// Blocks that it writes.
 const BLOCKS: u64 = 512;
+/// What it says when it is at work.
+pub const READY: &str = "disk-chaos: ready";
 /// How long the guest may take for anything.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -43,26 +45,37 @@ impl Prepared {
         self.directory.path().join("image")
     }
 
+    /// The image, to tell its guest something and to check it.
+    pub fn open(&self) -> Image {
+        Image::open(&self.image(), BLOCKS, self.seed).unwrap()
+    }
+
+    /// The guest's command line, with these words in it.
+    pub fn cmdline(&self, words: &str) -> String {
+        let seed = self.seed;
+        format!("job=disk-chaos count=0 blocks={BLOCKS} seed={seed} {words}")
+    }
+
     /// Boots a guest with these words on its command line and these options of the
     /// runner, and waits until it is at work.
     pub fn start(self, words: &str, options: &[String]) -> Chaos {
-        let seed = self.seed;
-        let cmdline = format!("job=disk-chaos count=0 blocks={BLOCKS} seed={seed} {words}");
-        let image = Image::open(&self.image(), BLOCKS, seed).unwrap();
+        let (cmdline, image) = (self.cmdline(words), self.open());
         let machine = Machine::embedded(&cmdline)
             .lifetime(LIFETIME)
             .args(["--memory", "64M", "--log-level", "warn"])
             .args(options)
             .start();
-        let chaos = Chaos {
+        let mut chaos = Chaos {
             image,
             machine,
+            begun: 0,
             events: RefCell::default(),
             _directory: self.directory,
         };
         chaos.wait("the guest is ready", |chaos| {
-            chaos.machine.serial().contains("disk-chaos: ready")
+            chaos.machine.serial().contains(READY)
         });
+        chaos.begun = super::cycles();
         chaos
     }
 }
@@ -80,6 +93,8 @@ pub struct Chaos {
     pub image: Image,
     /// The machine.
     pub machine: Running,
+    /// When the guest began to work, by this processor's TSC, a few milliseconds late.
+    pub begun: u64,
     events: RefCell<Events>,
     _directory: tempfile::TempDir,
 }

@@ -39,7 +39,16 @@ pub struct Report {
     /// The longest time between two completions, in TSC cycles.
     pub longest: u64,
     /// All those longer than the guest was told to note, as long as there was room.
-    pub gaps: Vec<u64>,
+    pub gaps: Vec<Gap>,
+}
+
+/// A time without a completion, in TSC cycles.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gap {
+    /// When it ended, counted from the begin of the guest's work.
+    pub end: u64,
+    /// How long it was.
+    pub length: u64,
 }
 
 /// Why an image is not what the guest was told that it is.
@@ -119,7 +128,8 @@ impl Image {
         if summary[0] != layout.data {
             return Err(Fault::Report(layout.report, Flaw::NoBlock));
         }
-        let gaps = summary[10] as usize;
+        let words = self.report(layout.gaps, 2 * summary[10] as usize)?;
+        let gaps = words.as_chunks().0.iter();
         let report = Report {
             writes: summary[1],
             reads: summary[2],
@@ -129,7 +139,7 @@ impl Image {
             depth: summary[6],
             cycles: summary[7],
             longest: summary[8],
-            gaps: self.report(layout.gaps, gaps)?,
+            gaps: gaps.map(|&[end, length]| Gap { end, length }).collect(),
         };
         let table = self.report(layout.table, layout.data as usize)?;
         let ledger = Ledger::new(self.seed, table);
@@ -211,10 +221,14 @@ pub fn long() -> bool {
     std::env::var_os("OUTRIGGER_LONG").is_some_and(|value| value == "1")
 }
 
+/// This processor's TSC.
+pub fn cycles() -> u64 {
+    // SAFETY: every x86-64 processor has the counter.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
 /// TSC cycles in a millisecond, measured.
 pub fn cycles_per_ms() -> f64 {
-    // SAFETY: every x86-64 processor has the counter.
-    let cycles = || unsafe { core::arch::x86_64::_rdtsc() };
     let (begin, start) = (cycles(), Instant::now());
     std::thread::sleep(Duration::from_millis(50));
     (cycles() - begin) as f64 / (start.elapsed().as_secs_f64() * 1e3)

@@ -49,7 +49,7 @@ impl Model {
         for (first, words) in [
             (layout.report, &summary[..]),
             (layout.table, &table),
-            (layout.gaps, &[20, 30, 50]),
+            (layout.gaps, &[100, 20, 200, 30, 300, 50]),
         ] {
             for (block, payload) in (first..).zip(words.chunks(REPORT_WORDS)) {
                 let label = Label {
@@ -84,6 +84,11 @@ fn an_image_that_is_right_passes() {
     let model = Model::run(500);
     let report = model.image.check().unwrap();
     assert_eq!((report.writes, report.gaps.len()), (500, 3));
+    let last = Gap {
+        end: 300,
+        length: 50,
+    };
+    assert_eq!(report.gaps[2], last);
     // Also with blocks that were never written.
     assert!(Model::run(5).image.check().is_ok());
 }

@@ -128,12 +128,21 @@ impl Rings {
         })
     }
 
+    /// Index in the available ring: so many requests were made.
+    fn available(&self, setup: &QueueSetup) -> u16 {
+        self.index(setup.driver)
+    }
+
     /// Index in the used ring: so many requests have been completed.
     fn used(&self, setup: &QueueSetup) -> u16 {
-        // It lies in guest memory: see `is_placed`.
+        self.index(setup.device)
+    }
+
+    /// The index of the ring at `area`, which lies in guest memory: see `is_placed`.
+    fn index(&self, area: u64) -> u16 {
         self.ram
             .memory()
-            .load(GuestAddress(setup.device + 2), Ordering::Acquire)
+            .load(GuestAddress(area + 2), Ordering::Acquire)
             .map_or(0, u16::from_le)
     }
 
@@ -192,6 +201,23 @@ impl Rings {
             ring.runs = false;
         }
         Ok(())
+    }
+
+    /// Waits until a process has completed all that the driver made available; false if
+    /// it takes longer than `limit`. The driver must add nothing meanwhile.
+    pub fn drain(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        // It may not have been told of the last ones yet.
+        self.wake();
+        let idle =
+            |ring: &Ring| !ring.runs || self.used(&ring.setup) == self.available(&ring.setup);
+        while !self.active.iter().all(idle) {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            std::thread::sleep(LOOK);
+        }
+        true
     }
 
     /// After [`Rings::stop`], waits until all that was taken is completed as well;

@@ -32,6 +32,11 @@ pub enum Notice {
     Event(Event),
     /// The device is lost, and the machine shall end.
     End(String),
+    /// The vCPUs shall stand still, so that no request is added; answered when they
+    /// do. [`Notice::Release`] follows.
+    Hold(Sender<()>),
+    /// The vCPUs may go on.
+    Release,
 }
 
 /// Takes the outcome of a swap: how long no process worked on the rings.

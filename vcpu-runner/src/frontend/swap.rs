@@ -69,13 +69,30 @@ impl Thread {
     }
 
     fn swap_running(&mut self, path: &Path) -> Outcome {
-        let mut new = match self.make_ready(path) {
+        let new = match self.make_ready(path) {
             Ok(new) => new,
             Err(error) => return (Err(error), Ok(())),
         };
         let began = Instant::now();
         self.slot.state.take(Step::Drain);
-        let leaves_work = self.leaves_work();
+        let leaves_work = self.leaves_work() && !self.paused;
+        if leaves_work {
+            let drained = self.drain();
+            if let Err(error) = drained {
+                self.release();
+                self.drained();
+                return (Err(error), Ok(()));
+            }
+        }
+        let outcome = self.exchange(new, began, leaves_work);
+        if leaves_work {
+            self.release();
+        }
+        outcome
+    }
+
+    /// The old process stops, and the new one starts.
+    fn exchange(&mut self, mut new: Ready, began: Instant, leaves_work: bool) -> Outcome {
         let Link::Up(old) = &mut self.link else {
             return (Err(self.error("swap", "its process is lost")), Ok(()));
         };

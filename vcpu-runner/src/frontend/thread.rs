@@ -4,7 +4,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
 use outrigger_protocol::control::Event;
@@ -22,6 +22,9 @@ use crate::pci::virtio::backend::{QueueSetup, Request};
 use crate::pci::virtio::{DeviceInfo, VirtioPci};
 use crate::vm::memory::Ram;
 use crate::{Error, eventfd};
+
+/// How long a process may take for the requests that it has, before it is stopped.
+const DRAIN: Duration = Duration::from_secs(3);
 
 /// The way to a process.
 pub(super) enum Link {
@@ -281,8 +284,13 @@ impl Thread {
         result
     }
 
-    /// Stops the rings; what was taken from them is completed then.
+    /// Stops the rings; what was taken from them is completed then. The driver waits for
+    /// this, or its vCPUs stand still.
     fn stop_rings(&mut self) -> Result<(), Error> {
+        if self.link.session().is_some() && self.leaves_work() {
+            // See `Thread::drain`. One that takes its time is stopped all the same.
+            self.rings.drain(DRAIN);
+        }
         let Link::Up(session) = &mut self.link else {
             return Ok(());
         };
@@ -292,6 +300,31 @@ impl Thread {
             tracing::warn!("device {id}: not all of its requests are completed, though it stopped");
         }
         Ok(())
+    }
+
+    /// Holds the vCPUs until the process has come to an end of its requests; then it
+    /// can be stopped before [`Thread::release`]. Without a table there is no other way:
+    /// stopped in the middle of requests, qemu-storage-daemon completes them later, and
+    /// fails for good when it wants to tell.
+    ///
+    /// # Errors
+    /// When the vCPUs or the process do not come to that in time.
+    pub fn drain(&self) -> Result<(), Error> {
+        let (still, stands) = crossbeam_channel::bounded(1);
+        (self.notices)(Notice::Hold(still));
+        if stands.recv_timeout(DEADLINE).is_err() {
+            return Err(self.error("draining", "the vCPUs do not stand still"));
+        }
+        if !self.rings.drain(DRAIN) {
+            let why = "its process does not come to an end of its requests";
+            return Err(self.error("draining", why));
+        }
+        Ok(())
+    }
+
+    /// After [`Thread::drain`], whatever came of it: the vCPUs go on.
+    pub fn release(&self) {
+        (self.notices)(Notice::Release);
     }
 
     /// Whether the process may say that a ring stands still while it does not. One

@@ -28,8 +28,8 @@ const FEATURE_MULTI_QUEUE: u64 = 1 << 12;
 const CHAIN: u16 = lane::CHAIN;
 /// How many blocks are looked at for one that nothing is under way on.
 const PROBES: u64 = 8;
-/// Gaps that a report has room for.
-const MOST_GAPS: usize = block::GAP_BLOCKS as usize * block::REPORT_WORDS;
+/// Gaps that a report has room for; each takes two words.
+const MOST_GAPS: usize = block::GAP_BLOCKS as usize * block::REPORT_WORDS / 2;
 
 /// What the command line asks for.
 struct Plan {
@@ -58,7 +58,8 @@ struct Counts {
     flushes: u64,
     controls: u64,
     rebinds: u64,
-    gaps: Vec<u64>,
+    /// When each ended, in cycles since the work began, and how long it was.
+    gaps: Vec<[u64; 2]>,
     longest: u64,
 }
 
@@ -68,6 +69,7 @@ struct Chaos {
     ledger: Ledger,
     counts: Counts,
     stop: bool,
+    begin: u64,
     last: u64,
     /// First, so that the device is reset before its queues go.
     transport: Option<Transport>,
@@ -102,9 +104,9 @@ pub fn run(guest: &Guest) -> Result<(), String> {
         chaos.plan.queues,
         chaos.plan.depth
     );
-    let begin = irq::cycles();
+    chaos.begin = irq::cycles();
     chaos.work()?;
-    let cycles = irq::cycles() - begin;
+    let cycles = irq::cycles() - chaos.begin;
     chaos.drive(verify(), true)?;
     let report = report::blocks(&chaos, cycles);
     chaos.drive(report::write(report), true)?;
@@ -162,6 +164,7 @@ impl Chaos {
             ledger: Ledger::new(0, []),
             counts: Counts::default(),
             stop: false,
+            begin: u64::MAX,
             last: irq::cycles(),
             transport: None,
             lanes: Vec::new(),
@@ -221,7 +224,7 @@ impl Chaos {
     /// The work itself, until it is enough.
     fn work(&mut self) -> Result<(), String> {
         let end = irq::ticks() + self.plan.seconds * irq::TICKS_PER_SECOND;
-        self.last = irq::cycles();
+        self.last = self.begin;
         loop {
             let pause = match self.plan.rebind {
                 0 => u64::MAX,
@@ -328,7 +331,7 @@ impl Chaos {
         self.counts.done += 1;
         self.counts.longest = self.counts.longest.max(gap);
         if gap > self.plan.gap && self.counts.gaps.len() < MOST_GAPS {
-            self.counts.gaps.push(gap);
+            self.counts.gaps.push([now.saturating_sub(self.begin), gap]);
         }
         let data = self.lanes[lane].data(slot);
         let (block, result) = match work {

@@ -27,7 +27,7 @@ pub fn blocks(chaos: &Chaos, cycles: u64) -> Vec<Work> {
     [
         (layout.report, &summary[..]),
         (layout.table, &table[..]),
-        (layout.gaps, &counts.gaps[..]),
+        (layout.gaps, counts.gaps.as_flattened()),
     ]
     .into_iter()
     .flat_map(|(first, words)| {
