@@ -24,14 +24,36 @@ cleanup() {
 }
 trap cleanup EXIT
 
+# Runs a program again and again, until it ends in order, or cannot start, or this is
+# ended itself. The runner tries the socket's path until the next one is there.
+keep() { # COMMAND…
+    local pid='' code
+    trap 'kill "$pid" 2>/dev/null; wait; exit' TERM
+    while :; do
+        "$@" <&0 &
+        pid=$! code=0
+        wait "$pid" || code=$?
+        case $code in
+        0) return ;;
+        1 | 2) echo "it has said why" >&4; return ;;
+        10) kill "$(cat "$dir/runner.pid")"; return ;; # Ctrl-A x: the user has left
+        esac
+        echo "launch.sh: ${1##*/} ended with code $code" >&2
+        sleep 0.1
+    done
+}
+
 # Each writes a line to its --ready-fd once it serves.
 start() { # NAME PROGRAM ARGS…
-    local name=$1 program=$2 ready
+    local name=$1 program=$2 ready=''
     shift 2
     mkfifo "$dir/$name.ready"
-    "$bin/$program" --socket-path "$dir/$name" --ready-fd 3 "$@" 3>"$dir/$name.ready" <&0 &
+    # (Open for reading as well: whoever comes later writes its line, too.)
+    exec 4<>"$dir/$name.ready"
+    keep "$bin/$program" --socket-path "$dir/$name" --ready-fd 4 "$@" <&0 &
     pids+=($!)
-    read -r -t 10 ready <"$dir/$name.ready" || { echo "launch.sh: $program did not start" >&2; exit 1; }
+    read -r -t 10 -u 4 ready || true
+    [ "$ready" = ready ] || { echo "launch.sh: $program did not start" >&2; exit 1; }
 }
 start disk device-disk --blk-file "$disk"
 start net device-net --isolated
@@ -43,4 +65,6 @@ start platform device-platform --serial null
     --device "net0,type=net,socket=$dir/net" \
     --device "console0,type=console,socket=$dir/console" \
     --platform "socket=$dir/platform" \
-    "$@"
+    "$@" <&0 4>&- &
+echo $! >"$dir/runner.pid"
+wait $!

@@ -3,10 +3,12 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use outrigger_protocol::control::SlotState;
-use outrigger_tests::launcher::Launcher;
+use outrigger_tests::launcher::{Launcher, programs};
 use outrigger_tests::machine::{embedded_guest, skip_kvm};
 use outrigger_tests::wait_until;
 use rustix::process::{Signal, kill_process};
@@ -261,7 +263,36 @@ fn a_stopped_process_keeps_nobody_waiting() {
     }
 }
 
-/// A launcher that is killed takes all with it; only its directory stays.
+/// No launcher, but a loop around each device program.
+#[test]
+fn a_plain_shell_loop_does_it_too() {
+    if skip_kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("disk.img");
+    File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/launch.sh");
+    let mut command = Command::new("bash");
+    command
+        .arg(script)
+        .args([embedded_guest(), image.as_path()])
+        .args(["--memory", "64M", "--cmdline"])
+        .arg("job=disk-chaos seconds=3 count=0")
+        .args(["--control", "control"])
+        .env("OUTRIGGER_BIN", programs())
+        .env("TMPDIR", directory.path());
+    let mut launcher = Launcher::spawn(directory, command, Stdio::null());
+    let running = || launcher.directory().join("control").exists();
+    wait_until("the runner is there", running);
+    let driving = || launcher.status().devices[0].driver_ok;
+    wait_until("the guest uses its disk", driving);
+    kill(&launcher, "device-disk", 2, Duration::from_millis(100));
+    launcher.signal("device-platform", Signal::KILL);
+    wait_until("it runs", || launcher.status().devices[0].losses == 2);
+    expect_end(&mut launcher, 0);
+}
+
 #[test]
 fn a_machine_whose_runner_dies_is_over() {
     if skip_kvm() {
