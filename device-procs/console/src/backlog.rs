@@ -107,6 +107,11 @@ impl Backlog {
         }
     }
 
+    /// How many bytes fit in without any being discarded.
+    pub fn room(&self) -> usize {
+        SIZE - self.len()
+    }
+
     /// Keeps `bytes`, which come after all that is here.
     pub fn keep(&mut self, bytes: &[u8]) {
         let excess = (self.len() + bytes.len()).saturating_sub(SIZE);

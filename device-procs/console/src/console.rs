@@ -118,6 +118,29 @@ impl Console {
         }
     }
 
+    /// Keeps what is left of a chain that is written in part, and completes it: whoever
+    /// goes on with the ring would write it from its beginning. One that is too long
+    /// for that stays where it is.
+    fn finish_chain(&mut self, cx: &mut Context<'_>) {
+        let memory = cx.memory;
+        let Some(ring) = cx.ring(TX).filter(|_| self.sent > 0) else {
+            return;
+        };
+        let Some(chain) = ring.pop(memory) else {
+            return;
+        };
+        let mut rest = chain.readable.clone();
+        rest.take(self.sent);
+        if rest.len() > self.backlog.room() {
+            return ring.unpop(&chain);
+        }
+        let mut bytes = vec![0; rest.len()];
+        rest.copy_to(&mut bytes);
+        self.backlog.keep(&bytes);
+        self.sent = 0;
+        ring.push(memory, chain.head, 0);
+    }
+
     /// Writes some of `bytes`, or keeps them if nobody is there; `None` when there
     /// is no room.
     fn write(&mut self, bytes: &[u8], poller: &Poller) -> Option<usize> {
@@ -187,6 +210,12 @@ impl Device for Console {
         self.update_size();
         self.receive(cx);
         self.transmit(cx);
+    }
+
+    fn drain(&mut self, queue: usize, cx: &mut Context<'_>) {
+        if queue == TX {
+            self.finish_chain(cx);
+        }
     }
 
     fn closed(&mut self) {

@@ -168,6 +168,9 @@ impl State {
             ring.refill();
             self.device.kicked(index, &mut cx);
         }
+        if let Some(ring) = cx.ring(index) {
+            ring.refill();
+        }
         self.device.drain(index, &mut cx);
         for ring in self.rings.iter_mut().flatten() {
             ring.finish(&self.memory);

@@ -111,6 +111,40 @@ fn output_outlives_the_process() {
     assert_eq!(guest.queues[TX].wait_all().len(), CHAINS);
 }
 
+/// A process that is stopped in the middle of a chain has kept the rest of it: whoever
+/// comes next repeats nothing.
+#[test]
+fn a_stop_in_mid_output_repeats_and_loses_nothing() {
+    let (master, path) = pseudo_terminal();
+    let backlog = memfd_create("backlog", MemfdFlags::CLOEXEC).unwrap();
+    let start = || {
+        Launch::new("device-console")
+            .pass("--pty-fd", master.try_clone().unwrap())
+            .pass("--backlog-fd", backlog.try_clone().unwrap())
+            .listening()
+    };
+    let mut process = start();
+    let slave = pty::open(&path);
+    let mut guest = boot(&process);
+    let text = text(CHAINS * CHAIN);
+    let at = guest.ram.put(&text);
+    for from in (0..text.len()).step_by(CHAIN) {
+        let chain = Buffer::readable(at + from as u64, CHAIN as u32);
+        guest.queues[TX].add(&[chain]);
+    }
+    guest.queues[TX].kick();
+    let mut heard = Vec::new();
+    for _ in 0..3 {
+        heard.extend(hear(&slave, CHAIN + 1000));
+        guest.stop(TX);
+        (process, guest) = replace(process, guest, start);
+    }
+    heard.extend(hear(&slave, text.len() - heard.len()));
+    assert!(heard == text, "bytes are lost or repeated");
+    assert_eq!(guest.queues[TX].wait_all().len(), CHAINS);
+    drop(process);
+}
+
 #[test]
 fn clients_of_a_socket_find_the_next_process() {
     let directory = tempfile::tempdir().unwrap();
