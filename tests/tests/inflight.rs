@@ -11,13 +11,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use device_core::fault;
-use outrigger_tests::DEADLINE;
 use outrigger_tests::binaries::{binary, helper};
 use outrigger_tests::disk::{Request, SECTOR, pattern_of};
 use outrigger_tests::guest::{EVENT_IDX, Guest, PROTOCOL_FEATURES, VERSION_1, known};
 use outrigger_tests::process::{Launch, Process, readable_within};
 use outrigger_tests::queue::{Buffer, DriverQueue};
 use outrigger_tests::ram::Ram;
+use outrigger_tests::{DEADLINE, wait_until};
 use rustix::process::Signal;
 use tempfile::TempDir;
 use vhost::vhost_user::message::{
@@ -429,6 +429,14 @@ fn asking_for_tables_costs_nothing() {
     assert!(process.resident() < memory + (8 << 20));
 }
 
+/// Waits until the log has `what` so many times, and sees that it stays so. A line may
+/// come behind the answer that it is about.
+fn complains(process: &Process, what: &str, times: usize) {
+    let count = || process.log().matches(what).count();
+    wait_until(what, || count() >= times);
+    assert_eq!(count(), times, "{}", process.log());
+}
+
 #[test]
 fn tables_of_a_wrong_shape_are_refused() {
     let mut world = World::new();
@@ -459,8 +467,7 @@ fn tables_of_a_wrong_shape_are_refused() {
     let other = tempfile::tempfile().unwrap();
     other.set_len(good.mmap_size - 1).unwrap();
     assert!(frontend.set_inflight_fd(&good, other.as_raw_fd()).is_err());
-    let log = process.log();
-    assert_eq!(log.matches("inflight table: ").count(), 10, "{log}");
+    complains(&process, "inflight table: ", 10);
 
     // One that is too small for a ring is refused when that starts. (Those that it makes
     // itself have room for all.)
@@ -468,9 +475,8 @@ fn tables_of_a_wrong_shape_are_refused() {
     frontend.set_inflight_fd(&small, other.as_raw_fd()).unwrap();
     frontend.set_mem_table(&world.ram.regions()).unwrap();
     assert!(world.start(&mut frontend, 1).is_err());
-    let log = process.log();
     let why = "inflight table: queue 1: 32 entries are too few for a ring of 64";
-    assert_eq!(log.matches(why).count(), 1, "{log}");
+    complains(&process, why, 1);
     drop(frontend);
 
     // None of it has harmed the process.
@@ -497,10 +503,8 @@ fn tables_without_sense_stop_a_queue_and_nothing_else() {
     file.write_all_at(&garbage, 0).unwrap();
     world.table = Some((shape, file));
     let frontend = world.connect(&process).unwrap();
-    let log = process.log();
     for queue in 0..QUEUES {
-        let error = format!("queue {queue}: inflight table: ");
-        assert_eq!(log.matches(&error).count(), 1, "{log}");
+        complains(&process, &format!("queue {queue}: inflight table: "), 1);
     }
     // It answers, and serves the next front end.
     frontend.get_features().unwrap();
