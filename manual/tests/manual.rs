@@ -86,7 +86,7 @@ fn bash_completes_programs_commands_and_options() {
     }
     let disk = script("device-disk");
     assert_eq!(
-        completed(&disk, &["device-disk", "--blk-f"]),
+        completed(&disk, &["device-disk", "--blk-fi"]),
         ["--blk-file"]
     );
     let outrigger = script("outrigger");
