@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use outrigger_protocol::control::{SlotState, Status};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::{binaries, wait_until};
+use crate::{DEADLINE, binaries, wait_until};
 
 /// The directory of all programs, built from the present sources.
 pub fn programs() -> PathBuf {
@@ -113,10 +113,17 @@ impl Launcher {
 
     /// Waits until the file `name` of its directory contains `text`.
     pub fn wait_file(&self, name: &str, text: &str) {
-        wait_until(&format!("{name} says {text:?}"), || {
-            let content = std::fs::read_to_string(self.directory.path().join(name));
-            content.is_ok_and(|content| content.contains(text))
-        });
+        let start = Instant::now();
+        let content = || std::fs::read_to_string(self.directory.path().join(name));
+        while !content().is_ok_and(|content| content.contains(text)) {
+            assert!(
+                start.elapsed() < DEADLINE,
+                "{name} never says {text:?}, but {:?}\n{}",
+                content(),
+                self.read("stderr")
+            );
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     /// Process id of the one that is called `name`.

@@ -143,9 +143,11 @@ fn any_device_may_be_killed_at_any_moment() {
             _ => "job=main need=block,net,console end=idle",
         };
         let mut launcher = launch(job, &[]);
-        // From before the runner is there to when the guest is done.
-        let ready = || launcher.read("stderr").contains("runner ");
-        wait_until("all have started", ready);
+        // From the first handshakes on (who dies before them keeps the machine from
+        // starting, as any mistake does) to when the guest is done.
+        wait_until("the machine has started", || {
+            launcher.ctl(&["status"]).0 == 0
+        });
         std::thread::sleep(Duration::from_millis(15 * round as u64));
         let old = launcher.signal(name, Signal::KILL);
         launcher.wait_successor(name, old);
