@@ -76,10 +76,19 @@ pub fn net_parameters(port: u16) -> String {
 /// Serves [`body`] by HTTP, once, at 10.0.2.1 in the network namespace of `pid`;
 /// returns the port.
 pub fn serve_in_namespace(pid: u32) -> u16 {
+    serve(format!("/proc/{pid}/ns/net"), Duration::ZERO)
+}
+
+/// The same in this thread's network namespace, waiting for `pace` before each KiB.
+pub fn serve_slowly(pace: Duration) -> u16 {
+    serve("/proc/thread-self/ns/net".into(), pace)
+}
+
+fn serve(namespace: String, pace: Duration) -> u16 {
+    let namespace = File::open(namespace).unwrap();
     let (sender, port) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         // A network namespace is a thread's own matter.
-        let namespace = File::open(format!("/proc/{pid}/ns/net")).unwrap();
         let kind = Some(rustix::thread::LinkNameSpaceType::Network);
         rustix::thread::move_into_link_name_space(namespace.as_fd(), kind).unwrap();
         let listener = TcpListener::bind("10.0.2.1:0").unwrap();
@@ -93,7 +102,10 @@ pub fn serve_in_namespace(pid: u32) -> u16 {
         let body = body();
         let len = body.len();
         write!(stream, "HTTP/1.0 200 OK\r\nContent-Length: {len}\r\n\r\n").unwrap();
-        stream.write_all(&body).unwrap();
+        for piece in body.chunks(1024) {
+            std::thread::sleep(pace);
+            stream.write_all(piece).unwrap();
+        }
     });
     port.recv_timeout(Duration::from_secs(10)).unwrap()
 }

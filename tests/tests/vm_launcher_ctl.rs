@@ -257,7 +257,7 @@ fn a_disk_moves_to_qemu_storage_daemon_and_back() {
     if skip_kvm() {
         return;
     }
-    let mut launcher = launch("job=disk-chaos seconds=4 count=0 lengths=any qdepth=1", &[]);
+    let mut launcher = launch("job=disk-chaos seconds=4 count=0 lengths=any", &[]);
     launcher.wait_file("serial", "disk-chaos: ready");
     let socket = launcher.directory().join("qsd");
     let image = launcher.directory().join("disk.img");

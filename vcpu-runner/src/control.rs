@@ -58,17 +58,34 @@ impl Answer {
 
 /// The way of events to clients that watch.
 pub struct Watchers {
-    events: Sender<Vec<u8>>,
+    events: Sender<Told>,
     wake: Arc<EventFd>,
+}
+
+/// What the thread is told.
+enum Told {
+    /// A line for those who watch.
+    Line(Vec<u8>),
+    /// Drop this when all before it has gone out.
+    Flush { _sent: Sender<()> },
 }
 
 impl Watchers {
     /// Passes a line on, which ends as lines do.
     pub fn tell(&self, line: &[u8]) {
-        if let Err(TrySendError::Full(_)) = self.events.try_send(line.to_vec()) {
+        if let Err(TrySendError::Full(_)) = self.events.try_send(Told::Line(line.to_vec())) {
             tracing::warn!("control socket: an event was lost");
         }
         eventfd::signal(&self.wake);
+    }
+
+    /// Waits until what was told has gone out, at most for `limit`: before the end.
+    pub fn flush(&self, limit: Duration) {
+        let (sent, waits) = bounded(0);
+        if self.events.try_send(Told::Flush { _sent: sent }).is_ok() {
+            eventfd::signal(&self.wake);
+            let _ = waits.recv_timeout(limit);
+        }
     }
 }
 
@@ -120,7 +137,7 @@ struct Server {
     /// Number of the last order.
     numbers: u64,
     wake: Arc<EventFd>,
-    told: Receiver<Vec<u8>>,
+    told: Receiver<Told>,
     answers: Sender<(u64, Reply)>,
     given: Receiver<(u64, Reply)>,
     status: Box<dyn Fn() -> Status + Send>,
@@ -205,9 +222,13 @@ impl Server {
 
     /// Events to those who watch, answers to those who wait.
     fn pass_on(&mut self) {
-        while let Ok(line) = self.told.try_recv() {
+        while let Ok(told) = self.told.try_recv() {
             for client in self.clients.iter_mut().filter(|client| client.watches) {
-                client.output.extend(&line);
+                match &told {
+                    Told::Line(line) => client.output.extend(line),
+                    // One that is gone is found out soon.
+                    Told::Flush { .. } => drop(client.send()),
+                }
             }
         }
         while let Ok((number, reply)) = self.given.try_recv() {

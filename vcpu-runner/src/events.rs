@@ -54,6 +54,13 @@ impl Events {
         self.watchers = Some(watchers);
     }
 
+    /// Waits, at most for `limit`, until all who watch have been sent all of it.
+    pub fn flush(&self, limit: std::time::Duration) {
+        if let Some(watchers) = &self.watchers {
+            watchers.flush(limit);
+        }
+    }
+
     /// Reports `event`, here and in the log.
     pub fn emit(&self, event: &Event) {
         tracing::debug!("{event:?}");

@@ -226,6 +226,7 @@ impl Machine {
                     code: end.code,
                     reason: end.reason.clone(),
                 });
+                self.events.flush(ANSWER_DEADLINE);
                 return Ok(end);
             }
         }

@@ -134,6 +134,22 @@ impl Interface {
         .map(drop)
     }
 
+    /// Gives it a station address.
+    ///
+    /// # Errors
+    /// When the caller may not, or the interface has none.
+    pub fn set_station(&self, address: [u8; 6]) -> io::Result<()> {
+        self.ask(libc::SIOCSIFHWADDR as libc::Ioctl, |union| {
+            let mut data = [0; 14];
+            data[..6].copy_from_slice(&address.map(u8::cast_signed));
+            union.ifru_hwaddr = libc::sockaddr {
+                sa_family: libc::ARPHRD_ETHER,
+                sa_data: data,
+            };
+        })
+        .map(drop)
+    }
+
     /// Gives it an address.
     ///
     /// # Errors

@@ -25,6 +25,11 @@ pub fn tap(network: Network) -> anyhow::Result<Tap> {
     Interface::new("lo")?.bring_up().context("lo")?;
     let tap = Tap::create(NAME)?;
     let interface = Interface::new(NAME)?;
+    // The same in each process, for a guest remembers whom it has talked to.
+    let [a, b, c, d] = network.address.octets();
+    interface
+        .set_station([0x02, 0, a, b, c, d])
+        .with_context(|| format!("setting the station address of {NAME}"))?;
     interface
         .set_network(network)
         .with_context(|| format!("setting the address of {NAME}"))?;

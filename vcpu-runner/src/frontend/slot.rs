@@ -11,6 +11,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use outrigger_protocol::control::{DeviceStatus, Event};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::loss::hangs_up;
 use super::on_loss::OnLoss;
 use super::session::Session;
 use super::spec::{DeviceSpec, Endpoint};
@@ -24,6 +25,9 @@ use crate::vm::memory::Ram;
 
 /// How long a socket's path may be served by nobody at the start.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// For how long it is tried again when a process dies in the first handshake.
+const STUMBLE: Duration = Duration::from_secs(1);
 
 /// What a slot tells the machine.
 #[derive(Clone, Debug)]
@@ -99,9 +103,7 @@ impl Slot {
     pub fn connect(spec: DeviceSpec, watchdog: &Arc<Watchdog>) -> Result<Pending, Error> {
         let state = StateCell::default();
         state.take(Step::Connect);
-        let socket = open_endpoint(&spec)?;
-        let mut session = Session::new(&spec, socket, watchdog)?;
-        let info = session.shake_hands(&spec)?;
+        let (session, info) = Self::shake_hands(&spec, watchdog)?;
         let (mailbox, messages) = unbounded();
         let slot = Arc::new(Slot {
             spec,
@@ -123,6 +125,32 @@ impl Slot {
             messages,
             watchdog: Arc::clone(watchdog),
         })
+    }
+
+    /// A process may die in the middle of this, and another be about to come.
+    fn shake_hands(
+        spec: &DeviceSpec,
+        watchdog: &Arc<Watchdog>,
+    ) -> Result<(Session, DeviceInfo), Error> {
+        let patience = Instant::now() + STUMBLE;
+        let mut socket = open_endpoint(spec, Instant::now() + CONNECT_DEADLINE)?;
+        loop {
+            let mut session = Session::new(spec, socket, watchdog)?;
+            let error = match session.shake_hands(spec) {
+                Ok(info) => return Ok((session, info)),
+                Err(error) => error,
+            };
+            let died = hangs_up(&session.abandon(), Duration::ZERO);
+            let is_path = matches!(spec.endpoint, Endpoint::Path(_));
+            if !died || !is_path || Instant::now() >= patience {
+                return Err(error);
+            }
+            socket = match open_endpoint(spec, patience) {
+                Ok(socket) => socket,
+                // Nobody came, so it is the one before that had something wrong.
+                Err(_) => return Err(error),
+            };
+        }
     }
 
     /// The device's name.
@@ -206,18 +234,15 @@ fn clone(socket: &UnixStream) -> Result<UnixStream, Error> {
         .map_err(Error::io("duplicating a socket"))
 }
 
-/// Opens the connection; a path may take a moment to be served.
-fn open_endpoint(spec: &DeviceSpec) -> Result<UnixStream, Error> {
+/// Opens the connection; a path may be served by nobody until `deadline`.
+fn open_endpoint(spec: &DeviceSpec, deadline: Instant) -> Result<UnixStream, Error> {
     let error = |what: &str, e: std::io::Error| Error::device(&spec.id, what, e);
     match &spec.endpoint {
         Endpoint::Fd(fd) => outrigger_cli::fd::inherit(*fd)
             .map(UnixStream::from)
             .map_err(|e| error(&format!("fd {fd}"), e)),
-        Endpoint::Path(path) => {
-            let deadline = Some(Instant::now() + CONNECT_DEADLINE);
-            outrigger_cli::socket::connect(path, deadline)
-                .map_err(|e| error(&format!("connecting to {}", path.display()), e))
-        }
+        Endpoint::Path(path) => outrigger_cli::socket::connect(path, Some(deadline))
+            .map_err(|e| error(&format!("connecting to {}", path.display()), e)),
     }
 }
 
