@@ -27,7 +27,7 @@ use crate::vm::memory::Ram;
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 
 /// For how long it is tried again when a process dies in the first handshake.
-const STUMBLE: Duration = Duration::from_secs(1);
+const STUMBLE: Duration = Duration::from_millis(300);
 
 /// What a slot tells the machine.
 #[derive(Clone, Debug)]
