@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use outrigger_protocol::control::{Event, SlotState};
 use outrigger_tests::machine::{Machine, Running, skip_kvm};
 use outrigger_tests::process::{Launch, Process};
+use outrigger_tests::scripted::{self, Answer};
 use outrigger_tests::wait_until;
 use rustix::process::Signal;
 
@@ -317,4 +318,57 @@ fn what_only_a_launcher_can_do_is_said() {
         let reply = machine.control_line(line);
         assert!(!reply.ok && reply.error.unwrap().contains(word), "{line}");
     }
+}
+
+#[test]
+fn a_process_that_comes_and_is_slow_holds_nobody_up() {
+    if skip_kvm() {
+        return;
+    }
+    let mut machine = reading(200_000, &[]);
+    machine.process("disk0").signal(Signal::KILL);
+    machine.process("disk0").wait();
+    std::fs::remove_file(socket(&machine)).unwrap();
+    // Each answer comes just before it would be too late.
+    scripted::serve(&socket(&machine), |_| {
+        std::thread::sleep(Duration::from_millis(4500));
+        Answer::Proper
+    });
+    machine.wait_event("somebody comes", |e| {
+        matches!(e, Event::DeviceReconnecting { .. })
+    });
+    let asked = Instant::now();
+    assert!(machine.control("pause").ok && machine.control("resume").ok);
+    assert!(machine.control("reset").ok);
+    assert!(
+        asked.elapsed() < Duration::from_secs(20),
+        "{:?}",
+        asked.elapsed()
+    );
+    // Its guest runs.
+    let ticks = machine.runner.ticks();
+    wait_until("the guest runs", || machine.runner.ticks() > ticks + 2);
+    std::fs::remove_file(socket(&machine)).unwrap();
+    let next = disk(&image(&machine), &socket(&machine), []);
+    machine.replace("disk0", next);
+    passes(&machine);
+}
+
+#[test]
+fn a_swap_to_a_silent_process_does_not_end_the_search() {
+    if skip_kvm() {
+        return;
+    }
+    let mut machine = reading(20_000, &[]);
+    machine.process("disk0").signal(Signal::KILL);
+    machine.process("disk0").wait();
+    let silent = machine.directory().join("silent.sock");
+    let _listener = std::os::unix::net::UnixListener::bind(&silent).unwrap();
+    is_lost(&machine);
+    let error = swap(&machine, &silent).unwrap_err();
+    assert!(error.contains("no complete answer"), "{error}");
+    let next = disk(&image(&machine), &socket(&machine), []);
+    machine.replace("disk0", next);
+    is_running(&machine);
+    passes(&machine);
 }

@@ -205,10 +205,25 @@ impl Server {
                 self.clients.swap_remove(index);
             }
         }
-        if ready[1]
-            && let Ok((stream, _)) = self.listener.accept()
-            && set_nonblocking(&stream).is_ok()
-        {
+        if ready[1] {
+            self.accept();
+        }
+        Ok(())
+    }
+
+    fn accept(&mut self) {
+        let stream = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                if error.kind() != ErrorKind::WouldBlock {
+                    // No descriptors are left: not at full speed.
+                    tracing::debug!("control socket: accept: {error}");
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                return;
+            }
+        };
+        if set_nonblocking(&stream).is_ok() {
             self.clients.push(Client {
                 stream,
                 input: Vec::new(),
@@ -217,7 +232,6 @@ impl Server {
                 watches: false,
             });
         }
-        Ok(())
     }
 
     /// Events to those who watch, answers to those who wait.

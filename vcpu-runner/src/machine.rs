@@ -414,11 +414,15 @@ impl Machine {
         let slots = self.overview.slots();
         let waits: Vec<_> = slots.iter().map(|slot| order(slot)).collect();
         for (slot, wait) in slots.iter().zip(waits) {
-            if wait.recv_timeout(2 * DEADLINE).is_err() {
-                slot.cut_off();
-                wait.recv_timeout(DEADLINE)
-                    .map_err(|_| Error::device(slot.id(), "stopping", "its slot hangs"))?;
+            let mut done = wait.recv_timeout(2 * DEADLINE);
+            // First a process that may be about to come, then the one that is there.
+            for _ in 0..2 {
+                if done.is_err() {
+                    slot.cut_off();
+                    done = wait.recv_timeout(2 * DEADLINE);
+                }
             }
+            done.map_err(|_| Error::device(slot.id(), "stopping", "its slot hangs"))?;
         }
         Ok(())
     }
@@ -432,9 +436,9 @@ impl Machine {
             let stopped = self.park().and_then(|()| self.order_slots(Slot::pause));
             if stopped.is_err() {
                 // Half a pause is none.
-                self.order_slots(Slot::resume)?;
+                let resumed = self.order_slots(Slot::resume);
                 self.order(Order::Run);
-                return stopped;
+                return stopped.and(resumed);
             }
             self.overview.now().state = MachineState::Paused;
             self.events.emit(&Event::Paused);
@@ -464,7 +468,10 @@ impl Machine {
     /// runs afterwards.
     fn reset(&mut self, by: &str) -> Result<(), Error> {
         self.park()?;
-        self.order_slots(Slot::stop)?;
+        if let Err(error) = self.order_slots(Slot::stop) {
+            self.order(Order::Run);
+            return Err(error);
+        }
         self.shared.io.bus.reset();
         if let Some(trap) = &self.shared.io.trap {
             trap.reset();

@@ -54,6 +54,8 @@ const OWN: &[Rule] = &[
     ),
     // The kernel and initrd are read again at a reset, and RAM is cleared.
     Rule::any(libc::SYS_pread64),
+    // A queue's region in a table of requests in flight is cleared.
+    Rule::any(libc::SYS_pwrite64),
     Rule::any(libc::SYS_lseek),
     Rule::any(libc::SYS_fstat),
     Rule::any(libc::SYS_fallocate),

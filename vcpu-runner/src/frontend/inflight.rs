@@ -45,14 +45,29 @@ impl Inflight {
             .map_or(0, |region| count(&region, used) as u64)
     }
 
-    fn region(&self, index: usize) -> Option<Vec<u8>> {
+    /// Nothing is in flight in queue `index`, which is as if it had never been used.
+    pub fn forget(&self, index: usize) {
+        if let Some((start, length)) = self.place(index)
+            && let Err(error) = self.file.write_all_at(&vec![0; length], start)
+        {
+            tracing::warn!("queue {index}: inflight table: {error}");
+        }
+    }
+
+    /// Where the region of queue `index` is: offset and length.
+    fn place(&self, index: usize) -> Option<(u64, usize)> {
         let queues = u64::from(self.shape.num_queues);
         let length = self.shape.mmap_size.checked_div(queues)?;
         if self.shape.mmap_size > LONGEST || index as u64 >= queues {
             return None;
         }
         let start = self.shape.mmap_offset.checked_add(length * index as u64)?;
-        let mut region = vec![0; length as usize];
+        Some((start, length as usize))
+    }
+
+    fn region(&self, index: usize) -> Option<Vec<u8>> {
+        let (start, length) = self.place(index)?;
+        let mut region = vec![0; length];
         self.file.read_exact_at(&mut region, start).ok()?;
         Some(region)
     }

@@ -108,11 +108,11 @@ impl Thread {
         if let Link::Down(_) = self.link {
             return;
         }
-        let down = Link::Down(Down::new(error.to_string(), self.on_loss.limit()));
+        let down = Link::Down(Down::new(error.to_string(), self.limit()));
         let mut tracked = false;
         if let Link::Up(session) = std::mem::replace(&mut self.link, down) {
             tracked = session.is_tracked();
-            self.wait_for(session.abandon());
+            self.give_up(*session);
         }
         self.slot.state.take(Step::Lose);
         self.slot.counts.losses.fetch_add(1, Ordering::Relaxed);
@@ -125,6 +125,13 @@ impl Thread {
         let _ = self.slot.wake.write(1);
     }
 
+    /// One that does not know guest memory can do nothing there, and just goes.
+    fn give_up(&mut self, session: Session) {
+        if session.has_memory() {
+            self.wait_for(session.abandon());
+        }
+    }
+
     /// The process behind `old` has to be gone before there can be a successor.
     pub fn wait_for(&mut self, old: UnixStream) {
         if let Link::Down(down) = &mut self.link {
@@ -132,15 +139,37 @@ impl Thread {
         }
     }
 
+    /// A driver begins with the lost device: what is to happen after some time happens
+    /// once more.
+    pub fn limit_again(&mut self) {
+        let limit = self.limit();
+        if let Link::Down(down) = &mut self.link
+            && down.limit.is_none()
+        {
+            down.limit = limit.map(|limit| Instant::now() + limit);
+        }
+    }
+
+    /// How long a loss may take until something else happens.
+    fn limit(&self) -> Option<Duration> {
+        self.on_loss().limit()
+    }
+
+    /// What becomes of the device. A swap changes where its process is.
+    fn on_loss(&self) -> OnLoss {
+        self.on_loss.unwrap_or(OnLoss::usual(&self.spec.endpoint))
+    }
+
     /// Goes on with the search; `called`: what is polled for it has something.
     pub fn search(&mut self, called: bool) {
+        let on_loss = self.on_loss();
         let Link::Down(down) = &mut self.link else {
             return;
         };
         let now = Instant::now();
         if down.limit.is_some_and(|limit| limit <= now) {
             down.limit = None;
-            match self.on_loss {
+            match on_loss {
                 OnLoss::Wait => {}
                 OnLoss::Error(_) => self.device.failed(),
                 OnLoss::Stop(_) => {
@@ -201,7 +230,7 @@ impl Thread {
             match self.take_over(&mut session) {
                 Ok(replayed) => Ok((session, replayed)),
                 Err(error) => {
-                    self.wait_for(session.abandon());
+                    self.give_up(session);
                     Err(error)
                 }
             }
@@ -239,19 +268,23 @@ impl Thread {
 
     /// The whole handshake; returns how many requests are done again.
     fn take_over(&mut self, session: &mut Session) -> Result<u64, Error> {
+        self.slot.considers(session);
         let info = session.shake_hands(&self.spec)?;
         suit::check(&self.info, self.device.accepted(), &info)
             .map_err(|why| self.error("reconnecting", why))?;
-        // A table may have come into being that the process did not know of.
         let replayed = self.rings.count_inflight();
+        if replayed > 0 && !session.is_tracked() {
+            let why = format!("it cannot finish {replayed} requests: it has no INFLIGHT_SHMFD");
+            return Err(self.error("reconnecting", why));
+        }
         let inflight = self.rings.introduce(session, true)?;
+        // From its first request on, whatever becomes of it.
+        self.rings.keep(inflight);
         self.rings.rewind();
         if !self.paused {
             self.rings.start(session)?;
         }
-        self.slot.connected_by(session)?;
-        let replayed = if inflight.is_some() { replayed } else { 0 };
-        self.rings.keep(inflight);
+        self.slot.connected_by(session);
         self.adopt(info);
         self.rings.wake();
         Ok(replayed)

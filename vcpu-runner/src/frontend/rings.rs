@@ -37,6 +37,8 @@ pub struct Rings {
     active: Vec<Ring>,
     /// The table of the process that works on them.
     inflight: Option<Inflight>,
+    /// The last process that worked on them died, and none has begun since.
+    owed: bool,
 }
 
 impl Rings {
@@ -49,6 +51,7 @@ impl Rings {
             features: None,
             active: Vec::new(),
             inflight: None,
+            owed: false,
         }
     }
 
@@ -96,10 +99,17 @@ impl Rings {
         let Some(ring) = found.map(|at| self.active.remove(at)) else {
             return Ok(());
         };
-        match session {
-            Some(session) if ring.runs => session.stop_queue(index).map(|_| ()),
-            _ => Ok(()),
+        let result = match session {
+            Some(session) if ring.runs => session.stop_queue(index).map(|_| true),
+            _ => Ok(false),
+        };
+        // What the table says of it would be taken for requests of the next ring.
+        if !matches!(result, Ok(true))
+            && let Some(inflight) = &self.inflight
+        {
+            inflight.forget(index);
         }
+        result.map(|_| ())
     }
 
     /// The driver has reset the device.
@@ -107,6 +117,7 @@ impl Rings {
         self.features = None;
         self.active.clear();
         self.inflight = None;
+        self.owed = false;
     }
 
     /// Whether the rings of `setup` are aligned and lie in guest memory (virtio
@@ -147,12 +158,13 @@ impl Rings {
     }
 
     /// Tells a process of the driver and its memory, if there is a driver; what its
-    /// predecessor had in work, too, if that is `lost`. Starts nothing. Returns the
-    /// table that the process tracks its work in.
+    /// predecessor had in work, too, if that is `lost` or has not begun. Starts nothing.
+    /// Returns the table that the process tracks its work in.
     ///
     /// # Errors
     /// The session's.
     pub fn introduce(&self, session: &mut Session, lost: bool) -> Result<Option<Inflight>, Error> {
+        let lost = lost || self.owed;
         let Some(features) = self.features else {
             return Ok(None);
         };
@@ -161,6 +173,22 @@ impl Rings {
             _ => None,
         };
         session.prepare(features, kept, &self.memory)
+    }
+
+    /// Gives the table of a process that died to one that has another still.
+    ///
+    /// # Errors
+    /// The session's; and when the process has no use for it, though there is work in it.
+    pub fn hand_over(&self, session: &mut Session) -> Result<(), Error> {
+        match &self.inflight {
+            Some(inflight) if session.is_tracked() => session.set_inflight(inflight),
+            Some(_) if self.count_inflight() > 0 => {
+                let id = &self.device.info().id;
+                let why = "a process without INFLIGHT_SHMFD cannot finish what another began";
+                Err(Error::device(id, "going back", why))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// From now on this is the table of the process that works on the rings.
@@ -173,6 +201,10 @@ impl Rings {
     /// # Errors
     /// The session's. Some may run then.
     pub fn start(&mut self, session: &mut Session) -> Result<(), Error> {
+        if self.features.is_none() {
+            // A driver that was refused adds to nothing.
+            return Ok(());
+        }
         for ring in self.active.iter_mut().filter(|ring| !ring.runs) {
             let index = ring.setup.index;
             let (Some(kick), Some(call)) = (self.device.kick(index), self.device.call(index))
@@ -188,6 +220,7 @@ impl Rings {
                 call,
             })?;
         }
+        self.owed = false;
         Ok(())
     }
 
@@ -238,6 +271,7 @@ impl Rings {
     /// The process is no more: its successor goes on behind what was completed, and
     /// does again what the table says was in work.
     pub fn rewind(&mut self) {
+        self.owed = true;
         let used: Vec<u16> = self.active.iter().map(|r| self.used(&r.setup)).collect();
         for (ring, used) in self.active.iter_mut().zip(used) {
             ring.base = used;

@@ -3,9 +3,9 @@
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use outrigger_protocol::memory::USER_ADDRESS_OFFSET;
 use rustix::io::Errno;
@@ -73,11 +73,38 @@ impl VhostUserFrontendReqHandler for ConfigChanges {
     }
 }
 
+/// A connection that others may end, in one of two ways. Never both: then our own end
+/// would count as hung up (poll(2)), and nobody could tell when the process is gone.
+pub struct Lifeline {
+    socket: UnixStream,
+    ended: Mutex<bool>,
+}
+
+impl Lifeline {
+    fn end(&self, how: Shutdown) {
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        if !std::mem::replace(&mut *ended, true) {
+            // An error means that it is gone already.
+            let _ = self.socket.shutdown(how);
+        }
+    }
+
+    /// Ends every wait for an answer.
+    pub fn cut_off(&self) {
+        self.end(Shutdown::Read);
+    }
+}
+
 /// A connection whose handshake is done.
 pub struct Session {
     id: String,
     frontend: Frontend,
     socket: UnixStream,
+    lifeline: Arc<Lifeline>,
+    /// When all of the handshake must be over, until it is.
+    until: Option<Instant>,
+    /// The process was told where guest memory is.
+    has_memory: bool,
     watchdog: Arc<Watchdog>,
     protocol: VhostUserProtocolFeatures,
     /// All that the process offered, in its own terms.
@@ -99,7 +126,8 @@ struct Channel {
 }
 
 impl Session {
-    /// A connection on which nothing was said yet.
+    /// A connection on which nothing was said yet. All that is said on it until
+    /// [`Session::established`] has one deadline.
     ///
     /// # Errors
     /// When there are no descriptors left.
@@ -111,10 +139,19 @@ impl Session {
         let stream = socket
             .try_clone()
             .map_err(Error::io("duplicating a socket"))?;
+        let lifeline = Lifeline {
+            socket: socket
+                .try_clone()
+                .map_err(Error::io("duplicating a socket"))?,
+            ended: Mutex::default(),
+        };
         Ok(Session {
             id: spec.id.clone(),
             frontend: Frontend::from_stream(stream, MAX_QUEUES as u64),
             socket,
+            lifeline: Arc::new(lifeline),
+            until: Some(Instant::now() + DEADLINE),
+            has_memory: false,
             watchdog: Arc::clone(watchdog),
             protocol: VhostUserProtocolFeatures::empty(),
             offered: 0,
@@ -164,11 +201,17 @@ impl Session {
         if let Some(error) = self.unasked() {
             return Err(error);
         }
-        let guard = self.watchdog.guard(&self.socket, DEADLINE)?;
+        let left = self.until.map_or(DEADLINE, |until| {
+            until.saturating_duration_since(Instant::now())
+        });
+        let guard = self.watchdog.guard(&self.socket, left.min(DEADLINE))?;
         let result = f(self);
-        if guard.finish() && result.is_err() {
+        if guard.finish() {
             self.late = true;
-            return Err(self.error(operation, format!("no complete answer in {DEADLINE:?}")));
+            if result.is_err() {
+                let why = format!("no complete answer in {DEADLINE:?}");
+                return Err(self.error(operation, why));
+            }
         }
         Ok(result)
     }
@@ -177,13 +220,34 @@ impl Session {
     /// when the process has closed its end, and that is when it can do no more harm:
     /// one that is only stopped would wake up and write to guest memory.
     pub fn abandon(self) -> UnixStream {
-        // A process that owes an answer finds that nobody reads it; another one finds
-        // that there is nothing more to read. Not both: then our own end would count
-        // as hung up. An error means that it is gone.
-        if !self.late {
-            let _ = self.socket.shutdown(Shutdown::Write);
+        // A process that owes an answer finds that nobody reads it (the watchdog has
+        // seen to that); another one finds that there is nothing more to read.
+        if self.late {
+            self.lifeline.cut_off();
+        } else {
+            self.lifeline.end(Shutdown::Write);
         }
         self.socket
+    }
+
+    /// Whether the process could write to guest memory.
+    pub fn has_memory(&self) -> bool {
+        self.has_memory
+    }
+
+    /// The handshake is over: from now on each message has its own deadline.
+    pub fn established(&mut self) {
+        self.until = None;
+    }
+
+    /// What follows has one deadline together, as the handshake had.
+    pub fn limit(&mut self) {
+        self.until = Some(Instant::now() + DEADLINE);
+    }
+
+    /// For others to end it by, as long as it is there.
+    pub fn lifeline(&self) -> Weak<Lifeline> {
+        Arc::downgrade(&self.lifeline)
     }
 
     /// Sends a message.
@@ -317,6 +381,7 @@ impl Session {
         if let Some(inflight) = &inflight {
             self.set_inflight(inflight)?;
         }
+        self.has_memory = true;
         self.call("SET_MEM_TABLE", |f| f.set_mem_table(memory))?;
         Ok(inflight)
     }
@@ -328,6 +393,9 @@ impl Session {
             ..Default::default()
         };
         let (shape, file) = self.call("GET_INFLIGHT_FD", |f| f.get_inflight_fd(&wanted))?;
+        // Reading from anything but memory could take for ever.
+        rustix::fs::fcntl_get_seals(&file)
+            .map_err(|_| self.error("GET_INFLIGHT_FD", "what it sent is no memory (memfd)"))?;
         Ok(Inflight {
             shape: VhostUserInflight {
                 num_queues: wanted.num_queues,

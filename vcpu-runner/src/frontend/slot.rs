@@ -1,10 +1,9 @@
 //! A device's slot as the rest of the runner holds it.
 
-use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -13,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::loss::hangs_up;
 use super::on_loss::OnLoss;
-use super::session::Session;
+use super::session::{Lifeline, Session};
 use super::spec::{DeviceSpec, Endpoint};
 use super::state::{StateCell, Step};
 use super::thread::Thread;
@@ -67,8 +66,15 @@ pub struct Slot {
     pub(super) state: StateCell,
     pub(super) counts: Counts,
     device: OnceLock<Arc<VirtioPci>>,
-    /// The connection of the moment.
-    socket: Mutex<UnixStream>,
+    lifelines: Mutex<Lifelines>,
+}
+
+/// The connections of the moment.
+#[derive(Default)]
+struct Lifelines {
+    current: Weak<Lifeline>,
+    /// One that may take its place.
+    candidate: Weak<Lifeline>,
 }
 
 /// What the control socket tells of a slot.
@@ -112,7 +118,10 @@ impl Slot {
             state,
             counts: Counts::default(),
             device: OnceLock::new(),
-            socket: Mutex::new(clone(session.socket())?),
+            lifelines: Mutex::new(Lifelines {
+                current: session.lifeline(),
+                ..Default::default()
+            }),
         });
         slot.state.take(Step::Connected);
         slot.counts
@@ -134,22 +143,28 @@ impl Slot {
     ) -> Result<(Session, DeviceInfo), Error> {
         let patience = Instant::now() + STUMBLE;
         let mut socket = open_endpoint(spec, Instant::now() + CONNECT_DEADLINE)?;
+        // What went wrong at first says more than what followed from it.
+        let mut first = None;
         loop {
             let mut session = Session::new(spec, socket, watchdog)?;
             let error = match session.shake_hands(spec) {
-                Ok(info) => return Ok((session, info)),
+                Ok(info) => {
+                    session.established();
+                    return Ok((session, info));
+                }
                 Err(error) => error,
             };
             let died = hangs_up(&session.abandon(), Duration::ZERO);
             let is_path = matches!(spec.endpoint, Endpoint::Path(_));
+            let error = first.take().unwrap_or(error);
             if !died || !is_path || Instant::now() >= patience {
                 return Err(error);
             }
             socket = match open_endpoint(spec, patience) {
                 Ok(socket) => socket,
-                // Nobody came, so it is the one before that had something wrong.
                 Err(_) => return Err(error),
             };
+            first = Some(error);
         }
     }
 
@@ -210,28 +225,38 @@ impl Slot {
         self.send(Message::Swap(path, swapped));
     }
 
-    /// Ends every wait for the process.
+    fn lifelines(&self) -> MutexGuard<'_, Lifelines> {
+        self.lifelines
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends every wait for the process that may come, or, if there is none, for the one
+    /// that is there.
     pub fn cut_off(&self) {
-        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        // As the watchdog does. An error means that it is gone already.
-        let _ = socket.shutdown(Shutdown::Read);
+        let mut lifelines = self.lifelines();
+        let candidate = std::mem::take(&mut lifelines.candidate);
+        if let Some(lifeline) = candidate.upgrade().or(lifelines.current.upgrade()) {
+            lifeline.cut_off();
+        }
+    }
+
+    /// This may become the connection.
+    pub(super) fn considers(&self, session: &Session) {
+        self.lifelines().candidate = session.lifeline();
     }
 
     /// From now on this is the connection.
-    pub(super) fn connected_by(&self, session: &Session) -> Result<(), Error> {
-        let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        *socket = clone(session.socket())?;
+    pub(super) fn connected_by(&self, session: &mut Session) {
+        session.established();
+        *self.lifelines() = Lifelines {
+            current: session.lifeline(),
+            ..Default::default()
+        };
         self.counts
             .tracked
             .store(session.is_tracked(), Ordering::Relaxed);
-        Ok(())
     }
-}
-
-fn clone(socket: &UnixStream) -> Result<UnixStream, Error> {
-    socket
-        .try_clone()
-        .map_err(Error::io("duplicating a socket"))
 }
 
 /// Opens the connection; a path may be served by nobody until `deadline`.

@@ -107,16 +107,17 @@ impl Thread {
             );
             return (Err(why), self.go_back(None));
         }
+        new.session.limit();
         let started = if self.paused {
             Ok(())
         } else {
             self.rings.start(&mut new.session)
         };
-        let started = started.and_then(|()| self.slot.connected_by(&new.session));
         if let Err(error) = started {
             let result = self.go_back(Some(new));
             return (Err(error), result);
         }
+        self.slot.connected_by(&mut new.session);
         let outage = began.elapsed();
         // The old process finds its connection closed.
         self.link = Link::Up(Box::new(new.session));
@@ -132,6 +133,7 @@ impl Thread {
     fn make_ready(&mut self, path: &Path) -> Result<Ready, Error> {
         let socket = self.connect_to(path)?;
         let mut session = Session::new(&self.spec, socket, &self.watchdog)?;
+        self.slot.considers(&session);
         let info = session.shake_hands(&self.spec)?;
         suit::check(&self.info, self.device.accepted(), &info)
             .map_err(|why| self.error("swap", why))?;
@@ -145,12 +147,16 @@ impl Thread {
 
     /// The old process goes on, behind what the new one may have done already.
     fn go_back(&mut self, new: Option<Ready>) -> Result<(), Error> {
-        let mut table = None;
         if let Some(mut new) = new {
+            new.session.limit();
             if self.rings.stop(&mut new.session).is_err() {
                 // It failed in the middle: as if it had been the device's process and
                 // died.
                 let socket = new.session.abandon();
+                let owes = new.inflight.is_some();
+                if owes {
+                    self.rings.keep(new.inflight);
+                }
                 if !hangs_up(&socket, DEADLINE) {
                     let why = "the new process has begun, and neither answers nor ends";
                     self.lose(&self.error("swap", why));
@@ -158,7 +164,9 @@ impl Thread {
                     return Ok(());
                 }
                 self.rings.rewind();
-                table = new.inflight;
+                if owes && let Link::Up(old) = &mut self.link {
+                    self.rings.hand_over(old)?;
+                }
             } else if self.spec.completes_all() && !new.session.is_tracked() {
                 self.rings.settle(DEADLINE);
             }
@@ -166,13 +174,7 @@ impl Thread {
         let Link::Up(old) = &mut self.link else {
             return Ok(());
         };
-        if let Some(table) = table
-            && old.is_tracked()
-        {
-            old.set_inflight(&table)?;
-            self.rings.keep(Some(table));
-        }
-        self.slot.connected_by(old)?;
+        self.slot.connected_by(old);
         let result = if self.paused {
             Ok(())
         } else {

@@ -56,7 +56,7 @@ pub(super) struct Thread {
     pub rings: Rings,
     /// The machine stands still, and so do the rings.
     pub paused: bool,
-    pub on_loss: OnLoss,
+    pub on_loss: Option<OnLoss>,
     notices: Box<dyn Fn(Notice) + Send>,
 }
 
@@ -71,7 +71,7 @@ impl Thread {
     ) -> Self {
         let spec = slot.spec.clone();
         Thread {
-            on_loss: on_loss.unwrap_or(OnLoss::usual(&spec.endpoint)),
+            on_loss,
             slot,
             messages,
             watchdog,
@@ -87,9 +87,15 @@ impl Thread {
 
     pub fn run(mut self) {
         loop {
-            if let Err(error) = self.wait_and_serve() {
-                self.lose(&error);
+            let Err(error) = self.wait_and_serve() else {
+                continue;
+            };
+            if self.link.session().is_none() {
+                // It is lost already, so this is our own trouble; not at full speed.
+                tracing::error!("{error}");
+                std::thread::sleep(DEADLINE);
             }
+            self.lose(&error);
         }
     }
 
@@ -253,6 +259,7 @@ impl Thread {
             self.rings.keep(inflight);
         }
         self.start_rings()?;
+        self.limit_again();
         self.report(Event::DriverOk {
             id: self.slot.id().to_owned(),
             queues: self.rings.len(),

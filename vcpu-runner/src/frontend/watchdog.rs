@@ -19,11 +19,22 @@ pub struct Watchdog {
 #[derive(Default)]
 struct State {
     next: u64,
-    watched: BTreeMap<u64, (Instant, UnixStream)>,
+    watched: BTreeMap<u64, Watched>,
     /// When the thread looks again by itself. It is woken only for a deadline
     /// before that: messages are many, and almost all are answered in time.
     looks_at: Option<Instant>,
 }
+
+struct Watched {
+    socket: UnixStream,
+    /// When something has to be done about it.
+    at: Instant,
+    /// Something was.
+    late: bool,
+}
+
+/// How long after its deadline a socket may take to be given up.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// While it lives, its socket has a deadline.
 pub struct Guard {
@@ -65,7 +76,12 @@ impl Watchdog {
         let key = state.next;
         state.next += 1;
         let deadline = Instant::now() + limit;
-        state.watched.insert(key, (deadline, socket));
+        let watched = Watched {
+            socket,
+            at: deadline,
+            late: false,
+        };
+        state.watched.insert(key, watched);
         if state.looks_at.is_none_or(|at| deadline < at) {
             self.changed.notify_one();
         }
@@ -79,15 +95,18 @@ impl Watchdog {
         let mut state = self.lock();
         loop {
             let now = Instant::now();
-            state.watched.retain(|_, (deadline, socket)| {
-                if *deadline <= now {
-                    // Only what waits for an answer: see `Session::abandon`. An error
-                    // means that it is gone already.
-                    let _ = socket.shutdown(Shutdown::Read);
-                }
-                *deadline > now
-            });
-            let next = state.watched.values().map(|(deadline, _)| *deadline).min();
+            for watched in state.watched.values_mut().filter(|it| it.at <= now) {
+                // First what waits for an answer: see `session::Lifeline`. Who waits
+                // still cannot even send, and must not wait for ever. An error means
+                // that it is gone already.
+                let how = match std::mem::replace(&mut watched.late, true) {
+                    false => Shutdown::Read,
+                    true => Shutdown::Both,
+                };
+                let _ = watched.socket.shutdown(how);
+                watched.at = now + AGAIN;
+            }
+            let next = state.watched.values().map(|watched| watched.at).min();
             state.looks_at = next;
             state = match next {
                 None => self
@@ -108,7 +127,8 @@ impl Watchdog {
 impl Guard {
     /// Ends the watch; true when the deadline had passed.
     pub fn finish(self) -> bool {
-        self.watchdog.lock().watched.remove(&self.key).is_none()
+        let watched = self.watchdog.lock().watched.remove(&self.key);
+        watched.is_some_and(|watched| watched.late)
     }
 }
 
