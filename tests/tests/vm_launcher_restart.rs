@@ -124,7 +124,9 @@ fn a_console_that_is_killed_keeps_its_terminal() {
         kill(&launcher, "device-console", 1, Duration::ZERO);
     }
     for round in 0..6 {
-        assert_eq!(seen.matches(&format!("round{round}")).count(), 1, "{seen}");
+        // Once more if the process died between writing it and telling the guest so.
+        let count = seen.matches(&format!("round{round}")).count();
+        assert!((1..=2).contains(&count), "{seen}");
     }
     writeln!(terminal, "quit").unwrap();
     expect_end(&mut launcher, 0);
