@@ -221,3 +221,18 @@ impl Drop for Launcher {
         }
     }
 }
+
+/// Both ends of a new terminal: the one that somebody types at, and the one that a
+/// program has.
+///
+/// # Panics
+/// When there is none to be had.
+pub fn terminal() -> (File, File) {
+    let flags = rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY;
+    let terminal = rustix::pty::openpt(flags).unwrap();
+    rustix::pty::unlockpt(&terminal).unwrap();
+    let name = rustix::pty::ptsname(&terminal, Vec::new()).unwrap();
+    let mut options = File::options();
+    let slave = options.read(true).write(true).open(name.to_str().unwrap());
+    (terminal.into(), slave.unwrap())
+}

@@ -368,6 +368,13 @@ impl Running {
         status.code().unwrap_or_else(|| panic!("{status}"))
     }
 
+    /// Waits for the end of an embedded guest, which must pass.
+    pub fn passes(&self) {
+        self.expect(0);
+        let serial = self.serial();
+        assert!(serial.contains("guest: pass"), "{serial}");
+    }
+
     /// Waits for the end, which must have this code.
     pub fn expect(&self, code: i32) {
         let got = self.wait();

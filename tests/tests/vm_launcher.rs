@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use outrigger_tests::launcher::{self, Launcher};
+use outrigger_tests::launcher::{self, Launcher, terminal};
 use outrigger_tests::machine::{embedded_guest, skip_kvm};
 use rustix::process::{Signal, kill_process};
 
@@ -148,17 +148,6 @@ fn signals_end_all_of_it() {
         );
         launcher.expect_nobody_left();
     }
-}
-
-/// Both ends of a new terminal.
-fn terminal() -> (File, File) {
-    let flags = rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY;
-    let terminal = rustix::pty::openpt(flags).unwrap();
-    rustix::pty::unlockpt(&terminal).unwrap();
-    let name = rustix::pty::ptsname(&terminal, Vec::new()).unwrap();
-    let mut options = File::options();
-    let slave = options.read(true).write(true).open(name.to_str().unwrap());
-    (terminal.into(), slave.unwrap())
 }
 
 /// Types on a terminal that the launcher runs in.

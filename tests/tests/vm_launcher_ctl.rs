@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use outrigger_protocol::control::{Event, MachineState, SlotState};
-use outrigger_tests::launcher::{Launcher, programs};
+use outrigger_tests::launcher::{Launcher, programs, terminal};
 use outrigger_tests::machine::{embedded_guest, skip_kvm};
 use outrigger_tests::process::Launch;
 use outrigger_tests::wait_until;
@@ -284,17 +284,6 @@ fn a_disk_moves_to_qemu_storage_daemon_and_back() {
     launcher.do_ctl(&["swap", "disk0", "path=disk.img,queues=4"]);
     expect_end(&mut launcher, 0);
     assert!(launcher.read("serial").contains("guest: pass"));
-}
-
-/// Both ends of a new terminal.
-fn terminal() -> (File, File) {
-    let flags = rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY;
-    let terminal = rustix::pty::openpt(flags).unwrap();
-    rustix::pty::unlockpt(&terminal).unwrap();
-    let name = rustix::pty::ptsname(&terminal, Vec::new()).unwrap();
-    let mut options = File::options();
-    let slave = options.read(true).write(true).open(name.to_str().unwrap());
-    (terminal.into(), slave.unwrap())
 }
 
 /// The user's terminal is as it was whenever no console has it.

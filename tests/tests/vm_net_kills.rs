@@ -1,20 +1,40 @@
-//! device-net is killed while a Linux guest talks over it: frames may be lost, and TCP
-//! makes up for them; the guest sees no error and its interface stays up.
+//! device-net is killed, and swapped to another tap, while a Linux guest talks over it:
+//! frames may be lost, and TCP makes up for them; the guest sees no error and its
+//! interface stays up.
 
 use std::process::Command;
 use std::time::Duration;
 
 use outrigger_protocol::control::Event;
-use outrigger_tests::linux::{self, linux, wait_end, wait_serial};
+use outrigger_tests::launcher::Launcher;
+use outrigger_tests::linux::{self, guest, linux, wait_end, wait_serial};
 use outrigger_tests::machine::skip_kvm;
 use outrigger_tests::process::{Launch, Process};
 use outrigger_tests::wait_until;
 use rustix::process::Signal;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
+const TAPS: [&str; 2] = ["tap7", "tap8"];
+
 fn ip(words: &str) {
     let status = Command::new("ip").args(words.split(' ')).status().unwrap();
     assert!(status.success(), "ip {words}");
+}
+
+/// Puts this thread, and all processes that it starts, into a network of their own: a
+/// bridge with two taps, which are there whether or not a process serves them.
+fn network() {
+    // SAFETY: the descriptor table stays shared.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
+    ip("link set lo up");
+    ip("link add br0 type bridge");
+    ip("address add 10.0.2.1/24 dev br0");
+    ip("link set br0 up");
+    for tap in TAPS {
+        ip(&format!("tuntap add dev {tap} mode tap vnet_hdr"));
+        ip(&format!("link set {tap} master br0"));
+        ip(&format!("link set {tap} up"));
+    }
 }
 
 #[test]
@@ -22,18 +42,11 @@ fn a_download_goes_on_over_the_deaths_of_device_net() {
     if skip_kvm() {
         return;
     }
-    // All processes of this thread are in a network of their own, with a tap that is
-    // there whether or not a process serves it.
-    // SAFETY: the descriptor table stays shared.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
-    ip("link set lo up");
-    ip("tuntap add dev tap7 mode tap vnet_hdr");
-    ip("address add 10.0.2.1/24 dev tap7");
-    ip("link set tap7 up");
+    network();
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("net.sock");
     let start = || -> Process {
-        let launch = Launch::new("device-net").args(["--tap", "tap7"]);
+        let launch = Launch::new("device-net").args(["--tap", TAPS[0]]);
         launch.lifetime(linux::PATIENCE).listening_at(&socket)
     };
     // A little at a time, so that the deaths come in the middle.
@@ -66,4 +79,54 @@ fn a_download_goes_on_over_the_deaths_of_device_net() {
 
 fn is_back(event: &Event) -> bool {
     matches!(event, Event::DeviceRunning { id, .. } if id == "net0")
+}
+
+#[test]
+fn a_download_goes_on_over_swaps_to_another_tap() {
+    if skip_kvm() {
+        return;
+    }
+    network();
+    let port = linux::serve_slowly(Duration::from_millis(60));
+    let cmdline = format!(
+        "console=ttyS0 quiet outrigger.job=net {}",
+        linux::net_parameters(port)
+    );
+    let [kernel, initrd] = ["vmlinux", "initramfs.cpio"].map(|f| guest(f).display().to_string());
+    let net = |tap: &str| format!("tap,name={tap},mac=52:54:00:00:00:07");
+    let mut launcher = Launcher::start(&[
+        "run",
+        "--kernel",
+        &kernel,
+        "--initrd",
+        &initrd,
+        "--cmdline",
+        &cmdline,
+        "--memory",
+        "128M",
+        "--net",
+        &net(TAPS[0]),
+        "--serial",
+        "file,path=serial",
+        "--control",
+        "control",
+    ]);
+    launcher.wait_file("serial", "GUEST up");
+    let mut swaps = 0;
+    while !launcher.read("serial").contains("STEP net: ") {
+        std::thread::sleep(Duration::from_millis(500));
+        let (code, _, error) = launcher.ctl(&["swap", "net0", &net(TAPS[(swaps + 1) % 2])]);
+        if code == 0 {
+            swaps += 1;
+        } else {
+            // It may have ended just now.
+            assert!(launcher.read("serial").contains("STEP net: "), "{error}");
+        }
+    }
+    assert_eq!(launcher.wait(), 0, "{}", launcher.read("stderr"));
+    launcher.expect_nobody_left();
+    let serial = launcher.read("serial");
+    assert!(serial.contains("STEP net: pass"), "{serial}");
+    println!("{swaps} swaps");
+    assert!(swaps >= 3, "{swaps}");
 }

@@ -34,6 +34,12 @@ use crate::{Error, control};
 /// How long a vCPU may take to stand still.
 const PARK_DEADLINE: Duration = Duration::from_secs(5);
 
+/// How long a reset waits for the end of processes that were given up. The launcher ends
+/// them in a tenth of a second.
+const GONE: Duration = Duration::from_secs(2);
+/// How often it looks.
+const LOOK: Duration = Duration::from_millis(5);
+
 /// How long the end of the machine waits for the answer to the command that
 /// caused it to go out.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(1);
@@ -67,6 +73,8 @@ pub struct Machine {
     events: Events,
     on_reset: OnReset,
     on_loss: Option<OnLoss>,
+    /// When a reset that the guest asked for is tried again.
+    reset_at: Option<Instant>,
     /// Slots that want the vCPUs to stand still at the moment.
     holds: usize,
     /// When a lost platform ends the machine.
@@ -171,6 +179,7 @@ impl Machine {
             events,
             on_reset: options.on_reset,
             on_loss: options.on_loss,
+            reset_at: None,
             holds: 0,
             platform_limit: None,
             control_socket: None,
@@ -210,12 +219,14 @@ impl Machine {
         self.start_vcpus()?;
         loop {
             // The sender is ours as well, so the channel never closes.
-            let notice = match self.platform_limit {
+            let limit = self.platform_limit.into_iter().chain(self.reset_at).min();
+            let notice = match limit {
                 Some(limit) => self.notices.recv_deadline(limit).ok(),
                 None => self.notices.recv().ok(),
             };
             let ended = match notice {
                 Some(notice) => self.notice(notice)?,
+                None if limit == self.reset_at => self.guest_reset()?,
                 None => Some(end(exit::DEVICE_LOST, "the platform process is lost")),
             };
             if let Some(end) = ended {
@@ -456,22 +467,52 @@ impl Machine {
         Ok(())
     }
 
+    /// Waits until no process that was given up could write to guest memory yet: it
+    /// would write into what the next guest has there.
+    fn wait_quiet(&self) -> Result<(), Error> {
+        let deadline = Instant::now() + GONE;
+        for slot in self.overview.slots() {
+            while !slot.is_quiet() {
+                if Instant::now() >= deadline {
+                    let why = "its process does not answer, but is there still: end it first";
+                    return Err(Error::device(slot.id(), "reset", why));
+                }
+                std::thread::sleep(LOOK);
+            }
+        }
+        Ok(())
+    }
+
     fn guest_reset(&mut self) -> Result<Option<End>, Error> {
         if self.on_reset == OnReset::Exit {
             return Ok(Some(end(exit::GUEST_RESET, "the guest asked for a reset")));
         }
-        self.reset("guest")?;
+        self.reset_at = None;
+        if let Err(error @ Error::Device { .. }) = self.reset("guest") {
+            tracing::warn!("{error}; it is tried again");
+            self.reset_at = Some(Instant::now() + GONE);
+        }
         Ok(None)
     }
 
     /// Everything back to power-on, then the guest boots again. A paused machine
     /// runs afterwards.
     fn reset(&mut self, by: &str) -> Result<(), Error> {
-        self.park()?;
-        if let Err(error) = self.order_slots(Slot::stop) {
-            self.order(Order::Run);
-            return Err(error);
+        let ran = self.state() == MachineState::Running;
+        let stopped = self
+            .park()
+            .and_then(|()| self.order_slots(Slot::pause))
+            .and_then(|()| self.wait_quiet());
+        if stopped.is_err() {
+            // All is as it was.
+            if ran {
+                let resumed = self.order_slots(Slot::resume);
+                self.order(Order::Run);
+                return stopped.and(resumed);
+            }
+            return stopped;
         }
+        self.order_slots(Slot::stop)?;
         self.shared.io.bus.reset();
         if let Some(trap) = &self.shared.io.trap {
             trap.reset();

@@ -136,6 +136,13 @@ impl Chaos {
         assert!(reply.ok, "{command}: {reply:?}\n{}", self.situation());
     }
 
+    /// Gives the runner a command that it refuses; returns why.
+    pub fn refused(&self, command: &str) -> String {
+        let reply = self.machine.control(command);
+        assert!(!reply.ok, "{command}\n{}", self.situation());
+        reply.error.unwrap()
+    }
+
     /// Puts the process behind `socket` in the disk's place; returns for how long
     /// nobody worked on its rings.
     ///

@@ -137,6 +137,17 @@ impl Thread {
         if let Link::Down(down) = &mut self.link {
             down.old.push(old);
         }
+        self.count_ghosts();
+    }
+
+    /// Tells who waits for processes that were given up whether they are gone.
+    pub fn count_ghosts(&mut self) {
+        let ghosts = match &self.link {
+            Link::Up(_) => 0,
+            Link::Down(down) => down.old.len(),
+        };
+        self.slot.counts.ghosts.store(ghosts, Ordering::Release);
+        self.tell_stopped();
     }
 
     /// A driver begins with the lost device: what is to happen after some time happens
@@ -182,7 +193,7 @@ impl Thread {
         if called && !down.old.is_empty() {
             // The next one is looked at in the next round.
             down.old.remove(0);
-            return;
+            return self.count_ghosts();
         }
         if called && let Some(mut knock) = down.knock.take() {
             match knock.answered() {

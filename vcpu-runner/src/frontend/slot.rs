@@ -84,6 +84,8 @@ pub(super) struct Counts {
     pub tracked: AtomicBool,
     pub losses: AtomicU64,
     pub swaps: AtomicU64,
+    /// Processes that are given up and may write to guest memory yet.
+    pub ghosts: AtomicUsize,
 }
 
 /// Requests that may wait in a mailbox before writes to the configuration space
@@ -180,6 +182,7 @@ impl Slot {
             tracked,
             losses,
             swaps,
+            ghosts: _,
         } = &self.counts;
         DeviceStatus {
             id: self.spec.id.clone(),
@@ -229,6 +232,11 @@ impl Slot {
         self.lifelines
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether no process that was given up could write to guest memory yet.
+    pub fn is_quiet(&self) -> bool {
+        self.counts.ghosts.load(Ordering::Acquire) == 0
     }
 
     /// Ends every wait for the process that may come, or, if there is none, for the one

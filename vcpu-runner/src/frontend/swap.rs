@@ -60,6 +60,7 @@ impl Thread {
             Link::Down(down) => down.wait_gone(DEADLINE),
             Link::Up(_) => true,
         };
+        self.count_ghosts();
         if !gone {
             let why = "its process does not answer, but is there still: end it first";
             return Err(self.error("swap", why));

@@ -57,6 +57,9 @@ pub(super) struct Thread {
     /// The machine stands still, and so do the rings.
     pub paused: bool,
     pub on_loss: Option<OnLoss>,
+    /// The driver waits for these to be told to it: a reset of the device, and of queues.
+    stopping: bool,
+    stopping_queues: Vec<usize>,
     notices: Box<dyn Fn(Notice) + Send>,
 }
 
@@ -72,6 +75,8 @@ impl Thread {
         let spec = slot.spec.clone();
         Thread {
             on_loss,
+            stopping: false,
+            stopping_queues: Vec::new(),
             slot,
             messages,
             watchdog,
@@ -171,22 +176,28 @@ impl Thread {
             Message::Request(request) => self.request(request),
             Message::Pause(done) => {
                 let result = self.pause();
+                self.lose_if(result);
                 // Nobody waits any more if it took too long.
                 let _ = done.send(());
-                result
+                Ok(())
             }
             Message::Resume(done) => {
                 let result = self.resume();
+                self.lose_if(result);
                 let _ = done.send(());
-                result
+                Ok(())
             }
             Message::Stop(done) => {
                 let result = self.clear();
+                self.lose_if(result);
+                // The whole machine is reset, and its drivers are no more.
+                self.stopping = false;
+                self.stopping_queues.clear();
                 if std::mem::take(&mut self.paused) && self.link.session().is_some() {
                     self.slot.state.take(Step::Resume);
                 }
                 let _ = done.send(());
-                result
+                Ok(())
             }
             Message::Swap(path, swapped) => {
                 let (answer, result) = self.swap(path);
@@ -209,13 +220,15 @@ impl Thread {
             Request::StopQueue(index) => {
                 let result = self.rings.remove(index, self.link.session());
                 self.count();
-                self.device.queue_stopped(index);
-                result
+                self.stopping_queues.push(index);
+                self.lose_if(result);
+                Ok(())
             }
             Request::Stop => {
                 let result = self.clear();
-                self.device.stopped();
-                result
+                self.stopping = true;
+                self.lose_if(result);
+                Ok(())
             }
             Request::WriteConfig { offset, data } => {
                 let Link::Up(session) = &mut self.link else {
@@ -230,6 +243,29 @@ impl Thread {
                 self.configured(config);
                 Ok(())
             }
+        }
+    }
+
+    /// A process that failed at what it was asked is lost. After a stop, only when it is
+    /// gone does the driver hear that its memory is its own again.
+    fn lose_if(&mut self, result: Result<(), Error>) {
+        if let Err(error) = result {
+            self.lose(&error);
+        }
+        self.tell_stopped();
+    }
+
+    /// Tells the driver of what it waits for, unless a process that was given up could
+    /// write to its memory yet.
+    pub fn tell_stopped(&mut self) {
+        if !self.slot.is_quiet() {
+            return;
+        }
+        for index in self.stopping_queues.drain(..) {
+            self.device.queue_stopped(index);
+        }
+        if std::mem::take(&mut self.stopping) {
+            self.device.stopped();
         }
     }
 
