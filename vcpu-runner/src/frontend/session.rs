@@ -198,8 +198,8 @@ impl Session {
         operation: &str,
         f: impl FnOnce(&mut Self) -> Result<T, E>,
     ) -> Result<Result<T, E>, Error> {
-        if let Some(error) = self.unasked() {
-            return Err(error);
+        if let Some(why) = self.trouble() {
+            return Err(self.error(operation, why));
         }
         let left = self.until.map_or(DEADLINE, |until| {
             until.saturating_duration_since(Instant::now())
@@ -478,6 +478,11 @@ impl Session {
     /// What is wrong with the connection, if it is readable outside a request: the
     /// next one would take what lies there for its answer.
     pub fn unasked(&self) -> Option<Error> {
+        let why = self.trouble()?;
+        Some(self.error("connection", why))
+    }
+
+    fn trouble(&self) -> Option<String> {
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         let why = match rustix::net::recv(&self.socket, &mut [0; 1][..], flags) {
             Ok((1.., _)) => "the process sent what nobody asked for".to_owned(),
@@ -485,7 +490,7 @@ impl Session {
             Err(Errno::AGAIN) => return None,
             Err(error) => error.to_string(),
         };
-        Some(self.error("connection", why))
+        Some(why)
     }
 
     /// The back-end channel, for polling.
