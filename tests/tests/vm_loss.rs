@@ -369,3 +369,26 @@ fn a_swap_to_a_silent_process_does_not_end_the_search() {
     is_running(&machine);
     machine.passes();
 }
+
+#[test]
+fn a_driver_is_told_that_its_device_needs_a_reset_and_works_after_it() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=needs-reset").args(["--on-loss", "error:1"]);
+    let path = machine.disk_path();
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(64 << 20).unwrap();
+    let socket = machine.directory().join("disk.sock");
+    let process = disk(&path, &socket, []);
+    let mut machine = machine.served("disk0", "block", process, &socket).start();
+    machine.wait_serial("needs-reset: ready");
+    let lost = Instant::now();
+    machine.process("disk0").signal(Signal::KILL);
+    machine.wait_serial("needs a reset");
+    assert!(lost.elapsed() >= Duration::from_secs(1));
+    // The driver has begun anew with nobody there; then somebody comes.
+    let next = disk(&path, &socket, []);
+    machine.replace("disk0", next);
+    machine.passes();
+}

@@ -13,10 +13,10 @@ use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 use outrigger_cli::fd::set_nonblocking;
 use outrigger_cli::socket::{self, Bound};
 use outrigger_protocol::control::{Command, MAX_LINE, Reply, Status};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::{Error, eventfd};
+use crate::{Error, clock, eventfd};
 
 /// Longest time that the machine may take to answer: all deadlines of a reset
 /// together.
@@ -186,13 +186,7 @@ impl Server {
             .clients
             .iter()
             .filter_map(|c| Some(c.waits.as_ref()?.until));
-        let timeout = deadlines.min().map(|at| {
-            let left = at.saturating_duration_since(Instant::now());
-            Timespec {
-                tv_sec: left.as_secs() as i64,
-                tv_nsec: left.subsec_nanos().into(),
-            }
-        });
+        let timeout = deadlines.min().map(clock::until);
         match poll(&mut fds, timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error),

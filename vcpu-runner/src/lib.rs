@@ -15,6 +15,7 @@
 //! | [`machine`] | puts it all together and decides what happens next |
 
 pub mod boot;
+pub mod clock;
 pub mod control;
 pub mod error;
 pub mod eventfd;

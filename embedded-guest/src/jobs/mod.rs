@@ -104,6 +104,7 @@ fn job(guest: &Guest) -> Result<(), String> {
         "reset" => power::reset(guest),
         "reset-reinit" => reinit::run(guest),
         "bad-rings" => rings::run(guest),
+        "needs-reset" => rings::wait_and_reset(guest),
         "fail" => report::exit(guest.options.number("code", 1)? as u8),
         job => Err(format!("there is no job {job}")),
     }

@@ -1,11 +1,14 @@
-//! `bad-rings`: queues at addresses where no queue can be. The device must ask for a
-//! reset (virtio 1.2, 2.1.2) and work after it.
+//! Devices that ask for a reset (virtio 1.2, 2.1.2) and must work after it. `bad-rings`:
+//! because queues are at addresses where no queue can be. `needs-reset`: for a reason
+//! that is outside the guest.
 
 use super::{Guest, disk};
 use crate::virtio::BLOCK;
+use crate::virtio::device::Device;
 use crate::virtio::device::common::{
     QUEUE_DESC, QUEUE_DEVICE, QUEUE_DRIVER, QUEUE_ENABLE, QUEUE_SELECT, QUEUE_SIZE,
 };
+use crate::virtio::disk::Disk;
 use crate::virtio::transport::{Completion, Transport};
 use crate::{irq, line, seconds};
 use alloc::format;
@@ -39,10 +42,28 @@ pub fn run(guest: &Guest) -> Result<(), String> {
         }
         common.write(QUEUE_ENABLE, 1u16);
         transport.finish();
-        let asks = || (device.status() & NEEDS_RESET != 0).then_some(());
-        irq::wait_until(seconds(), asks)
-            .map_err(|_| format!("{name}: rings {what}: no wish for a reset"))?;
+        wait_for_wish(&device).map_err(|why| format!("rings {what}: {why}"))?;
         line!("{name}: rings {what}: needs a reset");
     }
     disk::check(guest, device)
+}
+
+/// Takes the disk into use, waits until it asks for a reset, and does as it wishes.
+///
+/// # Errors
+/// The device never asks, or does not work afterwards.
+pub fn wait_and_reset(guest: &Guest) -> Result<(), String> {
+    let device = guest.device(BLOCK)?;
+    let disk = Disk::start(device.clone(), Completion::Polling)?;
+    line!("needs-reset: ready");
+    wait_for_wish(&device)?;
+    line!("{}: needs a reset", device.name);
+    // That resets it.
+    drop(disk);
+    disk::check(guest, device)
+}
+
+fn wait_for_wish(device: &Device) -> Result<(), String> {
+    let asks = || (device.status() & NEEDS_RESET != 0).then_some(());
+    irq::wait_until(seconds(), asks).map_err(|_| format!("{}: no wish for a reset", device.name))
 }

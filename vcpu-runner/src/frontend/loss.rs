@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use outrigger_protocol::control::Event;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 
 use super::knock::Knock;
 use super::on_loss::OnLoss;
@@ -16,7 +16,7 @@ use super::spec::Endpoint;
 use super::state::Step;
 use super::suit;
 use super::thread::{Link, Thread};
-use crate::Error;
+use crate::{Error, clock};
 
 /// How often a path is tried: from
 const SOONEST: Duration = Duration::from_millis(2);
@@ -94,10 +94,7 @@ impl Down {
 
 /// Whether the other end of `socket` is closed, or closes within `limit`.
 pub(super) fn hangs_up(socket: &UnixStream, limit: Duration) -> bool {
-    let limit = Timespec {
-        tv_sec: limit.as_secs().try_into().unwrap_or(i64::MAX),
-        tv_nsec: limit.subsec_nanos().into(),
-    };
+    let limit = clock::until(Instant::now() + limit);
     let mut fds = [PollFd::new(socket, PollFlags::empty())];
     poll(&mut fds, Some(&limit)).is_ok_and(|ready| ready > 0)
 }

@@ -95,7 +95,7 @@ impl Lifeline {
     }
 }
 
-/// A connection whose handshake is done.
+/// A connection to a device's process.
 pub struct Session {
     id: String,
     frontend: Frontend,
@@ -115,8 +115,6 @@ pub struct Session {
     queue_size: u16,
     changes: Arc<ConfigChanges>,
     channel: Option<Channel>,
-    /// It missed a deadline: the watchdog has ended our reading.
-    late: bool,
 }
 
 /// The back-end channel, and a handle to cut it off by.
@@ -160,7 +158,6 @@ impl Session {
             queue_size: spec.queue_size,
             changes: Arc::default(),
             channel: None,
-            late: false,
         })
     }
 
@@ -207,7 +204,8 @@ impl Session {
         let guard = self.watchdog.guard(&self.socket, left.min(DEADLINE))?;
         let result = f(self);
         if guard.finish() {
-            self.late = true;
+            // The watchdog has done so, and nothing else may be done now.
+            self.lifeline.cut_off();
             if result.is_err() {
                 let why = format!("no complete answer in {DEADLINE:?}");
                 return Err(self.error(operation, why));
@@ -220,13 +218,9 @@ impl Session {
     /// when the process has closed its end, and that is when it can do no more harm:
     /// one that is only stopped would wake up and write to guest memory.
     pub fn abandon(self) -> UnixStream {
-        // A process that owes an answer finds that nobody reads it (the watchdog has
-        // seen to that); another one finds that there is nothing more to read.
-        if self.late {
-            self.lifeline.cut_off();
-        } else {
-            self.lifeline.end(Shutdown::Write);
-        }
+        // One that owes an answer finds that nobody reads it: it was cut off. Another one
+        // finds that there is nothing more to read.
+        self.lifeline.end(Shutdown::Write);
         self.socket
     }
 

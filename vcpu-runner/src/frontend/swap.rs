@@ -20,19 +20,19 @@ use super::thread::{Link, Thread};
 use crate::Error;
 use crate::pci::virtio::DeviceInfo;
 
-/// What is answered, and whether the slot's process is lost by it.
-type Outcome = (Result<Duration, Error>, Result<(), Error>);
-
 impl Thread {
-    /// Puts the process at `path` in place of the present one. Answers for how long
-    /// no process worked on the rings, or why the old one stays.
-    pub fn swap(&mut self, path: PathBuf) -> Outcome {
+    /// Puts the process at `path` in place of the present one. Returns for how long no
+    /// process worked on the rings.
+    ///
+    /// # Errors
+    /// Why the old one stays; or is lost, if that came of it.
+    pub fn swap(&mut self, path: PathBuf) -> Result<Duration, Error> {
         let outcome = match &self.link {
             Link::Up(_) => self.swap_running(&path),
-            Link::Down(_) => (self.swap_lost(&path), Ok(())),
+            Link::Down(_) => self.swap_lost(&path),
         };
         let id = self.slot.id().to_owned();
-        match &outcome.0 {
+        match &outcome {
             Ok(outage) => {
                 self.spec.endpoint = Endpoint::Path(path);
                 self.slot.counts.swaps.fetch_add(1, Ordering::Relaxed);
@@ -69,21 +69,15 @@ impl Thread {
         self.reconnect(socket)
     }
 
-    fn swap_running(&mut self, path: &Path) -> Outcome {
-        let new = match self.make_ready(path) {
-            Ok(new) => new,
-            Err(error) => return (Err(error), Ok(())),
-        };
+    fn swap_running(&mut self, path: &Path) -> Result<Duration, Error> {
+        let new = self.make_ready(path)?;
         let began = Instant::now();
         self.slot.state.take(Step::Drain);
         let leaves_work = self.leaves_work() && !self.paused;
-        if leaves_work {
-            let drained = self.drain();
-            if let Err(error) = drained {
-                self.release();
-                self.drained();
-                return (Err(error), Ok(()));
-            }
+        if leaves_work && let Err(error) = self.drain() {
+            self.release();
+            self.drained();
+            return Err(error);
         }
         let outcome = self.exchange(new, began, leaves_work);
         if leaves_work {
@@ -93,20 +87,23 @@ impl Thread {
     }
 
     /// The old process stops, and the new one starts.
-    fn exchange(&mut self, mut new: Ready, began: Instant, leaves_work: bool) -> Outcome {
+    fn exchange(
+        &mut self,
+        mut new: Ready,
+        began: Instant,
+        leaves_work: bool,
+    ) -> Result<Duration, Error> {
         let Link::Up(old) = &mut self.link else {
-            return (Err(self.error("swap", "its process is lost")), Ok(()));
+            return Err(self.error("swap", "its process is lost"));
         };
         if let Err(error) = self.rings.stop(old) {
-            let why = self.error("swap", format!("its process is lost: {error}"));
-            return (Err(why), Err(error));
+            self.lose(&error);
+            return Err(self.error("swap", format!("its process is lost: {error}")));
         }
         if leaves_work && !self.rings.settle(DEADLINE) {
-            let why = self.error(
-                "swap",
-                "its process does not come to an end of its requests",
-            );
-            return (Err(why), self.go_back(None));
+            self.go_back(None);
+            let why = "its process does not come to an end of its requests";
+            return Err(self.error("swap", why));
         }
         new.session.limit();
         let started = if self.paused {
@@ -115,8 +112,8 @@ impl Thread {
             self.rings.start(&mut new.session)
         };
         if let Err(error) = started {
-            let result = self.go_back(Some(new));
-            return (Err(error), result);
+            self.go_back(Some(new));
+            return Err(error);
         }
         self.slot.connected_by(&mut new.session);
         let outage = began.elapsed();
@@ -126,7 +123,7 @@ impl Thread {
         self.adopt(new.info);
         self.rings.wake();
         self.drained();
-        (Ok(outage), Ok(()))
+        Ok(outage)
     }
 
     /// The whole handshake with the process at `path`, which has no ring to work on
@@ -146,8 +143,16 @@ impl Thread {
         })
     }
 
-    /// The old process goes on, behind what the new one may have done already.
-    fn go_back(&mut self, new: Option<Ready>) -> Result<(), Error> {
+    /// The old process goes on, behind what the new one may have done already. If it
+    /// cannot, it is lost.
+    fn go_back(&mut self, new: Option<Ready>) {
+        let result = self.restore(new);
+        if let Err(error) = result {
+            self.lose(&error);
+        }
+    }
+
+    fn restore(&mut self, new: Option<Ready>) -> Result<(), Error> {
         if let Some(mut new) = new {
             new.session.limit();
             if self.rings.stop(&mut new.session).is_err() {

@@ -4,11 +4,11 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::Receiver;
 use outrigger_protocol::control::Event;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 
 use super::loss::Down;
 use super::on_loss::OnLoss;
@@ -21,7 +21,7 @@ use super::watchdog::Watchdog;
 use crate::pci::virtio::backend::{QueueSetup, Request};
 use crate::pci::virtio::{DeviceInfo, VirtioPci};
 use crate::vm::memory::Ram;
-use crate::{Error, eventfd};
+use crate::{Error, clock, eventfd};
 
 /// How long a process may take for the requests that it has, before it is stopped.
 const DRAIN: Duration = Duration::from_secs(3);
@@ -135,7 +135,7 @@ impl Thread {
             }
             Link::Down(down) => {
                 fds.extend(down.watched());
-                timeout = down.wakes_at().map(timespec_until);
+                timeout = down.wakes_at().map(clock::until);
             }
         }
         match poll(&mut fds, timeout.as_ref()) {
@@ -200,9 +200,8 @@ impl Thread {
                 Ok(())
             }
             Message::Swap(path, swapped) => {
-                let (answer, result) = self.swap(path);
-                swapped(answer);
-                result
+                swapped(self.swap(path));
+                Ok(())
             }
         }
     }
@@ -330,7 +329,7 @@ impl Thread {
     /// Stops the rings; what was taken from them is completed then. The driver waits for
     /// this, or its vCPUs stand still.
     fn stop_rings(&mut self) -> Result<(), Error> {
-        if self.link.session().is_some() && self.leaves_work() {
+        if self.leaves_work() {
             // See `Thread::drain`. One that takes its time is stopped all the same.
             self.rings.drain(DRAIN);
         }
@@ -370,11 +369,13 @@ impl Thread {
         (self.notices)(Notice::Release);
     }
 
-    /// Whether the process may say that a ring stands still while it does not. One
-    /// that tracks its work is thought to know what it does.
-    pub fn leaves_work(&mut self) -> bool {
-        let tracked = self.link.session().is_some_and(|s| s.is_tracked());
-        self.spec.completes_all() && !tracked
+    /// Whether there is a process that may say that a ring stands still while it does
+    /// not. One that tracks its work is thought to know what it does.
+    pub fn leaves_work(&self) -> bool {
+        match &self.link {
+            Link::Up(session) => self.spec.completes_all() && !session.is_tracked(),
+            Link::Down(_) => false,
+        }
     }
 
     fn pause(&mut self) -> Result<(), Error> {
@@ -391,13 +392,5 @@ impl Thread {
         }
         self.slot.state.take(Step::Resume);
         self.start_rings()
-    }
-}
-
-fn timespec_until(at: Instant) -> Timespec {
-    let left = at.saturating_duration_since(Instant::now());
-    Timespec {
-        tv_sec: left.as_secs().try_into().unwrap_or(i64::MAX),
-        tv_nsec: left.subsec_nanos().into(),
     }
 }
