@@ -31,6 +31,18 @@ fn replace(process: Process, guest: Guest, next: impl FnOnce() -> Process) -> (P
     (next, guest)
 }
 
+/// Has the guest say as much as fits into its ring; returns what.
+fn say_in_chains(guest: &mut Guest) -> Vec<u8> {
+    let text = text(CHAINS * CHAIN);
+    let at = guest.ram.put(&text);
+    for from in (0..text.len()).step_by(CHAIN) {
+        let chain = Buffer::readable(at + from as u64, CHAIN as u32);
+        guest.queues[TX].add(&[chain]);
+    }
+    guest.queues[TX].kick();
+    text
+}
+
 /// A pseudo-terminal as a launcher makes it, and the path of its slave.
 fn pseudo_terminal() -> (OwnedFd, std::path::PathBuf) {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
@@ -82,13 +94,7 @@ fn output_outlives_the_process() {
     let process = start("--pty-fd", &master);
     let slave = pty::open(&path);
     let mut guest = boot(&process);
-    let text = text(CHAINS * CHAIN);
-    let at = guest.ram.put(&text);
-    for from in (0..text.len()).step_by(CHAIN) {
-        let chain = Buffer::readable(at + from as u64, CHAIN as u32);
-        guest.queues[TX].add(&[chain]);
-    }
-    guest.queues[TX].kick();
+    let text = say_in_chains(&mut guest);
     let early = hear(&slave, 2 * CHAIN + 1000);
     assert!(early == text[..early.len()]);
     let (_process, mut guest) = replace(process, guest, || start("--pty-fd", &master));
@@ -126,13 +132,7 @@ fn a_stop_in_mid_output_repeats_and_loses_nothing() {
     let mut process = start();
     let slave = pty::open(&path);
     let mut guest = boot(&process);
-    let text = text(CHAINS * CHAIN);
-    let at = guest.ram.put(&text);
-    for from in (0..text.len()).step_by(CHAIN) {
-        let chain = Buffer::readable(at + from as u64, CHAIN as u32);
-        guest.queues[TX].add(&[chain]);
-    }
-    guest.queues[TX].kick();
+    let text = say_in_chains(&mut guest);
     let mut heard = Vec::new();
     for _ in 0..3 {
         heard.extend(hear(&slave, CHAIN + 1000));
