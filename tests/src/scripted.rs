@@ -6,6 +6,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -16,6 +17,7 @@ pub mod request {
     pub const GET_FEATURES: u32 = 1;
     pub const SET_MEM_TABLE: u32 = 5;
     pub const SET_VRING_NUM: u32 = 8;
+    pub const SET_VRING_KICK: u32 = 12;
     pub const GET_PROTOCOL_FEATURES: u32 = 15;
     pub const GET_QUEUE_NUM: u32 = 17;
     pub const SET_VRING_ENABLE: u32 = 18;
@@ -43,6 +45,8 @@ pub enum Answer {
     Channel(Vec<u8>),
     /// Nothing, and nothing to any message after it.
     Silence,
+    /// A proper answer; what came along goes there.
+    Take(Sender<Vec<OwnedFd>>),
     /// The end of the connection.
     Close,
 }
@@ -77,10 +81,13 @@ fn run(mut stream: UnixStream, script: impl Fn(u32) -> Answer) -> std::io::Resul
     let mut channel = None;
     loop {
         let (request, flags, payload, fds) = receive(&mut stream)?;
-        if request == request::SET_BACKEND_REQ_FD {
-            channel = fds.into_iter().next().map(UnixStream::from);
-        }
         match script(request) {
+            Answer::Take(taker) => {
+                let _ = taker.send(fds);
+            }
+            Answer::Proper if request == request::SET_BACKEND_REQ_FD => {
+                channel = fds.into_iter().next().map(UnixStream::from);
+            }
             Answer::Proper => {}
             Answer::Bytes(bytes, fds) => {
                 send(&stream, &bytes, fds)?;

@@ -180,9 +180,11 @@ fn who_dies_again_and_again_is_given_up_and_can_be_had_back() {
     // By hand it comes at once, and all is forgotten.
     launcher.do_ctl(&["restart", "disk0"]);
     kill(&launcher, "device-disk", 1, Duration::ZERO);
+    // The process is there a little before the launcher says so.
+    wait_until("it came at once", || {
+        launcher.read("stderr").matches("started again as").count() == 2
+    });
     wait_until("it runs", || launcher.state("disk0") == SlotState::Running);
-    let said = launcher.read("stderr");
-    assert_eq!(said.matches("started again as").count(), 2, "{said}");
     launcher.do_ctl(&["stop"]);
     expect_end(&mut launcher, 0);
 }

@@ -453,6 +453,19 @@ impl Session {
         Ok(())
     }
 
+    /// Returns when the process has done all that it was told so far. One without
+    /// REPLY_ACK answers nothing else, but this it must answer, and messages are
+    /// handled in their order.
+    ///
+    /// # Errors
+    /// When the process does not answer properly.
+    pub fn sync(&mut self) -> Result<(), Error> {
+        if !self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            self.call("GET_FEATURES", |f| f.get_features())?;
+        }
+        Ok(())
+    }
+
     /// Stops one queue; returns the available index to go on from.
     ///
     /// # Errors
