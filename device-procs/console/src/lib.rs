@@ -202,6 +202,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             queue_size: QUEUE_SIZE,
             config: config.clone(),
             inflight: false,
+            poll: std::time::Duration::ZERO,
         },
         workers: vec![Box::new(Console::new(backend, config, backlog))],
         syscalls,

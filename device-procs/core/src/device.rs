@@ -1,5 +1,7 @@
 //! What a device is to the core.
 
+use std::os::fd::BorrowedFd;
+
 use crate::{ConfigSpace, Error, GuestMemory, Poller, Ring};
 
 /// Largest ring of every device here: QEMU's virtio-mmio offers rings of this size
@@ -22,6 +24,9 @@ pub struct Description {
     /// is completed exactly once over the death of the process. Without, a successor
     /// goes on at the used index.
     pub inflight: bool,
+    /// For how long at most a worker looks for more work before it sleeps, if that
+    /// pays; zero: not at all.
+    pub poll: std::time::Duration,
 }
 
 /// A device as one worker thread drives it. A device with several workers
@@ -43,12 +48,34 @@ pub trait Device: Send {
     /// reset.
     fn negotiated(&mut self, _features: u64) {}
 
+    /// A front end has come, on this socket. Work that goes on after the process's death
+    /// must keep it open: whoever finds it closed takes the process's work for ended.
+    fn connected(&mut self, _socket: BorrowedFd<'_>) {}
+
+    /// `queue` is about to start. While no queue of the device ran, another process may
+    /// have worked on the same medium.
+    ///
+    /// # Errors
+    /// Fails the start.
+    fn starting(&mut self, _queue: usize) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    /// `queue` has stopped, or its start has failed after [`Device::starting`].
+    fn stopped(&mut self, _queue: usize) {}
+
     /// There may be new buffers in `queue`. Works until [`Ring::pop`] has none
     /// left, or until something else holds it up that a source will report.
     fn kicked(&mut self, queue: usize, cx: &mut Context<'_>);
 
     /// A registered source is ready. Edge-triggered: works until it would block.
     fn ready(&mut self, _token: u64, _cx: &mut Context<'_>) {}
+
+    /// Completes what is done, without a system call if it can; returns whether there
+    /// was anything. Called again and again while a worker polls.
+    fn poll(&mut self, _cx: &mut Context<'_>) -> bool {
+        false
+    }
 
     /// Completes every request of `queue` that is in work: after this the device
     /// touches neither the ring nor the buffers of `queue` until it is kicked

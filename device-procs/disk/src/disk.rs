@@ -9,16 +9,14 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
 
-use crate::engine::Engine;
 use crate::image::{Extent, Image};
 use crate::request::{ID_SIZE, Operation, Refusal, Request};
+use crate::transfer;
 
 /// What all queues share.
 pub struct Drive {
     /// Where things are.
     pub image: Box<dyn Image>,
-    /// What moves them.
-    pub engine: Box<dyn Engine>,
     /// Answer to GET_ID.
     pub serial: String,
 }
@@ -42,14 +40,14 @@ impl Disk {
     }
 
     fn carry_out(&self, operation: Operation<'_>) -> io::Result<()> {
-        let Drive { image, engine, .. } = &*self.drive;
+        let image = &self.drive.image;
         match operation {
             Operation::Read(offset, buffers) => self.drive.read(offset, buffers),
             Operation::Write(offset, buffers) => {
                 self.drive.write(offset, buffers)?;
                 self.settle()
             }
-            Operation::Flush => engine.flush(image.file()),
+            Operation::Flush => Ok(rustix::fs::fdatasync(image.file())?),
             Operation::GetId(buffers) => {
                 let mut id = [0; ID_SIZE];
                 id[..self.drive.serial.len()].copy_from_slice(self.drive.serial.as_bytes());
@@ -71,7 +69,7 @@ impl Disk {
 
     fn settle(&self) -> io::Result<()> {
         if self.write_through {
-            self.drive.engine.flush(self.drive.image.file())?;
+            rustix::fs::fdatasync(self.drive.image.file())?;
         }
         Ok(())
     }
@@ -82,19 +80,17 @@ impl Drive {
         while !buffers.is_empty() {
             match self.image.map(offset, buffers.len() as u64)? {
                 Extent::Data { offset: at, len } => {
-                    let piece = take(&mut buffers, len)?;
-                    // SAFETY: the pieces are guest memory, mapped for as long as
-                    // `buffers` borrows it.
-                    unsafe {
-                        self.engine
-                            .read(self.image.file(), at, &mut piece.iovecs())?;
-                    }
+                    transfer::read(self.image.file(), at, &take(&mut buffers, len)?)?;
                     offset += len;
                 }
                 Extent::Zero { len } => {
                     for slice in take(&mut buffers, len)?.slices() {
                         slice.copy_from(&vec![0u8; slice.len()]);
                     }
+                    offset += len;
+                }
+                Extent::Special { len } => {
+                    self.image.read(offset, &take(&mut buffers, len)?)?;
                     offset += len;
                 }
             }
@@ -104,18 +100,16 @@ impl Drive {
 
     fn write(&self, mut offset: u64, mut buffers: Buffers<'_>) -> io::Result<()> {
         while !buffers.is_empty() {
-            let Extent::Data { offset: at, len } =
-                self.image.allocate(offset, buffers.len() as u64)?
-            else {
-                return Err(io::Error::other("the image made no room for a write"));
-            };
-            let piece = take(&mut buffers, len)?;
-            // SAFETY: as in `read`.
-            unsafe {
-                self.engine
-                    .write(self.image.file(), at, &mut piece.iovecs())?;
+            match self.image.place(offset, buffers.len() as u64)? {
+                Extent::Data { offset: at, len } => {
+                    transfer::write(self.image.file(), at, &take(&mut buffers, len)?)?;
+                    offset += len;
+                }
+                Extent::Zero { len } | Extent::Special { len } => {
+                    self.image.write(offset, &take(&mut buffers, len)?)?;
+                    offset += len;
+                }
             }
-            offset += len;
         }
         Ok(())
     }

@@ -1,17 +1,17 @@
 //! `device-disk`: a vhost-user-blk device process.
 //!
 //! A request goes through three rooms: [`request`] understands and checks what
-//! the guest asks, [`image`] says where in the file that lies, [`engine`] moves
+//! the guest asks, [`image`] says where in the file that lies, [`transfer`] moves
 //! the bytes between the file and guest memory. [`config`] is what the driver
 //! reads about the disk, [`disk`] ties it to a queue, [`lock`] keeps other programs
 //! from the image.
 
 mod config;
 mod disk;
-mod engine;
 mod image;
 mod lock;
 mod request;
+mod transfer;
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -147,7 +147,6 @@ fn build(options: &Options) -> anyhow::Result<Program> {
     );
     let drive = Arc::new(Drive {
         image: Box::new(image),
-        engine: Box::new(engine::SyncEngine),
         serial: options.serial.clone(),
     });
     let queues = usize::from(options.queues);
@@ -159,6 +158,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             queue_size: QUEUE_SIZE,
             config: ConfigSpace::new(config::space(&geometry, options.queues)),
             inflight: true,
+            poll: std::time::Duration::ZERO,
         },
         workers: (0..queues)
             .map(|_| Box::new(Disk::new(Arc::clone(&drive))) as Box<dyn Device>)

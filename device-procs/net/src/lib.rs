@@ -90,6 +90,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             queue_size: QUEUE_SIZE,
             config: ConfigSpace::new(config::space(mac, mtu)),
             inflight: false,
+            poll: std::time::Duration::ZERO,
         },
         workers: vec![Box::new(Net::new(tap, mtu))],
         syscalls: tap::SYSCALLS,

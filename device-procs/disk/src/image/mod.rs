@@ -8,6 +8,8 @@ use std::os::fd::{BorrowedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use device_core::chain::Buffers;
+
 /// Bytes of a sector as virtio-blk counts (virtio 1.2 section 5.2.4).
 pub const SECTOR: u64 = 512;
 
@@ -88,29 +90,60 @@ pub enum Extent {
         /// Length in bytes.
         len: u64,
     },
+    /// In a form that only the image understands (compressed, in a backing file, not yet
+    /// allocated): [`Image::read`] and [`Image::write`] do it.
+    Special {
+        /// Length in bytes.
+        len: u64,
+    },
 }
 
-/// An image format: it maps, and the engine moves. Ranges given to it lie within
-/// the disk's capacity.
+/// An image format: it maps, and others move data to and from where it says. Ranges given
+/// to it lie within the disk's capacity. Several threads call it at a time.
+///
+/// What a place in the file was mapped to once stays the place of that piece of the disk
+/// for as long as queues run: a transfer may still be under way there.
+///
+/// The process may be killed at any time, and another one that opened the image long ago
+/// goes on with it: so what [`Image::write`] and the like have done is in the file
+/// (write(2), not fsync(2)) when they return, and at no moment is the file in a state
+/// from which another one could not go on.
 pub trait Image: Send + Sync {
-    /// Size and limits.
+    /// Size, which may grow, and limits.
     fn geometry(&self) -> Geometry;
 
     /// The file that extents refer to.
     fn file(&self) -> BorrowedFd<'_>;
 
-    /// Where the bytes from `offset` on are, `len` of them or fewer.
+    /// Where the bytes from `offset` on are read, `len` of them or fewer (and not none).
     ///
     /// # Errors
     /// When the image's own tables cannot be read.
     fn map(&self, offset: u64, len: u64) -> io::Result<Extent>;
 
-    /// Where to write the bytes from `offset` on, `len` of them or fewer; room
-    /// is made where there was none.
+    /// Where the bytes from `offset` on are written, `len` of them or fewer: `Data`, or
+    /// `Special` for what [`Image::write`] must do.
     ///
     /// # Errors
-    /// When there is no room.
-    fn allocate(&self, offset: u64, len: u64) -> io::Result<Extent>;
+    /// When the image cannot be written (any more).
+    fn place(&self, offset: u64, len: u64) -> io::Result<Extent>;
+
+    /// Reads what [`Image::map`] calls special.
+    ///
+    /// # Errors
+    /// The medium's.
+    fn read(&self, _offset: u64, _buffers: &Buffers<'_>) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Writes what [`Image::place`] calls special, making room for it.
+    ///
+    /// # Errors
+    /// The medium's, which may be full. After an error the range reads as before, as far
+    /// as it was not overwritten in place.
+    fn write(&self, _offset: u64, _buffers: &Buffers<'_>) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 
     /// Gives the range back; what it then reads as is undefined.
     ///
@@ -123,4 +156,20 @@ pub trait Image: Send + Sync {
     /// # Errors
     /// The medium's.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
+
+    /// Makes the disk larger. With the size of the disk as it is: looks whether what
+    /// it lies in has grown.
+    ///
+    /// # Errors
+    /// One line that says why not; then nothing has changed.
+    fn grow(&self, capacity: u64) -> io::Result<()>;
+
+    /// Forgets what is known of the file's content: another process may have changed it.
+    /// Nothing else is under way meanwhile.
+    ///
+    /// # Errors
+    /// When the image's own tables cannot be read.
+    fn reload(&self) -> io::Result<()> {
+        Ok(())
+    }
 }

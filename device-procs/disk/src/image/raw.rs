@@ -131,7 +131,7 @@ impl Image for RawImage {
         })
     }
 
-    fn allocate(&self, offset: u64, len: u64) -> io::Result<Extent> {
+    fn place(&self, offset: u64, len: u64) -> io::Result<Extent> {
         if offset.saturating_add(len) > self.len.load(Ordering::Acquire) {
             // Before the write, so that a reader meanwhile finds zeros and no end.
             let capacity = self.geometry.capacity;
@@ -139,6 +139,10 @@ impl Image for RawImage {
             self.len.store(capacity, Ordering::Release);
         }
         Ok(Extent::Data { offset, len })
+    }
+
+    fn grow(&self, _capacity: u64) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -213,9 +217,9 @@ mod tests {
         let data = |offset, len| Extent::Data { offset, len };
         assert_eq!(image.map(0, 1024).unwrap(), data(0, 1000));
         assert_eq!(image.map(1000, 24).unwrap(), Extent::Zero { len: 24 });
-        assert_eq!(image.allocate(0, 512).unwrap(), data(0, 512));
+        assert_eq!(image.place(0, 512).unwrap(), data(0, 512));
         assert_eq!(file.as_file().metadata().unwrap().len(), 1000);
-        assert_eq!(image.allocate(512, 512).unwrap(), data(512, 512));
+        assert_eq!(image.place(512, 512).unwrap(), data(512, 512));
         assert_eq!(file.as_file().metadata().unwrap().len(), 1024);
         assert_eq!(image.map(0, 1024).unwrap(), data(0, 1024));
         assert_eq!(image.padding(), 0);

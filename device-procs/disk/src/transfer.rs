@@ -1,0 +1,84 @@
+//! preadv(2) and pwritev(2) between a file and guest memory, in the calling thread.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use device_core::chain::Buffers;
+
+/// Fills `buffers` from `file` at `offset`.
+///
+/// # Errors
+/// The medium's; `UnexpectedEof` when the file is shorter than it was.
+pub fn read(file: impl AsFd, offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {
+    // SAFETY: the pieces are guest memory, mapped for as long as `buffers` borrows it.
+    unsafe { transfer(libc::preadv, file, offset, &mut buffers.iovecs()) }
+}
+
+/// Writes `buffers` to `file` at `offset`.
+///
+/// # Errors
+/// The medium's.
+pub fn write(file: impl AsFd, offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {
+    // SAFETY: as in `read`.
+    unsafe { transfer(libc::pwritev, file, offset, &mut buffers.iovecs()) }
+}
+
+/// preadv(2) or pwritev(2).
+// SAFETY: whoever calls one vouches for the memory of its iovecs: see `transfer`.
+type Vectored = unsafe extern "C" fn(
+    libc::c_int,
+    *const libc::iovec,
+    libc::c_int,
+    libc::off_t,
+) -> libc::ssize_t;
+
+/// Goes on after short transfers until all of `iovecs` is done.
+///
+/// # Safety
+/// The iovecs describe memory that may be read, or written, for the length of the call.
+unsafe fn transfer(
+    call: Vectored,
+    file: impl AsFd,
+    mut offset: u64,
+    mut iovecs: &mut [libc::iovec],
+) -> io::Result<()> {
+    let fd = file.as_fd().as_raw_fd();
+    loop {
+        iovecs = skip(iovecs, 0);
+        if iovecs.is_empty() {
+            return Ok(());
+        }
+        let count = iovecs.len().min(libc::UIO_MAXIOV as usize) as libc::c_int;
+        let at = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: the caller vouches for the memory; `count` iovecs are there.
+        let done = unsafe { call(fd, iovecs.as_ptr(), count, at) };
+        match done {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            1.. => {
+                offset += done as u64;
+                iovecs = skip(iovecs, done as usize);
+            }
+            _ => match io::Error::last_os_error() {
+                e if e.kind() == io::ErrorKind::Interrupted => {}
+                e => return Err(e),
+            },
+        }
+    }
+}
+
+/// What is left of `iovecs` behind the first `count` bytes; never begins with an empty
+/// piece.
+pub fn skip(mut iovecs: &mut [libc::iovec], mut count: usize) -> &mut [libc::iovec] {
+    while let Some(first) = iovecs.first_mut() {
+        let here = count.min(first.iov_len);
+        // SAFETY: `here` is at most the length of this piece.
+        first.iov_base = unsafe { first.iov_base.cast::<u8>().add(here) }.cast();
+        first.iov_len -= here;
+        count -= here;
+        if first.iov_len > 0 {
+            break;
+        }
+        iovecs = &mut iovecs[1..];
+    }
+    iovecs
+}
