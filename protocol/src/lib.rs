@@ -4,6 +4,7 @@
 
 pub mod channel;
 pub mod control;
+pub mod device;
 pub mod exit;
 pub mod memory;
 pub mod trap;
