@@ -2,24 +2,16 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
-use device_core::chain::Buffers;
 use device_core::{Context, Device};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
 
-use crate::image::{Extent, Image};
-use crate::request::{ID_SIZE, Operation, Refusal, Request};
-use crate::transfer;
-
-/// What all queues share.
-pub struct Drive {
-    /// Where things are.
-    pub image: Box<dyn Image>,
-    /// Answer to GET_ID.
-    pub serial: String,
-}
+use crate::drive::Drive;
+use crate::request::{ID_SIZE, Operation, Range, Refusal, Request};
+use crate::stats::Kind;
 
 /// One worker's disk. Requests are complete when they are taken, so a stop has
 /// nothing to wait for.
@@ -75,55 +67,6 @@ impl Disk {
     }
 }
 
-impl Drive {
-    fn read(&self, mut offset: u64, mut buffers: Buffers<'_>) -> io::Result<()> {
-        while !buffers.is_empty() {
-            match self.image.map(offset, buffers.len() as u64)? {
-                Extent::Data { offset: at, len } => {
-                    transfer::read(self.image.file(), at, &take(&mut buffers, len)?)?;
-                    offset += len;
-                }
-                Extent::Zero { len } => {
-                    for slice in take(&mut buffers, len)?.slices() {
-                        slice.copy_from(&vec![0u8; slice.len()]);
-                    }
-                    offset += len;
-                }
-                Extent::Special { len } => {
-                    self.image.read(offset, &take(&mut buffers, len)?)?;
-                    offset += len;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn write(&self, mut offset: u64, mut buffers: Buffers<'_>) -> io::Result<()> {
-        while !buffers.is_empty() {
-            match self.image.place(offset, buffers.len() as u64)? {
-                Extent::Data { offset: at, len } => {
-                    transfer::write(self.image.file(), at, &take(&mut buffers, len)?)?;
-                    offset += len;
-                }
-                Extent::Zero { len } | Extent::Special { len } => {
-                    self.image.write(offset, &take(&mut buffers, len)?)?;
-                    offset += len;
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-/// The next `len` bytes; an image that maps none or too many is broken.
-fn take<'m>(buffers: &mut Buffers<'m>, len: u64) -> io::Result<Buffers<'m>> {
-    usize::try_from(len)
-        .ok()
-        .filter(|&len| len > 0)
-        .and_then(|len| buffers.take(len))
-        .ok_or_else(|| io::Error::other("the image mapped a wrong length"))
-}
-
 impl Device for Disk {
     fn negotiated(&mut self, features: u64) {
         self.write_through = features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
@@ -133,15 +76,22 @@ impl Device for Disk {
         let memory = cx.memory;
         let geometry = self.drive.image.geometry();
         let Some(ring) = cx.ring(queue) else { return };
+        let Some(recorder) = self.drive.recorders.get(queue) else {
+            return;
+        };
         while let Some(chain) = ring.pop(memory) {
             let head = chain.head;
+            let start = Instant::now();
+            recorder.begun(1);
             let Some(request) = Request::parse(chain, &geometry) else {
                 ring.complain(&format_args!(
                     "queue {queue}: request {head} has no status byte"
                 ));
                 ring.push(memory, head, 0);
+                recorder.completed(Kind::Other, 0, false, start.elapsed());
                 continue;
             };
+            let (kind, bytes) = request.operation.as_ref().map_or((Kind::Other, 0), kind_of);
             let status = match request.operation.map(|operation| self.carry_out(operation)) {
                 Ok(Ok(())) => VIRTIO_BLK_S_OK,
                 Ok(Err(error)) if error.kind() == io::ErrorKind::Unsupported => VIRTIO_BLK_S_UNSUPP,
@@ -160,6 +110,7 @@ impl Device for Disk {
             request.status.copy_from(&[status as u8]);
             // The status byte comes last, so all before it counts as written.
             ring.push(memory, head, written(request.data_len));
+            recorder.completed(kind, bytes, status == VIRTIO_BLK_S_OK, start.elapsed());
         }
     }
 }
@@ -167,4 +118,17 @@ impl Device for Disk {
 /// Bytes that count as written: all before the status byte, and that.
 fn written(data_len: usize) -> u32 {
     u32::try_from(data_len).map_or(u32::MAX, |len| len.saturating_add(1))
+}
+
+/// What it is, and of how many bytes.
+fn kind_of(operation: &Operation<'_>) -> (Kind, u64) {
+    let sum = |ranges: &[Range]| ranges.iter().map(|range| range.len).sum();
+    match operation {
+        Operation::Read(_, buffers) => (Kind::Read, buffers.len() as u64),
+        Operation::Write(_, buffers) => (Kind::Write, buffers.len() as u64),
+        Operation::Flush => (Kind::Flush, 0),
+        Operation::Discard(ranges) => (Kind::Discard, sum(ranges)),
+        Operation::WriteZeroes(ranges) => (Kind::WriteZeroes, sum(ranges)),
+        Operation::GetId(_) => (Kind::Other, 0),
+    }
 }

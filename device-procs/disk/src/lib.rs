@@ -3,14 +3,18 @@
 //! A request goes through three rooms: [`request`] understands and checks what
 //! the guest asks, [`image`] says where in the file that lies, [`transfer`] moves
 //! the bytes between the file and guest memory. [`config`] is what the driver
-//! reads about the disk, [`disk`] ties it to a queue, [`lock`] keeps other programs
-//! from the image.
+//! reads about the disk, [`drive`] is what all its queues share, [`disk`] ties it to a
+//! queue, [`stats`] counts what it does, [`live`] lets others ask for that and make it
+//! larger, [`lock`] keeps other programs from the image.
 
 mod config;
 mod disk;
+mod drive;
 mod image;
+mod live;
 mod lock;
 mod request;
+mod stats;
 mod transfer;
 
 use std::os::fd::RawFd;
@@ -19,10 +23,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use clap::{Parser, ValueEnum};
-use device_core::{ConfigSpace, Description, Device, Program, QUEUE_SIZE, cli::Common};
+use device_core::{Control, Description, Device, Program, QUEUE_SIZE, cli::Common, control};
 use outrigger_sandbox::Rule;
 
-use crate::disk::{Disk, Drive};
+use crate::disk::Disk;
+use crate::drive::Drive;
 use crate::image::{Image, raw::RawImage};
 
 /// Serves a disk image or block device to a virtual machine over vhost-user.
@@ -31,6 +36,9 @@ use crate::image::{Image, raw::RawImage};
 pub struct Options {
     #[command(flatten)]
     common: Common,
+
+    #[command(flatten)]
+    control: control::Options,
 
     /// Raw image file or block device
     #[arg(
@@ -145,10 +153,9 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             ""
         }
     );
-    let drive = Arc::new(Drive {
-        image: Box::new(image),
-        serial: options.serial.clone(),
-    });
+    let drive = Drive::new(Box::new(image), options.serial.clone(), options.queues);
+    let drive = Arc::new(drive);
+    let control = Arc::clone(&drive) as Arc<dyn Control>;
     let queues = usize::from(options.queues);
     Ok(Program {
         description: Description {
@@ -156,7 +163,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             features: config::features(&geometry, options.queues),
             queues: (0..queues).collect(),
             queue_size: QUEUE_SIZE,
-            config: ConfigSpace::new(config::space(&geometry, options.queues)),
+            config: drive.config.clone(),
             inflight: true,
             poll: std::time::Duration::ZERO,
         },
@@ -167,5 +174,6 @@ fn build(options: &Options) -> anyhow::Result<Program> {
         keep_network: false,
         restore: None,
         unserved: None,
+        control: control::Server::new(&options.control, control)?,
     })
 }
