@@ -1,15 +1,19 @@
 //! `device-disk`: a vhost-user-blk device process.
 //!
 //! A request goes through three rooms: [`request`] understands and checks what
-//! the guest asks, [`image`] says where in the file that lies, [`transfer`] moves
-//! the bytes between the file and guest memory. [`config`] is what the driver
-//! reads about the disk, [`drive`] is what all its queues share, [`disk`] ties it to a
-//! queue, [`stats`] counts what it does, [`live`] lets others ask for that and make it
-//! larger, [`lock`] keeps other programs from the image.
+//! the guest asks, [`image`] says where in the file that lies, [`transfer`] or the
+//! [`engine`] moves the bytes between the file and guest memory. [`disk`] leads it from
+//! room to room, [`active`] keeps it meanwhile; [`drive`] is what all queues share,
+//! [`config`] what the driver reads about the disk, [`stats`] what the queues have done;
+//! [`live`] lets others ask for that and make the disk larger, [`lock`] keeps other
+//! programs from the image.
 
+mod active;
+mod bounce;
 mod config;
 mod disk;
 mod drive;
+mod engine;
 mod image;
 mod live;
 mod lock;
@@ -17,17 +21,19 @@ mod request;
 mod stats;
 mod transfer;
 
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, RawFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use device_core::{Control, Description, Device, Program, QUEUE_SIZE, cli::Common, control};
-use outrigger_sandbox::Rule;
+use outrigger_sandbox::{Check, Rule};
 
 use crate::disk::Disk;
-use crate::drive::Drive;
+use crate::drive::{Cache, Drive};
+use crate::engine::Engine;
 use crate::image::{Image, raw::RawImage};
 
 /// Serves a disk image or block device to a virtual machine over vhost-user.
@@ -62,6 +68,20 @@ pub struct Options {
     #[arg(long, value_enum, value_name = "on|off", default_value_t = Lock::On)]
     lock: Lock,
 
+    /// How writes get to the medium
+    #[arg(long, value_enum, value_name = "HOW", default_value_t)]
+    cache: Cache,
+
+    /// After work, look for more for up to so many microseconds before sleeping, if that
+    /// pays: an answer comes sooner, at the cost of processor time
+    #[arg(long, value_name = "N", default_value_t = 0,
+          value_parser = clap::value_parser!(u64).range(..=10_000))]
+    poll_us: u64,
+
+    /// Block size that the guest sees, in bytes [default: the medium's]
+    #[arg(long, value_name = "512|4096", value_parser = block_size)]
+    block_size: Option<u32>,
+
     /// Number of queues, each with a thread of its own
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=64))]
@@ -81,6 +101,14 @@ enum Lock {
     Off,
 }
 
+fn block_size(text: &str) -> Result<u32, String> {
+    match text {
+        "512" => Ok(512),
+        "4096" => Ok(4096),
+        _ => Err("neither 512 nor 4096".to_owned()),
+    }
+}
+
 fn serial(text: &str) -> Result<String, String> {
     if text.len() > request::ID_SIZE {
         return Err(format!("longer than {} bytes", request::ID_SIZE));
@@ -92,12 +120,18 @@ fn serial(text: &str) -> Result<String, String> {
 /// the file does not have (`image::raw`) takes ftruncate as well; that is in
 /// [`outrigger_sandbox::VHOST_USER`], and no call may have two rules.
 const SYSCALLS: &[Rule] = &[
-    Rule::any(libc::SYS_preadv),
-    Rule::any(libc::SYS_pwritev),
+    Rule::any(libc::SYS_preadv2),
+    Rule::any(libc::SYS_pwritev2),
     // Zeroes, where the file system cannot make them itself.
     Rule::any(libc::SYS_pwrite64),
     Rule::any(libc::SYS_fdatasync),
     Rule::any(libc::SYS_fallocate),
+    // What an io_uring may do is restricted in `engine`; none can be made.
+    Rule::any(libc::SYS_io_uring_enter),
+    Rule::when(
+        libc::SYS_io_uring_register,
+        &[Check::OneOf(1, &[engine::REGISTER_FILES_UPDATE as u32])],
+    ),
 ];
 
 /// Runs the program.
@@ -153,27 +187,49 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             ""
         }
     );
-    let drive = Drive::new(Box::new(image), options.serial.clone(), options.queues);
+    let drive = Drive::new(
+        Box::new(image),
+        options.cache,
+        options.block_size,
+        options.serial.clone(),
+        options.queues,
+    )
+    .map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
+    let features = config::features(&drive.geometry(), options.queues);
     let drive = Arc::new(drive);
-    let control = Arc::clone(&drive) as Arc<dyn Control>;
+    let live = Arc::clone(&drive) as Arc<dyn Control>;
     let queues = usize::from(options.queues);
     Ok(Program {
         description: Description {
             name: "device-disk",
-            features: config::features(&geometry, options.queues),
+            features,
             queues: (0..queues).collect(),
             queue_size: QUEUE_SIZE,
             config: drive.config.clone(),
             inflight: true,
-            poll: std::time::Duration::ZERO,
+            poll: Duration::from_micros(options.poll_us),
         },
-        workers: (0..queues)
-            .map(|_| Box::new(Disk::new(Arc::clone(&drive))) as Box<dyn Device>)
-            .collect(),
+        workers: workers(&drive, queues),
         syscalls: SYSCALLS,
         keep_network: false,
         restore: None,
         unserved: None,
-        control: control::Server::new(&options.control, control)?,
+        control: control::Server::new(&options.control, live)?,
     })
+}
+
+/// One disk for each queue, with an engine if the host has such a thing.
+fn workers(drive: &Arc<Drive>, queues: usize) -> Vec<Box<dyn Device>> {
+    let direct = drive.direct.as_ref();
+    let mut workers: Vec<Box<dyn Device>> = Vec::with_capacity(queues);
+    for queue in 0..queues {
+        let engine = Engine::new(drive.image.file(), direct.map(AsFd::as_fd));
+        if queue == 0
+            && let Err(error) = &engine
+        {
+            tracing::warn!("no io_uring ({error}): a queue waits for each of its requests");
+        }
+        workers.push(Box::new(Disk::new(Arc::clone(drive), engine.ok())));
+    }
+    workers
 }

@@ -28,6 +28,20 @@ pub enum Kind {
     Other,
 }
 
+impl Kind {
+    /// Its name, for messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Read => "read",
+            Kind::Write => "write",
+            Kind::Flush => "flush",
+            Kind::Discard => "discard",
+            Kind::WriteZeroes => "write-zeroes",
+            Kind::Other => "other",
+        }
+    }
+}
+
 /// Takes down what one queue does. Clones share one book. The lock is its worker's alone
 /// but for the moment of a [`Recorder::snapshot`].
 #[derive(Clone)]
