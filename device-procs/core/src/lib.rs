@@ -10,6 +10,7 @@
 pub mod chain;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod device;
 pub mod enable;
 pub mod error;
@@ -28,6 +29,7 @@ pub mod worker;
 
 pub use chain::Chain;
 pub use config::ConfigSpace;
+pub use control::Control;
 pub use device::{Context, Description, Device, QUEUE_SIZE};
 pub use error::Error;
 pub use memory::GuestMemory;

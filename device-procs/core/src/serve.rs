@@ -15,6 +15,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::cli::Common;
+use crate::control::{self, Clocks};
 use crate::enable::{self, SET_VRING_ENABLE};
 use crate::fault::{self, Point};
 use crate::listen::Listener;
@@ -63,6 +64,8 @@ pub struct Program {
     pub restore: Option<Box<dyn FnOnce() + Send>>,
     /// A socket of the device's own, which is removed if the start fails.
     pub unserved: Option<Bound>,
+    /// The device's control socket.
+    pub control: Option<control::Server>,
 }
 
 /// Runs a device program to its end.
@@ -114,12 +117,13 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
         keep_network,
         restore,
         unserved,
+        control,
     } = build()?;
 
     let mut layers = vec![BASE, SOCKET, VHOST_USER, SERVE, syscalls];
     // A device may listen, too, and a call has one rule.
     let accepts = |rule: &Rule| rule.syscall == libc::SYS_accept4;
-    if listener.is_listening() && !syscalls.iter().any(accepts) {
+    if (listener.is_listening() || control.is_some()) && !syscalls.iter().any(accepts) {
         layers.push(LISTENER);
     }
     let policy = Policy {
@@ -131,11 +135,13 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
     confine(&policy, common.sandbox)?;
     let description = Arc::new(description);
     let ending = signals::block();
-    let workers = start_workers(&description, devices)?;
+    let clocks = Clocks::new(devices.len());
+    let workers = start_workers(&description, devices, &clocks)?;
     signals::exit_on_signal(ending, Arc::clone(&workers), restore)?;
+    let control = control.map(|server| server.start(clocks)).transpose()?;
     outrigger_sandbox::seal(&policy, common.sandbox)?;
     listener.keep();
-    if let Some(unserved) = unserved {
+    for unserved in unserved.into_iter().chain(control.flatten()) {
         unserved.keep();
     }
     ready.announce();
@@ -177,6 +183,7 @@ pub fn confine(policy: &Policy, mode: Mode) -> anyhow::Result<()> {
 fn start_workers(
     description: &Description,
     devices: Vec<Box<dyn Device>>,
+    clocks: &Clocks,
 ) -> anyhow::Result<Arc<[Worker]>> {
     let total = description.queues.len();
     let mut workers = Vec::with_capacity(devices.len());
@@ -188,10 +195,11 @@ fn start_workers(
     }
     let workers: Arc<[Worker]> = workers.into();
     for number in 0..workers.len() {
-        let workers = Arc::clone(&workers);
+        let (workers, clocks) = (Arc::clone(&workers), clocks.clone());
         std::thread::Builder::new()
             .name(format!("worker-{number}"))
             .spawn(move || {
+                clocks.register(number);
                 if let Err(error) = workers[number].run() {
                     tracing::error!("worker {number}: epoll_wait: {error}");
                     std::process::exit(1);

@@ -5,7 +5,8 @@
 //! [`engine`] moves the bytes between the file and guest memory. [`disk`] leads it from
 //! room to room, [`active`] keeps it meanwhile; [`drive`] is what all queues share,
 //! [`config`] what the driver reads about the disk, [`stats`] what the queues have done;
-//! [`lock`] keeps other programs from the image.
+//! [`live`] lets others ask for that and make the disk larger, [`lock`] keeps other
+//! programs from the image.
 
 mod active;
 mod bounce;
@@ -14,6 +15,7 @@ mod disk;
 mod drive;
 mod engine;
 mod image;
+mod live;
 mod lock;
 mod request;
 mod stats;
@@ -26,7 +28,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
-use device_core::{Description, Device, Program, QUEUE_SIZE, cli::Common};
+use device_core::{Control, Description, Device, Program, QUEUE_SIZE, cli::Common, control};
 use outrigger_sandbox::{Check, Rule};
 
 use crate::disk::Disk;
@@ -40,6 +42,9 @@ use crate::image::{Image, raw::RawImage};
 pub struct Options {
     #[command(flatten)]
     common: Common,
+
+    #[command(flatten)]
+    control: control::Options,
 
     /// Raw image file or block device
     #[arg(
@@ -192,6 +197,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
     .map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
     let features = config::features(&drive.geometry(), options.queues);
     let drive = Arc::new(drive);
+    let live = Arc::clone(&drive) as Arc<dyn Control>;
     let queues = usize::from(options.queues);
     Ok(Program {
         description: Description {
@@ -208,6 +214,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
         keep_network: false,
         restore: None,
         unserved: None,
+        control: control::Server::new(&options.control, live)?,
     })
 }
 
