@@ -2,7 +2,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -142,6 +142,7 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
 
     while let Some(stream) = listener.accept().context("accepting a front end")? {
         let session = Session::new(Arc::clone(&description), Arc::clone(&workers));
+        session.connected(stream.as_fd());
         let session = Arc::new(Mutex::new(session));
         let front_end = stream.try_clone().context("duplicating a socket")?;
         match serve_one(stream, &session, &description) {
