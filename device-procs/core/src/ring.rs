@@ -338,18 +338,31 @@ impl Ring {
         self.budget = BATCH;
     }
 
-    /// After a batch: doorbells on again if the ring ran dry, and one look more,
-    /// for what came in between; then the interrupt, if the driver wants one or may have
-    /// missed one.
-    pub(crate) fn finish(&mut self, memory: &GuestMemory) {
-        if !self.is_running() {
-            return;
+    /// Whether something has come since the ring ran dry, although the doorbell is off.
+    pub(crate) fn look(&mut self, memory: &GuestMemory) {
+        if self.starved && self.is_running() {
+            match self.queue.avail_idx(memory, Ordering::Acquire) {
+                Ok(index) => self.pending |= index.0 != self.queue.next_avail(),
+                Err(error) => self.corrupt(&error),
+            }
         }
-        if std::mem::take(&mut self.starved) {
+    }
+
+    /// Before a sleep: the doorbell on again if the ring ran dry, and one look more, for
+    /// what came in between.
+    pub(crate) fn rest(&mut self, memory: &GuestMemory) {
+        if self.is_running() && std::mem::take(&mut self.starved) {
             match self.queue.enable_notification(memory) {
                 Ok(more) => self.pending |= more,
                 Err(error) => self.corrupt(&error),
             }
+        }
+    }
+
+    /// After a batch: the interrupt, if the driver wants one or may have missed one.
+    pub(crate) fn finish(&mut self, memory: &GuestMemory) {
+        if !self.is_running() {
+            return;
         }
         if std::mem::take(&mut self.unannounced) {
             (self.pushed, self.announced) = (false, self.queue.next_used());

@@ -179,7 +179,7 @@ fn start_workers(
     description: &Description,
     devices: Vec<Box<dyn Device>>,
 ) -> anyhow::Result<Arc<[Worker]>> {
-    let total = description.queues.len();
+    let (total, poll) = (description.queues.len(), description.poll);
     let mut workers = Vec::with_capacity(devices.len());
     for (number, device) in devices.into_iter().enumerate() {
         let own: Vec<usize> = (0..total)
@@ -193,7 +193,7 @@ fn start_workers(
         std::thread::Builder::new()
             .name(format!("worker-{number}"))
             .spawn(move || {
-                if let Err(error) = workers[number].run() {
+                if let Err(error) = workers[number].run(poll) {
                     tracing::error!("worker {number}: epoll_wait: {error}");
                     std::process::exit(1);
                 }

@@ -3,13 +3,14 @@
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use crate::inflight::Table;
 use crate::memory::MemoryTable;
+use crate::pace::{Next, Pace};
 use crate::ring::RingAddresses;
 use crate::{Context, Device, Error, GuestMemory, Poller, Ring};
 
@@ -92,24 +93,53 @@ impl Worker {
         result
     }
 
-    /// Moves data until the process ends.
+    /// Moves data until the process ends. Looks for more for `poll` at most before it
+    /// sleeps, if that pays.
     ///
     /// # Errors
     /// Only when epoll itself fails.
-    pub fn run(&self) -> std::io::Result<()> {
+    pub fn run(&self, poll: Duration) -> std::io::Result<()> {
+        let mut pace = Pace::new(poll);
         let mut tokens = Vec::new();
-        let mut more = false;
+        let mut next = Next::Sleep;
         loop {
             tokens.clear();
-            self.poller
-                .wait(&mut tokens, more.then_some(Duration::ZERO))?;
+            match next {
+                Next::Look => std::hint::spin_loop(),
+                Next::LookAround => self.poller.wait(&mut tokens, Some(Duration::ZERO))?,
+                Next::Sleep => {
+                    let start = Instant::now();
+                    self.poller.wait(&mut tokens, None)?;
+                    pace.slept(start.elapsed());
+                }
+            }
             // The lock is not fair: without this a busy ring starves a stop.
             while self.waiting.load(Ordering::Acquire) > 0 {
                 std::thread::yield_now();
             }
-            more = self.lock().batch(&tokens, &self.poller);
+            let mut state = self.lock();
+            next = match state.work(&tokens, &self.poller, pace.is_looking()) {
+                Found::Nothing => pace.idle(),
+                Found::Work if pace.worked() => Next::LookAround,
+                Found::Work => pace.idle(),
+                Found::More if pace.worked() || !pace.is_looking() => Next::LookAround,
+                Found::More => Next::Look,
+            };
+            if next == Next::Sleep && state.rest() {
+                next = Next::Look;
+            }
         }
     }
+}
+
+/// What a worker found to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    /// It is done.
+    Work,
+    /// More than it does at a time.
+    More,
 }
 
 impl State {
@@ -120,7 +150,8 @@ impl State {
             .any(|ring| ring.pending && ring.is_running())
     }
 
-    fn batch(&mut self, tokens: &[u64], poller: &Poller) -> bool {
+    /// Does what there is to do. While it is `looking`, it finds work without being told.
+    fn work(&mut self, tokens: &[u64], poller: &Poller, looking: bool) -> Found {
         let State {
             device,
             rings,
@@ -131,29 +162,48 @@ impl State {
             memory,
             poller,
         };
+        let mut found = false;
         for &token in tokens {
             if token == WAKE {
                 continue;
             }
             if token & CORE == 0 {
-                for ring in cx.rings.iter_mut().flatten() {
-                    ring.refill();
-                }
+                found = true;
+                refill(&mut cx);
                 device.ready(token, &mut cx);
             } else if let Some(Some(ring)) = cx.rings.get_mut((token & !CORE) as usize) {
                 ring.pending = true;
             }
         }
+        if looking {
+            for ring in cx.rings.iter_mut().flatten() {
+                ring.look(memory);
+            }
+            refill(&mut cx);
+            found |= device.poll(&mut cx);
+        }
         for index in 0..cx.rings.len() {
-            let memory = cx.memory;
             match cx.ring(index) {
                 Some(ring) if ring.pending => ring.begin(memory),
                 _ => continue,
             }
+            found = true;
             device.kicked(index, &mut cx);
         }
         for ring in cx.rings.iter_mut().flatten() {
-            ring.finish(cx.memory);
+            ring.finish(memory);
+        }
+        match (found, self.is_pending()) {
+            (_, true) => Found::More,
+            (true, false) => Found::Work,
+            (false, false) => Found::Nothing,
+        }
+    }
+
+    /// Before a sleep: doorbells on; returns whether something came in between.
+    fn rest(&mut self) -> bool {
+        for ring in self.rings.iter_mut().flatten() {
+            ring.rest(&self.memory);
         }
         self.is_pending()
     }
@@ -356,6 +406,13 @@ impl State {
             ring.reset();
         }
         self.memory = Arc::default();
+    }
+}
+
+/// All rings may be served a batch's worth again.
+fn refill(cx: &mut Context<'_>) {
+    for ring in cx.rings.iter_mut().flatten() {
+        ring.refill();
     }
 }
 

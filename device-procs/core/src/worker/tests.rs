@@ -24,6 +24,8 @@ const PLACE: RingAddresses = RingAddresses {
 struct Notes {
     told: Vec<String>,
     refuse: bool,
+    /// Nothing stays in work.
+    at_once: bool,
 }
 
 #[derive(Default)]
@@ -66,6 +68,15 @@ impl Device for Recorder {
         {
             self.in_work.push((queue, chain.head));
         }
+        if self.notes.lock().unwrap().at_once {
+            self.drain(queue, cx);
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> bool {
+        let found = !self.in_work.is_empty();
+        (0..2).for_each(|queue| self.drain(queue, cx));
+        found
     }
 
     fn drain(&mut self, queue: usize, cx: &mut Context<'_>) {
@@ -84,7 +95,7 @@ impl Device for Recorder {
 
 /// A front end with a driver of two queues, and a worker whose thread does not run.
 struct World {
-    worker: Worker,
+    worker: Arc<Worker>,
     table: MemoryTable,
     notes: Arc<Mutex<Notes>>,
 }
@@ -106,7 +117,7 @@ impl World {
         let world = World {
             notes: Arc::clone(&recorder.notes),
             table: MemoryTable::new([(region, file)]).unwrap(),
-            worker: Worker::new(Box::new(recorder), &[0, 1], 2, SIZE).unwrap(),
+            worker: Arc::new(Worker::new(Box::new(recorder), &[0, 1], 2, SIZE).unwrap()),
         };
         world.control(|state, poller| state.set_memory(&world.table, poller));
         for queue in 0..2 {
@@ -155,7 +166,15 @@ impl World {
 
     /// Serves what is pending as the thread would.
     fn batch(&self) {
-        self.control(|state, poller| state.batch(&[], poller));
+        self.control(|state, poller| state.work(&[], poller, false));
+    }
+
+    /// Whether the driver is asked not to ring.
+    fn is_doorbell_off(&self, queue: usize) -> bool {
+        let flags: u16 = (self.table.memory())
+            .read_obj(GuestAddress(at(queue).used))
+            .unwrap();
+        flags == 1
     }
 
     fn used_index(&self, queue: usize) -> u16 {
@@ -344,4 +363,84 @@ fn a_stop_takes_left_overs_that_come_in_several_turns() {
     third.start_with(0, Some(&table())).unwrap();
     assert_eq!(third.stop(0), 8);
     assert_eq!(third.used_index(0), 6);
+}
+
+#[test]
+fn doorbells_stay_off_until_a_last_look() {
+    let world = World::new(SIZE.into());
+    let look = || world.control(|state, poller| state.work(&[], poller, true));
+    let rest = || world.control(|state, _| state.rest());
+    world.start(0).unwrap();
+    assert_eq!(look(), Found::Work);
+    assert_eq!(look(), Found::Nothing);
+    assert!(world.is_doorbell_off(0));
+    world.offer(0, 3);
+    assert_eq!(look(), Found::Work);
+    assert_eq!(world.used_index(0), 0);
+    // The device has completed them meanwhile.
+    assert_eq!(look(), Found::Work);
+    assert_eq!((look(), world.used_index(0)), (Found::Nothing, 3));
+    assert!(world.is_doorbell_off(0));
+
+    world.offer(0, 4);
+    assert!(rest());
+    assert!(!world.is_doorbell_off(0));
+    assert_eq!(look(), Found::Work);
+    assert!(world.is_doorbell_off(0));
+    assert!(!rest());
+    assert!(!world.is_doorbell_off(0));
+    // Whoever sleeps is not to look.
+    assert_eq!(look(), Found::Work);
+    world.offer(0, 5);
+    assert_eq!((look(), world.used_index(0)), (Found::Nothing, 4));
+}
+
+/// What the kernel says of a thread: whether it sleeps, and how often it has been switched
+/// to and from.
+fn sleeps(thread: i32) -> (bool, Vec<String>) {
+    let status = std::fs::read_to_string(format!("/proc/self/task/{thread}/status")).unwrap();
+    let switches = status.lines().filter(|line| line.contains("ctxt_switches"));
+    let switches = switches.map(str::to_owned).collect();
+    (status.contains("State:\tS"), switches)
+}
+
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(20), "{what}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn an_idle_worker_sleeps() {
+    let world = World::new(SIZE.into());
+    world.notes.lock().unwrap().at_once = true;
+    let kick = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+    let doorbell = kick.try_clone().unwrap();
+    world.control(|state, poller| {
+        (state.start(0, kick, false, &world.table, None, poller)).unwrap();
+    });
+    let (send, thread) = std::sync::mpsc::channel();
+    let worker = Arc::clone(&world.worker);
+    // It ends with the process.
+    std::thread::spawn(move || {
+        send.send(rustix::thread::gettid().as_raw_nonzero().get())
+            .unwrap();
+        worker.run(Duration::from_micros(200))
+    });
+    let thread = thread.recv().unwrap();
+    for count in 1..=20 {
+        world.offer(0, count);
+        rustix::io::write(&doorbell, &1u64.to_ne_bytes()).unwrap();
+        until("completed", || world.used_index(0) == count);
+    }
+    // Asleep, and not switched to a hundred times in a row.
+    let (mut last, mut same) = (sleeps(thread), 0);
+    until("idle", || {
+        let now = sleeps(thread);
+        same = if now.0 && now == last { same + 1 } else { 0 };
+        last = now;
+        same == 100
+    });
 }
