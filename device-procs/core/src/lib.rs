@@ -18,6 +18,7 @@ pub mod fault;
 pub mod inflight;
 pub mod listen;
 pub mod memory;
+pub mod pace;
 pub mod poller;
 pub mod ring;
 pub mod serve;

@@ -2,7 +2,7 @@
 //! descriptors through which driver and device wake each other.
 
 use std::fmt::Display;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -109,6 +109,16 @@ impl Ring {
         self.state == State::Started && self.enabled
     }
 
+    /// Whether it was started and is neither stopped nor corrupt; enabled or not.
+    pub(crate) fn is_started(&self) -> bool {
+        self.state == State::Started
+    }
+
+    /// Whether it was started and not stopped since, corrupt or not.
+    pub(crate) fn was_started(&self) -> bool {
+        self.state != State::Stopped
+    }
+
     /// Queue index.
     pub fn index(&self) -> usize {
         self.index
@@ -132,9 +142,14 @@ impl Ring {
         addresses: RingAddresses,
         table: &MemoryTable,
     ) -> Result<(), Error> {
-        self.addresses = Some(addresses);
-        if self.state == State::Started {
-            return self.place(table);
+        let old = self.addresses.replace(addresses);
+        if self.is_started()
+            && let Err(error) = self.place(table)
+        {
+            self.addresses = old;
+            // It was there before.
+            self.replace_memory(table);
+            return Err(error);
         }
         Ok(())
     }
@@ -164,10 +179,6 @@ impl Ring {
 
     pub(crate) fn set_event_idx(&mut self, on: bool) {
         self.queue.set_event_idx(on);
-    }
-
-    pub(crate) fn kick(&self) -> Option<impl AsFd + '_> {
-        self.kick.as_ref()
     }
 
     /// Puts the rings where the front end says and picks up the used index that
@@ -217,25 +228,28 @@ impl Ring {
     }
 
     /// SET_VRING_KICK: the ring, which has its place, starts (vhost-user, "Ring
-    /// states"). With `inflight`, it goes on where the table says. Returns the doorbell
-    /// that it had.
+    /// states"). With `inflight`, it goes on where the table says.
     pub(crate) fn start(
         &mut self,
         kick: OwnedFd,
         inflight: Option<&Arc<Table>>,
         memory: &GuestMemory,
-    ) -> Option<OwnedFd> {
-        let goes_on = self.state == State::Started;
+    ) {
         self.state = State::Started;
         self.pending = true;
+        (self.pushed, self.starved) = (false, false);
         self.complaints = 0;
-        if !goes_on {
-            self.resumed = self.queue.next_used() != 0;
-            self.unannounced = self.resumed;
-            if let Err(error) = self.recover(inflight, memory) {
-                self.break_down(&error);
-            }
+        self.resumed = self.queue.next_used() != 0;
+        self.unannounced = self.resumed;
+        if let Err(error) = self.recover(inflight, memory) {
+            self.break_down(&error);
         }
+        self.kick = Some(kick);
+    }
+
+    /// SET_VRING_KICK while it runs; returns the doorbell that it had.
+    pub(crate) fn replace_kick(&mut self, kick: OwnedFd) -> Option<OwnedFd> {
+        self.pending = true;
         self.kick.replace(kick)
     }
 
@@ -266,28 +280,36 @@ impl Ring {
         Ok(())
     }
 
-    /// Whether there is work that a process before this one left undone.
-    pub(crate) fn has_left_overs(&self) -> bool {
-        self.is_running() && self.tracker.as_ref().is_some_and(Tracker::has_more)
+    /// How many requests a process before this one left undone that are not taken again.
+    pub(crate) fn left_overs(&self) -> usize {
+        match &self.tracker {
+            Some(tracker) if self.is_running() => tracker.left_overs(),
+            _ => 0,
+        }
     }
 
     /// The memory table changed under a started ring.
     pub(crate) fn replace_memory(&mut self, table: &MemoryTable) {
-        if self.state == State::Started
+        if self.is_started()
             && let Err(error) = self.place(table)
         {
             self.break_down(&error);
         }
     }
 
-    /// GET_VRING_BASE: the ring stops; returns the next available index.
-    pub(crate) fn stop(&mut self) -> u16 {
+    /// Nothing more is done here until a start. Returns the doorbell.
+    pub(crate) fn end(&mut self) -> Option<OwnedFd> {
         self.state = State::Stopped;
         self.queue.set_ready(false);
-        self.kick = None;
-        self.call = None;
         self.pending = false;
         self.tracker = None;
+        self.kick.take()
+    }
+
+    /// GET_VRING_BASE: the ring, which has ended, is silent, too; returns the next available
+    /// index.
+    pub(crate) fn stop(&mut self) -> u16 {
+        self.call = None;
         self.queue.next_avail()
     }
 
@@ -316,18 +338,31 @@ impl Ring {
         self.budget = BATCH;
     }
 
-    /// After a batch: doorbells on again if the ring ran dry, and one look more,
-    /// for what came in between; then the interrupt, if the driver wants one or may have
-    /// missed one.
-    pub(crate) fn finish(&mut self, memory: &GuestMemory) {
-        if !self.is_running() {
-            return;
+    /// Whether something has come since the ring ran dry, although the doorbell is off.
+    pub(crate) fn look(&mut self, memory: &GuestMemory) {
+        if self.starved && self.is_running() {
+            match self.queue.avail_idx(memory, Ordering::Acquire) {
+                Ok(index) => self.pending |= index.0 != self.queue.next_avail(),
+                Err(error) => self.corrupt(&error),
+            }
         }
-        if std::mem::take(&mut self.starved) {
+    }
+
+    /// Before a sleep: the doorbell on again if the ring ran dry, and one look more, for
+    /// what came in between.
+    pub(crate) fn rest(&mut self, memory: &GuestMemory) {
+        if self.is_running() && std::mem::take(&mut self.starved) {
             match self.queue.enable_notification(memory) {
                 Ok(more) => self.pending |= more,
                 Err(error) => self.corrupt(&error),
             }
+        }
+    }
+
+    /// After a batch: the interrupt, if the driver wants one or may have missed one.
+    pub(crate) fn finish(&mut self, memory: &GuestMemory) {
+        if !self.is_running() {
+            return;
         }
         if std::mem::take(&mut self.unannounced) {
             (self.pushed, self.announced) = (false, self.queue.next_used());
@@ -462,8 +497,12 @@ impl Ring {
         self.push_all(memory, &[(head, written)]);
     }
 
-    /// Completes several requests, which the driver gets to see all at once.
+    /// Completes several requests, which the driver gets to see all at once. One that was
+    /// in work when the ring broke goes nowhere.
     pub fn push_all(&mut self, memory: &GuestMemory, completed: &[(u16, u32)]) {
+        if !self.is_running() || completed.is_empty() {
+            return;
+        }
         match self.try_push(memory, completed) {
             Ok(()) => self.pushed = true,
             Err(why) => self.corrupt(&why),

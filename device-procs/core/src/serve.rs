@@ -2,7 +2,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -148,6 +148,7 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
 
     while let Some(stream) = listener.accept().context("accepting a front end")? {
         let session = Session::new(Arc::clone(&description), Arc::clone(&workers));
+        session.connected(stream.as_fd());
         let session = Arc::new(Mutex::new(session));
         let front_end = stream.try_clone().context("duplicating a socket")?;
         match serve_one(stream, &session, &description) {
@@ -185,7 +186,7 @@ fn start_workers(
     devices: Vec<Box<dyn Device>>,
     clocks: &Clocks,
 ) -> anyhow::Result<Arc<[Worker]>> {
-    let total = description.queues.len();
+    let (total, poll) = (description.queues.len(), description.poll);
     let mut workers = Vec::with_capacity(devices.len());
     for (number, device) in devices.into_iter().enumerate() {
         let own: Vec<usize> = (0..total)
@@ -200,7 +201,7 @@ fn start_workers(
             .name(format!("worker-{number}"))
             .spawn(move || {
                 clocks.register(number);
-                if let Err(error) = workers[number].run() {
+                if let Err(error) = workers[number].run(poll) {
                     tracing::error!("worker {number}: epoll_wait: {error}");
                     std::process::exit(1);
                 }

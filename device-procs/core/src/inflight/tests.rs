@@ -267,7 +267,7 @@ fn requests_are_done_again_in_the_order_in_which_they_were_taken() {
     drop(ring);
 
     let mut ring = world.start();
-    assert!(ring.has_left_overs());
+    assert_eq!(ring.left_overs(), 2);
     ring.begin(&memory);
     let first = ring.pop(&memory).unwrap();
     assert_eq!(first.head, 6);
@@ -280,7 +280,7 @@ fn requests_are_done_again_in_the_order_in_which_they_were_taken() {
         ring.push(&memory, head, 0);
     }
     assert!(ring.pop(&memory).is_none() && ring.is_running());
-    assert!(!ring.has_left_overs());
+    assert_eq!(ring.left_overs(), 0);
     world.reap();
     assert!(world.outstanding.is_empty());
 
@@ -289,7 +289,7 @@ fn requests_are_done_again_in_the_order_in_which_they_were_taken() {
     let chain = ring.pop(&memory).unwrap();
     ring.unpop(&chain);
     drop(ring);
-    assert!(!world.start().has_left_overs());
+    assert_eq!(world.start().left_overs(), 0);
 }
 
 /// Whether a process that finds `world` works on, which it must not with `wrong`.
