@@ -29,7 +29,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// Options of a device program that has a control socket.
 #[derive(Args, Clone, Debug)]
-pub struct Options {
+pub struct ControlOptions {
     /// Unix socket to create for control commands: statistics, flush, resize
     #[arg(long, value_name = "PATH", conflicts_with = "control_fd",
           value_parser = socket::path_parser())]
@@ -73,7 +73,7 @@ impl Server {
     ///
     /// # Errors
     /// One line that names the option and what is wrong with it.
-    pub fn new(options: &Options, device: Arc<dyn Control>) -> anyhow::Result<Option<Self>> {
+    pub fn new(options: &ControlOptions, device: Arc<dyn Control>) -> anyhow::Result<Option<Self>> {
         let (listener, unserved) = if let Some(path) = &options.control {
             let (listener, bound) = socket::bind(path)
                 .map_err(|e| anyhow::anyhow!("--control {}: {e}", path.display()))?;
@@ -389,7 +389,7 @@ mod tests {
     }
 
     fn serve(path: &Path, clocks: Clocks) -> Option<Bound> {
-        let options = Options {
+        let options = ControlOptions {
             control: Some(path.to_owned()),
             control_fd: None,
         };
@@ -505,7 +505,7 @@ mod tests {
     #[test]
     fn what_does_not_listen_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let missing = Options {
+        let missing = ControlOptions {
             control: Some(dir.path().join("none/control")),
             control_fd: None,
         };
@@ -513,13 +513,13 @@ mod tests {
         assert!(error.to_string().starts_with("--control "), "{error}");
         use std::os::fd::IntoRawFd;
         let (one, _two) = UnixStream::pair().unwrap();
-        let connected = Options {
+        let connected = ControlOptions {
             control: None,
             control_fd: Some(one.into_raw_fd()),
         };
         let error = Server::new(&connected, Arc::new(Medium)).err().unwrap();
         assert!(error.to_string().contains("listens"), "{error}");
-        let nothing = Options {
+        let nothing = ControlOptions {
             control: None,
             control_fd: None,
         };

@@ -44,7 +44,7 @@ pub struct Options {
     common: Common,
 
     #[command(flatten)]
-    control: control::Options,
+    control: control::ControlOptions,
 
     /// Raw image file or block device
     #[arg(
