@@ -7,6 +7,7 @@
 //! under one lock, taken once per batch; taking that lock is how the control
 //! thread makes a stop a barrier.
 
+mod buffers;
 pub mod chain;
 pub mod cli;
 pub mod config;
@@ -24,6 +25,7 @@ pub mod ring;
 pub mod serve;
 pub mod session;
 pub mod signals;
+mod split;
 #[cfg(test)]
 mod testing;
 pub mod worker;

@@ -177,21 +177,21 @@ impl State {
         }
         if looking {
             for ring in cx.rings.iter_mut().flatten() {
-                ring.look(memory);
+                ring.look();
             }
             refill(&mut cx);
             found |= device.poll(&mut cx);
         }
         for index in 0..cx.rings.len() {
             match cx.ring(index) {
-                Some(ring) if ring.pending => ring.begin(memory),
+                Some(ring) if ring.pending => ring.begin(),
                 _ => continue,
             }
             found = true;
             device.kicked(index, &mut cx);
         }
         for ring in cx.rings.iter_mut().flatten() {
-            ring.finish(memory);
+            ring.finish();
         }
         match (found, self.is_pending()) {
             (_, true) => Found::More,
@@ -203,7 +203,7 @@ impl State {
     /// Before a sleep: doorbells on; returns whether something came in between.
     fn rest(&mut self) -> bool {
         for ring in self.rings.iter_mut().flatten() {
-            ring.rest(&self.memory);
+            ring.rest();
         }
         self.is_pending()
     }
@@ -233,7 +233,7 @@ impl State {
             }
         }
         for ring in self.rings.iter_mut().flatten() {
-            ring.finish(&self.memory);
+            ring.finish();
         }
     }
 
@@ -316,7 +316,7 @@ impl State {
                 self.device.stopped(index);
                 return Err(error);
             }
-            self.ring(index)?.start(kick, inflight, table.memory());
+            self.ring(index)?.start(kick, inflight);
         }
         if enable {
             self.ring(index)?.set_enabled(true);
