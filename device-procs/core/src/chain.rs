@@ -162,6 +162,14 @@ impl<'m> Walk<'m> {
 #[derive(Clone, Default)]
 pub struct Buffers<'m>(Vec<VolatileSlice<'m>>);
 
+impl<'m> FromIterator<VolatileSlice<'m>> for Buffers<'m> {
+    fn from_iter<I: IntoIterator<Item = VolatileSlice<'m>>>(slices: I) -> Self {
+        let mut all = Buffers::default();
+        slices.into_iter().for_each(|slice| all.push(slice));
+        all
+    }
+}
+
 impl<'m> Buffers<'m> {
     fn push(&mut self, slice: VolatileSlice<'m>) {
         if !slice.is_empty() {
@@ -317,11 +325,8 @@ mod tests {
     }
 
     fn slices<'m>(memory: &'m GuestMemory, pieces: &[(u64, usize)]) -> Buffers<'m> {
-        let mut all = Buffers::default();
-        for &(at, len) in pieces {
-            all.push(memory.get_slice(GuestAddress(at), len).unwrap());
-        }
-        all
+        let slice = |&(at, len)| memory.get_slice(GuestAddress(at), len).unwrap();
+        pieces.iter().map(slice).collect()
     }
 
     #[test]
