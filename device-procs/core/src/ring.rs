@@ -397,9 +397,17 @@ impl Ring {
 
     /// The head of the next request, which is in flight from now on.
     fn take(&mut self) -> Option<(u16, Origin)> {
-        if let Some(head) = self.tracker.as_mut().and_then(Tracker::take_again) {
-            self.in_work = self.in_work.saturating_add(1);
-            return Some((head, Origin::Inflight));
+        let again = self.tracker.as_mut().map_or(Ok(None), Tracker::take_again);
+        match again {
+            Ok(Some(head)) => {
+                self.in_work = self.in_work.saturating_add(1);
+                return Some((head, Origin::Inflight));
+            }
+            Ok(None) => {}
+            Err(why) => {
+                self.corrupt(&why);
+                return None;
+            }
         }
         let head = match self.available() {
             Ok(Some(head)) => head,
