@@ -558,6 +558,7 @@ impl Ring {
     fn break_down(&mut self, error: &Error) {
         tracing::error!("{error}; the queue stops until it is set up again");
         self.state = State::Broken;
+        self.split = None;
         if let Some(err) = &self.err {
             // Nobody may listen, and there is nothing to do about it.
             let _ = rustix::io::write(err, &1u64.to_ne_bytes());
