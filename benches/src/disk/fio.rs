@@ -6,7 +6,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use super::cases::{Case, IMAGE, Pattern};
-use super::load::{Figures, TIME};
+use super::load::{Busy, Figures, TIME};
 
 /// Has fio do `case` once.
 pub fn measure(case: &Case, image: &Path) -> Figures {
@@ -64,7 +64,10 @@ pub fn measure(case: &Case, image: &Path) -> Figures {
         p99: at("99.000000"),
         cpu: cpu / iops * 1e6,
         resident: None,
-        back: cpu,
-        front: 0.0,
+        back: Busy {
+            ran: cpu,
+            waited: 0.0,
+        },
+        front: Busy::default(),
     }
 }

@@ -33,8 +33,10 @@ fn row(row: &Row) -> Value {
         "p99_us": figures.p99,
         "cpu_s_per_million": figures.cpu,
         "rss_bytes": figures.resident,
-        "cpus_busy_back": figures.back,
-        "cpus_busy_front": figures.front,
+        "back_ran": figures.back.ran,
+        "back_waited": figures.back.waited,
+        "front_ran": figures.front.ran,
+        "front_waited": figures.front.waited,
     })
 }
 

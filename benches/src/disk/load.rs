@@ -1,6 +1,7 @@
 //! A front end that keeps a disk busy: crate virtio-driver's, with a thread for each queue,
 //! which sleeps until the device's interrupt comes.
 
+use std::path::Path;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
@@ -29,16 +30,35 @@ pub struct Figures {
     /// Its resident memory in bytes, with what it has touched of the guest's; `None` where
     /// there is no back end.
     pub resident: Option<f64>,
-    /// Processors that the back end kept busy.
-    pub back: f64,
-    /// Processors that the front end kept busy; none where there is no front end.
-    pub front: f64,
+    /// What the back end's threads did.
+    pub back: Busy,
+    /// What the front end's did; nothing where there is none.
+    pub front: Busy,
+}
+
+/// What threads did, all together; in shares of the time that went by, 1 for each thread.
+#[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd)]
+pub struct Busy {
+    /// They ran.
+    pub ran: f64,
+    /// They could have run, but others had the processors.
+    pub waited: f64,
+}
+
+impl Busy {
+    /// From seconds `before` to `after`, in a time of `seconds`.
+    fn between(before: Busy, after: Busy, seconds: f64) -> Self {
+        Busy {
+            ran: (after.ran - before.ran) / seconds,
+            waited: (after.waited - before.waited) / seconds,
+        }
+    }
 }
 
 /// What one queue's thread did.
 struct Work {
     times: Vec<u32>,
-    cpu: f64,
+    busy: Busy,
 }
 
 /// Does `case` with the disk that `process` serves.
@@ -49,7 +69,7 @@ pub fn measure(process: &Process, case: &Case) -> Figures {
     assert_eq!(driver.capacity(), IMAGE);
     // All have come up before the time begins, and it ends when all have ended.
     let (begin, end) = (Barrier::new(case.queues + 1), Barrier::new(case.queues + 1));
-    let mut before = (Instant::now(), 0.0);
+    let mut before = (Instant::now(), Busy::default());
     let mut after = before;
     let works: Vec<Work> = std::thread::scope(|scope| {
         let threads: Vec<_> = driver
@@ -62,26 +82,30 @@ pub fn measure(process: &Process, case: &Case) -> Figures {
                     let mut places = Places::new(case, number);
                     keep_busy(queue, case, &mut places, BEFORE);
                     begin.wait();
-                    let cpu = own_cpu();
+                    let (start, before) = (Instant::now(), of_thread("/proc/thread-self"));
                     let times = keep_busy(queue, case, &mut places, TIME);
-                    let cpu = own_cpu() - cpu;
+                    let seconds = start.elapsed().as_secs_f64();
+                    let busy = Busy::between(before, of_thread("/proc/thread-self"), seconds);
                     end.wait();
-                    Work { times, cpu }
+                    Work { times, busy }
                 })
             })
             .collect();
         begin.wait();
-        before = (Instant::now(), cpu_of(process.pid()));
+        before = (Instant::now(), of_process(process));
         end.wait();
-        after = (Instant::now(), cpu_of(process.pid()));
+        after = (Instant::now(), of_process(process));
         threads
             .into_iter()
             .map(|it| it.join().expect("no request failed"))
             .collect()
     });
     let seconds = (after.0 - before.0).as_secs_f64();
-    let back = after.1 - before.1;
-    let front: f64 = works.iter().map(|work| work.cpu).sum();
+    let back = Busy::between(before.1, after.1, seconds);
+    let front = works.iter().fold(Busy::default(), |sum, work| Busy {
+        ran: sum.ran + work.busy.ran,
+        waited: sum.waited + work.busy.waited,
+    });
     let mut times: Vec<u32> = works.into_iter().flat_map(|work| work.times).collect();
     times.sort_unstable();
     let at = |part: f64| f64::from(times[(times.len() as f64 * part) as usize]) / 1e3;
@@ -91,10 +115,10 @@ pub fn measure(process: &Process, case: &Case) -> Figures {
         bytes: count * block as f64 / seconds,
         p50: at(0.5),
         p99: at(0.99),
-        cpu: back / count * 1e6,
+        cpu: back.ran * seconds / count * 1e6,
         resident: Some(process.resident() as f64),
-        back: back / seconds,
-        front: front / seconds,
+        back,
+        front,
     }
 }
 
@@ -185,25 +209,34 @@ fn keep_busy(queue: &mut Queue, case: &Case, places: &mut Places, time: Duration
     times
 }
 
-/// Processor seconds of this thread.
-fn own_cpu() -> f64 {
-    seconds_of(libc::CLOCK_THREAD_CPUTIME_ID)
+/// Seconds that a thread has run and waited, from Linux's account of nanoseconds
+/// (Documentation/scheduler/sched-stats.rst).
+fn of_thread(directory: impl AsRef<Path>) -> Busy {
+    // One that has ended meanwhile has none.
+    let text = std::fs::read_to_string(directory.as_ref().join("schedstat")).unwrap_or_default();
+    let mut seconds = text.split(' ').map(|it| it.parse().unwrap_or(0.0) / 1e9);
+    Busy {
+        ran: seconds.next().unwrap_or(0.0),
+        waited: seconds.next().unwrap_or(0.0),
+    }
 }
 
-/// Processor seconds of a process, with all its threads. (A process's clock has this
-/// number: clock_getcpuclockid(3).)
-pub fn cpu_of(pid: u32) -> f64 {
+/// The same of all threads of a process; what it has run with those that have ended. (A
+/// process's clock has this number: clock_getcpuclockid(3).)
+fn of_process(process: &Process) -> Busy {
     const CPUCLOCK_SCHED: i32 = 2;
-    seconds_of((!(pid as i32)) << 3 | CPUCLOCK_SCHED)
-}
-
-fn seconds_of(clock: libc::clockid_t) -> f64 {
     let mut time = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
+    let clock = (!(process.pid() as i32)) << 3 | CPUCLOCK_SCHED;
     // SAFETY: `time` is there to be written to.
     let result = unsafe { libc::clock_gettime(clock, &mut time) };
-    assert_eq!(result, 0, "a clock that cannot be read");
-    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+    assert_eq!(result, 0, "a process that runs has a clock");
+    let tasks = std::fs::read_dir(process.proc("task")).expect("it runs");
+    let waited = tasks.flatten().map(|task| of_thread(task.path()).waited);
+    Busy {
+        ran: time.tv_sec as f64 + time.tv_nsec as f64 / 1e9,
+        waited: waited.sum(),
+    }
 }

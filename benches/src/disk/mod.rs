@@ -107,7 +107,7 @@ fn medians(rounds: &[Figures]) -> Figures {
         p99: of(|f| f.p99),
         cpu: of(|f| f.cpu),
         resident: median(&mut rounds.iter().map(|f| f.resident).collect::<Vec<_>>()),
-        back: of(|f| f.back),
-        front: of(|f| f.front),
+        back: median(&mut rounds.iter().map(|f| f.back).collect::<Vec<_>>()),
+        front: median(&mut rounds.iter().map(|f| f.front).collect::<Vec<_>>()),
     }
 }

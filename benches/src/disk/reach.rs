@@ -2,6 +2,7 @@
 
 use super::Row;
 use super::cases::{Case, Format, Medium};
+use super::load::{Busy, Figures};
 use super::peers::Peer;
 
 /// One figure beside another.
@@ -35,24 +36,33 @@ impl Reach {
     }
 }
 
-/// A share of a processor at which a side counts as busy, for each of its threads.
+/// The share of its time at which a thread counts as busy.
 const BUSY: f64 = 0.9;
 
 /// Who of `row` has no time left.
 fn bound(row: &Row) -> String {
+    let Figures { front, back, .. } = row.figures;
     let threads = row.case.queues as f64;
-    let (front, back) = (row.figures.front / threads, row.figures.back / threads);
-    let who = match (front >= BUSY, back >= BUSY) {
+    let is_busy = |it: Busy| it.ran + it.waited >= BUSY * threads;
+    let who = match (is_busy(front), is_busy(back)) {
         (true, true) => "both sides are busy",
         (true, false) => "the front end is busy",
         (false, true) => "the back end is busy",
         (false, false) if row.case.medium == Medium::Direct => "nobody is busy: the medium",
         (false, false) => "nobody is busy: waking each other up",
     };
+    let share = |it: Busy| {
+        let percent = |part: f64| part / threads * 100.0;
+        format!(
+            "runs {:.0} %, waits for a processor {:.0} %",
+            percent(it.ran),
+            percent(it.waited)
+        )
+    };
     format!(
-        "{who} (front {:.0} %, back {:.0} %)",
-        front * 100.0,
-        back * 100.0
+        "{who}; front end {}; back end {}",
+        share(front),
+        share(back)
     )
 }
 

@@ -94,9 +94,9 @@ pub fn text(rows: &[Row]) -> String {
     format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height:.0}\" \
          viewBox=\"0 0 {WIDTH} {height:.0}\" font-family=\"sans-serif\" font-size=\"11\">\n\
-         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n{body}\
+         <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
          <line x1=\"{one:.1}\" x2=\"{one:.1}\" y1=\"62\" y2=\"{:.0}\" stroke=\"#444\" \
-         stroke-dasharray=\"3 3\"/>\n</svg>\n",
+         stroke-dasharray=\"3 3\"/>\n{body}</svg>\n",
         height - 10.0
     )
 }
@@ -122,7 +122,8 @@ fn legend(body: &mut String) -> f64 {
 fn label(body: &mut String, x: f64, y: f64, anchor: &str, text: &str) {
     let _ = writeln!(
         body,
-        "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" xml:space=\"preserve\">{text}</text>"
+        "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" stroke=\"white\" \
+         stroke-width=\"3\" paint-order=\"stroke\" xml:space=\"preserve\">{text}</text>"
     );
 }
 

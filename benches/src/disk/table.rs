@@ -53,6 +53,6 @@ pub fn print(rows: &[Row], reaches: &[Reach]) {
         };
         let met = if reach.is_met() { "met" } else { "NOT MET" };
         println!("{:75} {:>6.2}  {wanted}: {met}", reach.what, reach.ratio);
-        println!("{:75} {}", "", reach.bound);
+        println!("    {}", reach.bound);
     }
 }
