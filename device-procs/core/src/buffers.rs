@@ -31,12 +31,20 @@ impl Default for Buffers<'_> {
     }
 }
 
+impl<'m> FromIterator<VolatileSlice<'m>> for Buffers<'m> {
+    fn from_iter<I: IntoIterator<Item = VolatileSlice<'m>>>(slices: I) -> Self {
+        let mut all = Buffers::default();
+        slices.into_iter().for_each(|slice| all.push(slice));
+        all
+    }
+}
+
 impl<'m> Buffers<'m> {
     pub(crate) fn push(&mut self, slice: VolatileSlice<'m>) {
         if slice.is_empty() {
             return;
         }
-        // Pieces that `get_slices` has found do not add up to more than 4 GiB.
+        // Guest memory is far smaller than what a usize counts.
         self.len += slice.len();
         if self.many.is_empty() {
             if let Some(free) = self.few.get_mut(self.end) {

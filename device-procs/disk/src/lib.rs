@@ -22,7 +22,7 @@ mod stats;
 mod transfer;
 
 use std::os::fd::{AsFd, RawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,7 +34,7 @@ use outrigger_sandbox::{Check, Rule};
 use crate::disk::Disk;
 use crate::drive::{Cache, Drive};
 use crate::engine::Engine;
-use crate::image::{Image, raw::RawImage};
+use crate::image::{Backing, Format, Origin};
 
 /// Serves a disk image or block device to a virtual machine over vhost-user.
 #[derive(Parser)]
@@ -46,7 +46,7 @@ pub struct Options {
     #[command(flatten)]
     control: control::ControlOptions,
 
-    /// Raw image file or block device
+    /// Image file or block device
     #[arg(
         long,
         value_name = "PATH",
@@ -59,6 +59,15 @@ pub struct Options {
     /// that inherit the same one do not lock each other out
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
     blk_fd: Option<RawFd>,
+
+    /// Format of the image. A file that begins like a qcow or qcow2 image must be given
+    /// one; any other is raw
+    #[arg(long, value_enum, value_name = "raw|qcow2|qcow")]
+    format: Option<Format>,
+
+    /// Whether an image may lie on other files, which it names: they are read
+    #[arg(long, value_enum, value_name = "deny|allow", default_value_t = Backing::Deny)]
+    backing: Backing,
 
     /// Refuse all writes
     #[arg(long)]
@@ -116,9 +125,9 @@ fn serial(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-/// What moving data takes beyond the serve loop. Adding the end of a last sector that
-/// the file does not have (`image::raw`) takes ftruncate as well; that is in
-/// [`outrigger_sandbox::VHOST_USER`], and no call may have two rules.
+/// What moving data takes beyond the serve loop. Files grow by ftruncate, too, and fstat
+/// tells how long they are; those are in [`outrigger_sandbox::VHOST_USER`], and no call
+/// may have two rules.
 const SYSCALLS: &[Rule] = &[
     Rule::any(libc::SYS_preadv2),
     Rule::any(libc::SYS_pwritev2),
@@ -131,6 +140,11 @@ const SYSCALLS: &[Rule] = &[
     Rule::when(
         libc::SYS_io_uring_register,
         &[Check::OneOf(1, &[engine::REGISTER_FILES_UPDATE as u32])],
+    ),
+    // Whether a block device has grown.
+    Rule::when(
+        libc::SYS_ioctl,
+        &[Check::OneOf(1, &[image::BLKGETSIZE64 as u32])],
     ),
 ];
 
@@ -162,21 +176,30 @@ fn build(options: &Options) -> anyhow::Result<Program> {
     let open = || {
         let file = match options.blk_fd {
             Some(fd) => image::adopt(fd, options.read_only)?,
-            None => image::open(&path, options.read_only)?,
+            None => image::open_file(&path, options.read_only)?,
         };
         if options.lock == Lock::On {
-            lock::take(&file, options.read_only)?;
+            let to = match options.format {
+                _ if options.read_only => lock::Use::Read,
+                None | Some(Format::Raw) => lock::Use::Write,
+                Some(_) => lock::Use::Grow,
+            };
+            lock::take(&file, to)?;
         }
-        RawImage::new(file, options.read_only)
+        let place = match options.blk_fd {
+            Some(fd) => std::fs::read_link(format!("/proc/self/fd/{fd}")).ok(),
+            None => Some(path.clone()),
+        };
+        let origin = Origin {
+            name: &name,
+            directory: place.as_deref().and_then(Path::parent),
+            backing: options.backing,
+            lock: options.lock == Lock::On,
+            depth: 0,
+        };
+        image::open(file, options.format, options.read_only, &origin)
     };
     let image = open().map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
-    if image.padding() > 0 {
-        tracing::warn!(
-            "{name}: the last sector is incomplete: the guest sees {} zero bytes more, which \
-             are added to the file once it writes to that sector",
-            image.padding()
-        );
-    }
     let geometry = image.geometry();
     tracing::info!(
         "{name}: {} sectors{}",
@@ -188,7 +211,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
         }
     );
     let drive = Drive::new(
-        Box::new(image),
+        image,
         options.cache,
         options.block_size,
         options.serial.clone(),

@@ -27,19 +27,28 @@ const WRITE: i64 = 1;
 /// Changes the size.
 const RESIZE: i64 = 3;
 
+/// What is to be done with a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// Its bytes are read.
+    Read,
+    /// They are written, too, where they are.
+    Write,
+    /// They are written, and the file grows by it.
+    Grow,
+}
+
 /// Locks `file` as a disk of a machine: nobody else may write to it.
 ///
 /// # Errors
 /// One line that says what somebody else does with the image, and who it is if that
 /// can be known; or fcntl(2)'s.
-pub fn take(file: &File, read_only: bool) -> io::Result<()> {
-    let does: &[i64] = if read_only {
-        &[READ]
-    } else if file.metadata()?.len() % SECTOR != 0 {
+pub fn take(file: &File, to: Use) -> io::Result<()> {
+    let does: &[i64] = match to {
+        Use::Read => &[READ],
         // Its last sector is made whole once the guest writes there.
-        &[READ, WRITE, RESIZE]
-    } else {
-        &[READ, WRITE]
+        Use::Write if file.metadata()?.len() % SECTOR == 0 => &[READ, WRITE],
+        Use::Write | Use::Grow => &[READ, WRITE, RESIZE],
     };
     for &permission in does {
         lock(file, DOES + permission)?;
@@ -165,44 +174,45 @@ mod tests {
     fn readers_share_and_a_writer_does_not() {
         let image = NamedTempFile::new().unwrap();
         let (first, second, third) = (open(&image), open(&image), open(&image));
-        take(&first, true).unwrap();
-        take(&second, true).unwrap();
-        let why = take(&third, false).unwrap_err().to_string();
+        take(&first, Use::Read).unwrap();
+        take(&second, Use::Read).unwrap();
+        let why = take(&third, Use::Write).unwrap_err().to_string();
         assert!(why.contains("locked"), "{why}");
         drop((first, second, third));
 
         let writer = open(&image);
-        take(&writer, false).unwrap();
-        assert!(take(&open(&image), false).is_err());
-        assert!(take(&open(&image), true).is_err());
+        take(&writer, Use::Write).unwrap();
+        assert!(take(&open(&image), Use::Write).is_err());
+        assert!(take(&open(&image), Use::Read).is_err());
         // The lock is the open file's: it goes with its last descriptor.
         let duplicate = writer.try_clone().unwrap();
         drop(writer);
-        assert!(take(&open(&image), true).is_err());
+        assert!(take(&open(&image), Use::Read).is_err());
         drop(duplicate);
-        take(&open(&image), false).unwrap();
+        take(&open(&image), Use::Write).unwrap();
     }
 
     /// A file that ends within a sector grows, which somebody may not let it.
     #[test]
     fn an_image_that_may_grow_is_marked() {
         let image = NamedTempFile::new().unwrap();
-        for (len, read_only, grows) in [
-            (1000, false, true),
-            (1000, true, false),
-            (1024, false, false),
+        for (len, to, grows) in [
+            (1000, Use::Write, true),
+            (1000, Use::Read, false),
+            (1024, Use::Write, false),
+            (1024, Use::Grow, true),
         ] {
             image.as_file().set_len(len).unwrap();
             let user = open(&image);
-            take(&user, read_only).unwrap();
+            take(&user, to).unwrap();
             let marked = look(&open(&image), DOES + RESIZE, "").is_err();
-            assert_eq!(marked, grows, "{len} bytes, read-only {read_only}");
+            assert_eq!(marked, grows, "{len} bytes, {to:?}");
             drop(user);
 
             let other = open(&image);
             lock(&other, FORBIDS + RESIZE).unwrap();
-            let refused = take(&open(&image), read_only).is_err();
-            assert_eq!(refused, grows, "{len} bytes, read-only {read_only}");
+            let refused = take(&open(&image), to).is_err();
+            assert_eq!(refused, grows, "{len} bytes, {to:?}");
         }
     }
 

@@ -1,14 +1,24 @@
 //! Image formats: where in a file a disk's bytes lie.
 
-pub mod raw;
+mod backing;
+mod guard;
+mod qcow2;
+mod raw;
+#[cfg(test)]
+mod testing;
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::str::FromStr;
+
+use clap::ValueEnum;
 
 use device_core::chain::Buffers;
+
+pub use raw::BLKGETSIZE64;
 
 /// Bytes of a sector as virtio-blk counts (virtio 1.2 section 5.2.4).
 pub const SECTOR: u64 = 512;
@@ -37,11 +47,118 @@ impl Geometry {
     }
 }
 
+/// How a disk lies in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// The file is the disk
+    Raw,
+    /// QEMU's, versions 2 and 3
+    Qcow2,
+}
+
+impl FromStr for Format {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        ValueEnum::from_str(name, false)
+    }
+}
+
+/// What is done with files that an image names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Backing {
+    /// They are not opened, and the image is refused
+    Deny,
+    /// They are read, wherever they are
+    Allow,
+}
+
+/// Where an image comes from, and what may be done for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin<'a> {
+    /// What users call it.
+    pub name: &'a str,
+    /// What the names of other files in it are relative to, if that is known.
+    pub directory: Option<&'a Path>,
+    /// Whether those are opened.
+    pub backing: Backing,
+    /// Whether they are locked.
+    pub lock: bool,
+    /// Images on top of this one.
+    pub depth: u32,
+}
+
+/// Makes an image of what [`open_file`] or [`adopt`] has opened. Without a format it is
+/// raw; but a file that looks like another one is not taken for that, nor for raw: its
+/// guest may have made it look so.
+///
+/// # Errors
+/// One line that says what is wrong with it and what to do.
+pub fn open(
+    file: File,
+    format: Option<Format>,
+    read_only: bool,
+    origin: &Origin<'_>,
+) -> io::Result<Box<dyn Image>> {
+    let format = match format {
+        Some(format) => format,
+        None => {
+            refuse_magic(&file)?;
+            Format::Raw
+        }
+    };
+    Ok(match format {
+        Format::Raw => {
+            let image = raw::RawImage::new(file, read_only)?;
+            if image.padding() > 0 {
+                tracing::warn!(
+                    "{}: the last sector is incomplete: the guest sees {} zero bytes more, \
+                     which are added to the file once it writes to that sector",
+                    origin.name,
+                    image.padding()
+                );
+            }
+            Box::new(image)
+        }
+        Format::Qcow2 => Box::new(qcow2::Qcow2Image::open(file, origin, read_only)?),
+    })
+}
+
+/// Refuses what begins like a qcow or qcow2 image.
+fn refuse_magic(file: &File) -> io::Result<()> {
+    let mut start = [0; 8];
+    // What is shorter, or cannot be read, is found out later.
+    if file.read_exact_at(&mut start, 0).is_err() || start[..4] != qcow2::header::MAGIC {
+        return Ok(());
+    }
+    let format = match start[4..] {
+        [0, 0, 0, 1] => "qcow",
+        _ => "qcow2",
+    };
+    Err(io::Error::other(format!(
+        "it begins like an image of format {format}: --format {format} if it is one, \
+         --format raw if that is what the guest wrote to its disk"
+    )))
+}
+
+/// Whether a disk of `now` bytes can become one of `capacity`.
+fn check_growth(now: u64, capacity: u64) -> io::Result<()> {
+    if !capacity.is_multiple_of(SECTOR) {
+        return Err(io::Error::other("a disk has whole sectors of 512 bytes"));
+    }
+    if capacity < now {
+        return Err(io::Error::other(format!(
+            "it has {now} bytes, and a disk does not shrink"
+        )));
+    }
+    Ok(())
+}
+
 /// Opens what an image lies in.
 ///
 /// # Errors
 /// open(2)'s own; of a medium that could be read and not written, one that says so.
-pub fn open(path: &Path, read_only: bool) -> io::Result<File> {
+pub fn open_file(path: &Path, read_only: bool) -> io::Result<File> {
     let open = |write| {
         // O_NONBLOCK: a FIFO without a writer must not hang us.
         OpenOptions::new()

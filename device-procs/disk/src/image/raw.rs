@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -13,7 +14,8 @@ use super::{Extent, Geometry, Image, SECTOR, not_a_disk};
 
 // Requests of linux/fs.h; crate libc does not have them.
 const BLKROGET: libc::c_ulong = 0x125e;
-const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
+/// Size of a block device in bytes.
+pub const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
 const BLKSSZGET: libc::c_ulong = 0x1268;
 const BLKPBSZGET: libc::c_ulong = 0x127b;
 const BLKIOOPT: libc::c_ulong = 0x1279;
@@ -26,8 +28,13 @@ const ZEROES: usize = 64 * 1024;
 pub struct RawImage {
     file: File,
     geometry: Geometry,
+    /// Size of the disk in bytes.
+    capacity: AtomicU64,
     /// Size of the file in bytes: that of the disk, or less than a sector short of it.
     len: AtomicU64,
+    is_device: bool,
+    /// Held by whoever makes the file longer.
+    growing: Mutex<()>,
 }
 
 impl RawImage {
@@ -64,13 +71,37 @@ impl RawImage {
         Ok(RawImage {
             file,
             geometry,
+            capacity: AtomicU64::new(geometry.capacity),
             len: AtomicU64::new(len),
+            is_device: !metadata.is_file(),
+            growing: Mutex::new(()),
         })
     }
 
     /// Bytes that the disk has and the file has not: the end of the last sector.
     pub fn padding(&self) -> u64 {
-        self.geometry.capacity - self.len.load(Ordering::Acquire)
+        let capacity = self.capacity.load(Ordering::Acquire);
+        capacity.saturating_sub(self.len.load(Ordering::Acquire))
+    }
+
+    /// Size of what the disk lies in, now.
+    fn measure(&self) -> io::Result<u64> {
+        if self.is_device {
+            return ioctl_number::<u64>(&self.file, BLKGETSIZE64);
+        }
+        // fstat(2), not statx(2): the sandbox knows only the former.
+        let len = rustix::fs::fstat(&self.file)?.st_size;
+        Ok(u64::try_from(len).unwrap_or(0))
+    }
+
+    /// Makes the file `len` bytes long, unless it is longer.
+    fn lengthen(&self, len: u64) -> io::Result<()> {
+        let _alone = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.measure()? < len {
+            rustix::fs::ftruncate(&self.file, len)?;
+        }
+        self.len.fetch_max(len, Ordering::AcqRel);
+        Ok(())
     }
 
     fn fallocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> Result<(), Errno> {
@@ -116,7 +147,10 @@ fn can_punch(file: &File, size: u64) -> bool {
 
 impl Image for RawImage {
     fn geometry(&self) -> Geometry {
-        self.geometry
+        Geometry {
+            capacity: self.capacity.load(Ordering::Acquire),
+            ..self.geometry
+        }
     }
 
     fn file(&self) -> BorrowedFd<'_> {
@@ -134,15 +168,43 @@ impl Image for RawImage {
     fn place(&self, offset: u64, len: u64) -> io::Result<Extent> {
         if offset.saturating_add(len) > self.len.load(Ordering::Acquire) {
             // Before the write, so that a reader meanwhile finds zeros and no end.
-            let capacity = self.geometry.capacity;
-            rustix::fs::ftruncate(&self.file, capacity)?;
-            self.len.store(capacity, Ordering::Release);
+            self.lengthen(self.capacity.load(Ordering::Acquire))?;
         }
         Ok(Extent::Data { offset, len })
     }
 
-    fn grow(&self, _capacity: u64) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    fn grow(&self, capacity: u64) -> io::Result<()> {
+        let now = self.capacity.load(Ordering::Acquire);
+        super::check_growth(now, capacity)?;
+        let there = self.measure()?;
+        // As it is: as large as what it lies in, which may have grown.
+        let capacity = match capacity == now {
+            true => (there / SECTOR * SECTOR).max(now),
+            false => capacity,
+        };
+        if self.is_device && capacity > there {
+            let why = format!("the block device has {there} bytes");
+            return Err(io::Error::other(why));
+        }
+        if !self.is_device && capacity > now {
+            if self.geometry.read_only && there < capacity {
+                return Err(io::Error::other("it is read-only"));
+            }
+            self.lengthen(capacity)?;
+        }
+        self.len
+            .fetch_max(if self.is_device { capacity } else { 0 }, Ordering::AcqRel);
+        self.capacity.store(capacity, Ordering::Release);
+        Ok(())
+    }
+
+    fn reload(&self) -> io::Result<()> {
+        // Another process may have made it larger.
+        let there = self.measure()?;
+        if !self.is_device {
+            self.len.fetch_max(there, Ordering::AcqRel);
+        }
+        self.grow(self.capacity.load(Ordering::Acquire))
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -176,7 +238,7 @@ impl Image for RawImage {
 mod tests {
     use std::path::Path;
 
-    use super::super::open;
+    use super::super::open_file as open;
     use super::*;
 
     #[test]

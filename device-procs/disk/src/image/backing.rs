@@ -1,0 +1,87 @@
+//! Files that images lie on: what an image has nothing of is read from there. An image may
+//! come from anywhere and name any file that we may read, so this is only done for those
+//! who ask for it.
+
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use imago::FormatAccess;
+use imago::raw::Raw;
+
+use super::guard::Guard;
+use super::qcow2::{self, storage::Storage};
+use super::{Backing, Format, Origin, not_a_disk, open_file};
+use crate::lock;
+
+/// Images on top of each other. QEMU has no limit; each has memory of its own here.
+const MOST: u32 = 16;
+
+/// Opens the file `name` that an image names as its backing file, read-only.
+///
+/// # Errors
+/// One line that says which file and why not.
+pub fn open(name: &str, format: &str, origin: &Origin<'_>) -> io::Result<FormatAccess<Storage>> {
+    let on = |why: String| io::Error::other(format!("its backing file {name}: {why}"));
+    if origin.backing == Backing::Deny {
+        return Err(on(
+            "no other files are opened unless asked for (--backing allow)".into(),
+        ));
+    }
+    if origin.depth >= MOST {
+        return Err(on(format!("more than {MOST} images on top of each other")));
+    }
+    // "nbd:...", "json:{...}": QEMU's ways to name what is no file.
+    let protocol = name.split('/').next().is_some_and(|it| it.contains(':'));
+    let path = match (protocol, origin.directory) {
+        (true, _) => return Err(on("it is not named by a path".into())),
+        (false, Some(directory)) => directory.join(name),
+        (false, None) if Path::new(name).is_absolute() => name.into(),
+        (false, None) => {
+            return Err(on(
+                "it is named relative to the image, whose place is not known".into(),
+            ));
+        }
+    };
+    let open = || {
+        let file = open_file(&path, true)?;
+        let kind = file.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(not_a_disk());
+        }
+        if origin.lock {
+            lock::take(&file, lock::Use::Read)?;
+        }
+        let said = path.display().to_string();
+        match format.parse() {
+            Ok(Format::Raw) => {
+                let storage = Storage::new(Guard::new(file, &said)?);
+                Ok(FormatAccess::new(Raw::open_image(storage, false)?))
+            }
+            Ok(Format::Qcow2) => {
+                let below = Origin {
+                    name: &said,
+                    directory: path.parent(),
+                    depth: origin.depth + 1,
+                    ..*origin
+                };
+                Ok(qcow2::access(file, &below, false)?.access)
+            }
+            _ => Err(io::Error::other(format!(
+                "format {format} is not supported in a backing file"
+            ))),
+        }
+    };
+    open().map_err(|error| on(error.to_string()))
+}
+
+/// An image that does not say what its backing file `name` is.
+pub fn without_format(name: &str, origin: &Origin<'_>) -> io::Error {
+    match origin.backing {
+        Backing::Deny => open(name, "", origin).err().unwrap_or_else(not_a_disk),
+        Backing::Allow => io::Error::other(format!(
+            "its backing file {name}: the image does not say which format that has \
+             (qemu-img rebase -u -b {name} -F FORMAT)"
+        )),
+    }
+}

@@ -1,0 +1,323 @@
+//! Where the tables of a qcow2 image are.
+//!
+//! Knowing that serves two ends. No table may lead a guest's bytes into a table. And the
+//! process may be killed between any two writes, so a cluster must be marked as used
+//! before something in the file points to it. For data, imago sees to that; the clusters
+//! of a new L2 table or refcount block it marks in memory first and in the file later,
+//! so we do it for it: all that it writes comes by here ([`Layout::write`]).
+
+use std::collections::HashSet;
+use std::io::{self, IoSlice};
+use std::ops::Range;
+
+use super::super::guard::{Guard, beyond, damaged};
+use super::header::{Header, V2_LEN, pointers};
+
+/// Bits of a table's entry that hold an offset in the file.
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// Bits of an L1 entry that must be 0.
+const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+/// Bytes that are read of a table at a time.
+const PIECE: u64 = 1 << 20;
+
+/// Where tables are.
+#[derive(Debug)]
+pub struct Layout {
+    bits: u32,
+    refcount_order: u32,
+    l1: Range<u64>,
+    refcounts: Range<u64>,
+    /// What the refcount table says: where the refcount blocks are, or 0.
+    blocks: Vec<u64>,
+    /// Clusters with header or tables of the disk as it is (not of its snapshots).
+    taken: HashSet<u64>,
+}
+
+impl Layout {
+    /// Finds the tables of the image with this header.
+    ///
+    /// # Errors
+    /// The medium's; or a line about tables that cannot be.
+    pub fn load(guard: &Guard, header: &Header, writable: bool) -> io::Result<Self> {
+        let range = |(offset, entries): (u64, u64)| offset..offset + entries * 8;
+        let mut layout = Layout {
+            bits: header.cluster_bits,
+            refcount_order: header.refcount_order,
+            l1: range(header.l1),
+            refcounts: range(header.refcounts),
+            blocks: Vec::new(),
+            taken: HashSet::from([0]),
+        };
+        layout.take_range(layout.l1.clone())?;
+        layout.take_range(layout.refcounts.clone())?;
+        let l1 = layout.l1.clone();
+        read_table(guard, &l1, |entry| {
+            if entry & L1_RESERVED != 0 {
+                return Err(damaged(&format!("{entry:#x} is no entry of an L1 table")));
+            }
+            layout.take_table(guard, entry & OFFSET)
+        })?;
+        layout.load_blocks(guard)?;
+        if writable {
+            layout.check_refcounts(guard)?;
+        }
+        Ok(layout)
+    }
+
+    fn load_blocks(&mut self, guard: &Guard) -> io::Result<()> {
+        let mut blocks = Vec::new();
+        read_table(guard, &self.refcounts.clone(), |entry| {
+            if entry & !OFFSET != 0 {
+                let what = format!("{entry:#x} is no entry of a refcount table");
+                return Err(damaged(&what));
+            }
+            self.take_table(guard, entry)?;
+            blocks.push(entry);
+            Ok(())
+        })?;
+        self.blocks = blocks;
+        Ok(())
+    }
+
+    /// What the tables lie in must not be free, or something else will lie there soon.
+    fn check_refcounts(&self, guard: &Guard) -> io::Result<()> {
+        let mut clusters: Vec<u64> = self.taken.iter().copied().collect();
+        clusters.sort_unstable();
+        let mut block = Vec::new();
+        let mut loaded = None;
+        for cluster in clusters {
+            let (index, at) = self.refcount_index(cluster);
+            if loaded != Some(index) {
+                block.clear();
+                if let Some(offset) = self.block(index) {
+                    block.resize(1 << self.bits, 0);
+                    let mut buffers = [io::IoSliceMut::new(&mut block)];
+                    guard.read_padded(&mut buffers, offset)?;
+                }
+                loaded = Some(index);
+            }
+            let (bytes, mask) = self.refcount_bytes(at);
+            let used = block.get(bytes).is_some_and(|bytes| {
+                // Wider than a byte: any bit of it.
+                bytes.iter().any(|byte| byte & mask != 0)
+            });
+            if !used {
+                let what = format!("the table at {:#x} counts as free", cluster << self.bits);
+                return Err(damaged(&what));
+            }
+        }
+        Ok(())
+    }
+
+    fn take_range(&mut self, range: Range<u64>) -> io::Result<()> {
+        for cluster in range.start >> self.bits..range.end.div_ceil(1 << self.bits) {
+            self.take(cluster)?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, cluster: u64) -> io::Result<()> {
+        if !self.taken.insert(cluster) {
+            let offset = cluster << self.bits;
+            return Err(damaged(&format!("two tables share the place {offset:#x}")));
+        }
+        Ok(())
+    }
+
+    /// Notes a table of one cluster; there is none at 0.
+    fn take_table(&mut self, guard: &Guard, offset: u64) -> io::Result<()> {
+        if offset == 0 {
+            return Ok(());
+        }
+        if !offset.is_multiple_of(1 << self.bits) {
+            return Err(damaged(&format!("a table begins at {offset:#x}")));
+        }
+        if offset >= guard.len() {
+            return Err(beyond(offset));
+        }
+        self.take(offset >> self.bits)
+    }
+
+    /// Whether one of the tables is within this range of the file.
+    pub fn has_table(&self, offset: u64, len: u64) -> bool {
+        let last = offset.saturating_add(len.saturating_sub(1));
+        (offset >> self.bits..=last >> self.bits).any(|cluster| self.taken.contains(&cluster))
+    }
+
+    /// Number of the refcount block for `cluster`, and which of its entries that has.
+    fn refcount_index(&self, cluster: u64) -> (u64, u64) {
+        let bits = self.bits + 3 - self.refcount_order;
+        (cluster >> bits, cluster & ((1 << bits) - 1))
+    }
+
+    /// Where the refcount block with this number is.
+    fn block(&self, index: u64) -> Option<u64> {
+        let index = usize::try_from(index).ok()?;
+        self.blocks.get(index).copied().filter(|&offset| offset > 0)
+    }
+
+    /// The bytes of entry `at` of a refcount block, and, of a single byte, the bits.
+    fn refcount_bytes(&self, at: u64) -> (Range<usize>, u8) {
+        let width = 1 << self.refcount_order;
+        let bit = at * width;
+        let start = (bit / 8) as usize;
+        if width >= 8 {
+            return (start..start + width as usize / 8, 0xff);
+        }
+        (start..start + 1, ((1u8 << width) - 1) << (bit % 8))
+    }
+
+    /// Marks `cluster` as used in the file, unless it is. What imago has in memory says
+    /// so already and is written later.
+    fn mark(&self, guard: &Guard, cluster: u64) -> io::Result<()> {
+        let (index, at) = self.refcount_index(cluster);
+        // A block that describes itself is not in the table yet.
+        let Some(block) = self.block(index) else {
+            return Ok(());
+        };
+        let (bytes, mask) = self.refcount_bytes(at);
+        let offset = block + bytes.start as u64;
+        let mut refcount = [0; 8];
+        let refcount = &mut refcount[..bytes.len()];
+        guard.read(refcount, offset)?;
+        if refcount.iter().all(|byte| byte & mask == 0) {
+            if let Some(last) = refcount.last_mut() {
+                *last |= mask & mask.wrapping_neg(); // its lowest bit: the number 1
+            }
+            guard.write_table(&mut [IoSlice::new(refcount)], offset)?;
+        }
+        Ok(())
+    }
+
+    /// Writes what imago wants written.
+    ///
+    /// # Errors
+    /// The medium's. Where a table was to be written, the image is read-only then; else
+    /// nothing is broken.
+    pub fn write(
+        &mut self,
+        guard: &Guard,
+        buffers: &mut [IoSlice<'_>],
+        offset: u64,
+    ) -> io::Result<()> {
+        if offset < 1 << self.bits {
+            return self.write_header(guard, &joined(buffers), offset);
+        }
+        if self.l1.contains(&offset) {
+            let bytes = joined(buffers);
+            let old = self.mark_targets(guard, &bytes, offset)?;
+            guard.write_table(buffers, offset)?;
+            self.replace(&old, &bytes);
+        } else if self.refcounts.contains(&offset) {
+            let bytes = joined(buffers);
+            let old = self.mark_targets(guard, &bytes, offset)?;
+            guard.write_table(buffers, offset)?;
+            self.replace(&old, &bytes);
+            let first = ((offset - self.refcounts.start) / 8) as usize;
+            for (entry, block) in entries(&bytes).zip(self.blocks.iter_mut().skip(first)) {
+                *block = entry & OFFSET;
+            }
+        } else if self.taken.contains(&(offset >> self.bits)) {
+            guard.write_table(buffers, offset)?;
+        } else {
+            guard.write(buffers, offset)?;
+        }
+        Ok(())
+    }
+
+    /// Marks what the entries `new`, to be written at `offset`, point to; returns what
+    /// is there so far.
+    fn mark_targets(&self, guard: &Guard, new: &[u8], offset: u64) -> io::Result<Vec<u8>> {
+        let mut old = vec![0; new.len()];
+        guard.read(&mut old, offset)?;
+        for (new, old) in entries(new).zip(entries(&old)) {
+            if new & OFFSET != old & OFFSET && new & OFFSET != 0 {
+                self.mark(guard, (new & OFFSET) >> self.bits)?;
+            }
+        }
+        Ok(old)
+    }
+
+    fn replace(&mut self, old: &[u8], new: &[u8]) {
+        for (old, new) in entries(old).zip(entries(new)) {
+            if old & OFFSET != 0 {
+                self.taken.remove(&((old & OFFSET) >> self.bits));
+            }
+            if new & OFFSET != 0 {
+                self.taken.insert((new & OFFSET) >> self.bits);
+            }
+        }
+    }
+
+    /// imago writes the version 2 part, with new places for the tables.
+    fn write_header(&mut self, guard: &Guard, bytes: &[u8], offset: u64) -> io::Result<()> {
+        if offset != 0 || bytes.len() != V2_LEN {
+            let error = damaged("something else was to be written over its header");
+            guard.give_up(&error);
+            return Err(error);
+        }
+        let ((l1, entries), (refcounts, clusters)) = pointers(bytes);
+        let l1 = l1..l1.saturating_add(entries * 8);
+        let refcounts = refcounts..refcounts.saturating_add(clusters << self.bits);
+        let clusters =
+            |range: &Range<u64>| range.start >> self.bits..range.end.div_ceil(1 << self.bits);
+        if l1 != self.l1 {
+            for cluster in clusters(&l1) {
+                self.mark(guard, cluster)?;
+            }
+        }
+        guard.write_table(&mut [IoSlice::new(bytes)], offset)?;
+        for (old, new) in [(&self.l1, &l1), (&self.refcounts, &refcounts)] {
+            if old != new {
+                clusters(old).for_each(|cluster| {
+                    self.taken.remove(&cluster);
+                });
+                self.taken.extend(clusters(new));
+            }
+        }
+        self.l1 = l1;
+        if refcounts != self.refcounts {
+            self.refcounts = refcounts;
+            for block in std::mem::take(&mut self.blocks) {
+                if block > 0 {
+                    self.taken.remove(&(block >> self.bits));
+                }
+            }
+            self.load_blocks(guard)
+                .inspect_err(|error| guard.give_up(error))?;
+        }
+        Ok(())
+    }
+}
+
+/// The entries of a table.
+fn entries(bytes: &[u8]) -> impl Iterator<Item = u64> {
+    bytes.chunks_exact(8).map(|entry| {
+        let mut word = [0; 8];
+        word.copy_from_slice(entry);
+        u64::from_be_bytes(word)
+    })
+}
+
+fn joined(buffers: &[IoSlice<'_>]) -> Vec<u8> {
+    buffers
+        .iter()
+        .flat_map(|buffer| buffer.iter().copied())
+        .collect()
+}
+
+/// Calls `each` with every entry of a table.
+fn read_table(
+    guard: &Guard,
+    range: &Range<u64>,
+    mut each: impl FnMut(u64) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut at = range.start;
+    while at < range.end {
+        let mut bytes = vec![0; (range.end - at).min(PIECE) as usize];
+        guard.read_padded(&mut [io::IoSliceMut::new(&mut bytes)], at)?;
+        entries(&bytes).try_for_each(&mut each)?;
+        at += bytes.len() as u64;
+    }
+    Ok(())
+}

@@ -1,0 +1,406 @@
+//! qcow2 images, versions 2 and 3. Crate imago knows where things are and changes the
+//! tables; [`header`] and [`layout`] see to it that a hostile image and a sudden end do no
+//! harm, [`places`] that it is quick.
+//!
+//! Whatever changes the tables is done by one thread at a time and is in the file when it
+//! is done, in an order that lets another process go on at any point: data first, then
+//! that its cluster is used, then what points to it; and the other way round for what
+//! becomes free. Clusters may be lost by a kill (`qemu-img check` calls them leaked), but
+//! nothing else.
+
+pub mod header;
+mod layout;
+mod places;
+pub mod storage;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+
+use device_core::chain::Buffers;
+use imago::format::PreallocateMode;
+use imago::io_buffers::IoVectorMut;
+use imago::qcow2::Qcow2;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, ShallowMapping};
+
+use super::guard::Guard;
+use super::{Extent, Geometry, Image, Origin, SECTOR, backing};
+use header::{AUTOCLEAR, Header};
+use places::Places;
+use storage::Storage;
+
+/// A qcow2 image.
+pub struct Qcow2Image {
+    access: FormatAccess<Storage>,
+    storage: Storage,
+    geometry: Geometry,
+    capacity: AtomicU64,
+    /// log2 of the size of a cluster.
+    bits: u32,
+    /// Clusters can be marked as zeros (version 3).
+    marks_zeroes: bool,
+    /// Size of the backing file's disk.
+    backing: Option<u64>,
+    places: Places,
+    /// Held by whoever changes the tables.
+    turn: Mutex<()>,
+    /// Held for writing while clusters that are mapped become zeros, and for reading from
+    /// a look into the tables until [`Places`] knows of it.
+    zeroing: RwLock<()>,
+}
+
+/// What the tables say of a range.
+enum Mapped {
+    /// Data at this offset; `ours` when it can be written there.
+    Data { at: u64, ours: bool },
+    /// Zeros, whether the tables say so or say nothing.
+    Zero,
+    /// Anything else.
+    Special,
+}
+
+/// A qcow2 image as imago sees it.
+pub struct Opened {
+    /// The image.
+    pub access: FormatAccess<Storage>,
+    storage: Storage,
+    header: Header,
+    /// Size of the backing file's disk.
+    backing: Option<u64>,
+}
+
+/// Opens `file` as a qcow2 image, with all that lies below it.
+///
+/// # Errors
+/// One line that says what is wrong with the image and what to do about it.
+pub fn access(file: File, origin: &Origin<'_>, writable: bool) -> io::Result<Opened> {
+    let guard = Guard::new(file, origin.name)?;
+    let header = Header::read(&guard, writable)?;
+    let backing = match &header.backing {
+        None => None,
+        Some((name, Some(format))) => Some(backing::open(name, format, origin)?),
+        Some((name, None)) => return Err(backing::without_format(name, origin)),
+    };
+    let storage = Storage::new(guard);
+    storage.load(&header, writable)?;
+    if writable && header.autoclear != 0 {
+        let none = 0u64.to_be_bytes();
+        let guard = storage.guard();
+        guard.write_table(&mut [io::IoSlice::new(&none)], AUTOCLEAR)?;
+    }
+    let below = backing.as_ref().map(FormatAccess::size);
+    let image = Qcow2::<Storage>::builder(storage.clone())
+        .write(writable)
+        .backing(backing)
+        .data_file(None)
+        .open(DenyImplicitOpenGate::default())?;
+    Ok(Opened {
+        access: FormatAccess::new(image),
+        storage,
+        header,
+        backing: below,
+    })
+}
+
+impl Qcow2Image {
+    /// Opens `file`; see [`access`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open(file: File, origin: &Origin<'_>, read_only: bool) -> io::Result<Self> {
+        let Opened {
+            access,
+            storage,
+            header,
+            backing,
+        } = access(file, origin, !read_only)?;
+        let cluster = 1u32 << header.cluster_bits;
+        let marks_zeroes = header.version >= 3;
+        let capacity = capacity(&header)?;
+        Ok(Qcow2Image {
+            access,
+            storage,
+            geometry: Geometry {
+                capacity,
+                read_only,
+                logical_block: SECTOR as u32,
+                physical_block: 4096,
+                optimal_io: 0,
+                discard: (!read_only && marks_zeroes).then_some(cluster),
+            },
+            capacity: AtomicU64::new(capacity),
+            bits: header.cluster_bits,
+            marks_zeroes,
+            backing,
+            places: Places::new(header.cluster_bits, capacity),
+            turn: Mutex::new(()),
+            zeroing: RwLock::new(()),
+        })
+    }
+
+    fn guard(&self) -> &Guard {
+        self.storage.guard()
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the tables say of the range that begins at `offset`, and for how much of it.
+    fn look(&self, offset: u64, len: u64) -> io::Result<(Mapped, u64)> {
+        let (mapping, found) = self.access.get_shallow_mapping(offset, len)?;
+        if found == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let mapped = match mapping {
+            ShallowMapping::Raw {
+                offset: at,
+                writable: ours,
+                ..
+            } => {
+                self.storage.check_existing(at, found)?;
+                Mapped::Data { at, ours }
+            }
+            ShallowMapping::Zero { .. } => Mapped::Zero,
+            _ => Mapped::Special,
+        };
+        Ok((mapped, found))
+    }
+
+    /// As [`Qcow2Image::look`], and remembers it.
+    fn find(&self, offset: u64, len: u64) -> io::Result<(Mapped, u64)> {
+        let _unchanged = self.zeroing.read().unwrap_or_else(PoisonError::into_inner);
+        let (mapped, found) = self.look(offset, len)?;
+        if let Mapped::Data { at, ours } = mapped
+            && (ours || self.geometry.read_only)
+            && self.has(at, found)?
+        {
+            self.places.note(offset, at, found);
+        }
+        Ok((mapped, found))
+    }
+
+    /// Whether the file is long enough for this range. The last cluster need not be there
+    /// as a whole.
+    fn has(&self, at: u64, len: u64) -> io::Result<bool> {
+        let end = at.saturating_add(len);
+        let end = end.next_multiple_of(1 << self.bits); // `Places` goes by clusters
+        Ok(end <= self.guard().len() || end <= self.guard().look_again()?)
+    }
+
+    /// Has imago write its tables: what it knows is in the file afterwards.
+    fn settle(&self) -> io::Result<()> {
+        self.access
+            .flush()
+            .inspect_err(|error| self.guard().give_up(error))
+    }
+
+    /// Gives each piece of a range a place of its own, if it has none, and has `fill` write
+    /// there. All of the range, or, after an error, a part, is done.
+    fn allocate(
+        &self,
+        mut offset: u64,
+        mut len: u64,
+        mut fill: impl FnMut(u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        while len > 0 {
+            let mapping = self.access.prepare_data_mapping(offset, len, true)?;
+            let (at, done) = (mapping.offset(), mapping.length());
+            self.storage.check_data(at, done)?;
+            fill(at, done)?;
+            self.access.commit_data_mapping(mapping)?;
+            offset += done;
+            len -= done;
+        }
+        Ok(())
+    }
+
+    /// Ends what changed the tables, well or not: clusters that were not needed after all
+    /// are free again.
+    fn end(&self, result: io::Result<()>) -> io::Result<()> {
+        let settled = self.settle();
+        result.and(settled)
+    }
+
+    /// Makes a range zeros; its incomplete clusters only if `all` of it must be.
+    fn zero(&self, offset: u64, len: u64, all: bool) -> io::Result<()> {
+        self.guard().usable()?;
+        let _turn = self.turn();
+        let result = self.zero_in_turn(offset, len, all);
+        self.end(result)
+    }
+
+    fn zero_in_turn(&self, offset: u64, len: u64, all: bool) -> io::Result<()> {
+        let cluster = 1u64 << self.bits;
+        let end = offset.saturating_add(len);
+        let first = offset.next_multiple_of(cluster);
+        // Behind the end of the disk nobody minds.
+        let last = match end == self.access.size() {
+            true => end,
+            false => end & !(cluster - 1),
+        };
+        if !self.marks_zeroes || first >= last {
+            return match all {
+                true => self.write_zero_bytes(offset, end),
+                false => Ok(()),
+            };
+        }
+        if all {
+            self.write_zero_bytes(offset, first)?;
+            self.write_zero_bytes(last, end)?;
+        }
+        self.mark_zeroes(first, last)
+    }
+
+    /// Marks whole clusters as zeros. They keep their places, where transfers may still be
+    /// under way, but not the space there.
+    fn mark_zeroes(&self, mut at: u64, end: u64) -> io::Result<()> {
+        let mut freed = Vec::new();
+        while at < end {
+            let (mapped, mut len) = self.look(at, end - at)?;
+            if !matches!(mapped, Mapped::Zero) {
+                let _alone = self.zeroing.write().unwrap_or_else(PoisonError::into_inner);
+                self.places.forget(at, len);
+                let (start, done) = self.access.inner().ensure_zero_mapping(at, len)?;
+                if start != at || done == 0 {
+                    return Err(io::Error::other("clusters could not be marked as zeros"));
+                }
+                len = done;
+            }
+            if let Mapped::Data { at, ours: true } = mapped {
+                freed.push((at, len));
+            }
+            at += len;
+        }
+        // Not before the file says that they are zeros.
+        self.settle()?;
+        freed
+            .into_iter()
+            .try_for_each(|(at, len)| self.guard().punch(at, len))
+    }
+
+    /// Writes zeros where there is something else.
+    fn write_zero_bytes(&self, mut at: u64, end: u64) -> io::Result<()> {
+        while at < end {
+            let (mapped, len) = self.look(at, end - at)?;
+            match mapped {
+                Mapped::Zero => {}
+                Mapped::Data { at, ours: true } => self.guard().zero(at, len)?,
+                _ => self.allocate(at, len, |at, len| self.guard().zero(at, len))?,
+            }
+            at += len;
+        }
+        Ok(())
+    }
+}
+
+/// Size of the disk: whole sectors, as QEMU has it.
+fn capacity(header: &Header) -> io::Result<u64> {
+    match header.size / SECTOR * SECTOR {
+        0 => Err(io::Error::other("it is empty: no disk has 0 bytes")),
+        capacity => Ok(capacity),
+    }
+}
+
+impl Image for Qcow2Image {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            capacity: self.capacity.load(Ordering::Acquire),
+            ..self.geometry
+        }
+    }
+
+    fn file(&self) -> BorrowedFd<'_> {
+        self.guard().file()
+    }
+
+    fn map(&self, offset: u64, len: u64) -> io::Result<Extent> {
+        if let Some((offset, len)) = self.places.find(offset, len) {
+            return Ok(Extent::Data { offset, len });
+        }
+        let (mapped, len) = self.find(offset, len)?;
+        Ok(match mapped {
+            Mapped::Data { at, .. } if self.has(at, len)? => Extent::Data { offset: at, len },
+            Mapped::Zero => Extent::Zero { len },
+            Mapped::Data { .. } | Mapped::Special => Extent::Special { len },
+        })
+    }
+
+    fn place(&self, offset: u64, len: u64) -> io::Result<Extent> {
+        self.guard().usable()?;
+        if let Some((offset, len)) = self.places.find(offset, len) {
+            return Ok(Extent::Data { offset, len });
+        }
+        Ok(match self.find(offset, len)? {
+            (Mapped::Data { at, ours: true }, len) => Extent::Data { offset: at, len },
+            // All of it, so that the tables are written once for all.
+            _ => Extent::Special { len },
+        })
+    }
+
+    fn read(&self, offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {
+        let (vector, _guards) = IoVectorMut::from_volatile_slice(buffers.slices());
+        self.access.readv(vector, offset)
+    }
+
+    fn write(&self, offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {
+        self.guard().usable()?;
+        let _turn = self.turn();
+        let mut left = buffers.clone();
+        let result = self.allocate(offset, buffers.len() as u64, |at, len| {
+            let piece = usize::try_from(len).ok().and_then(|len| left.take(len));
+            let piece = piece.ok_or_else(|| io::Error::other("a place of a wrong length"))?;
+            self.guard().write_guest(&piece, at)
+        });
+        self.end(result)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        if !self.marks_zeroes {
+            return Ok(());
+        }
+        self.zero(offset, len, false)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, _unmap: bool) -> io::Result<()> {
+        self.zero(offset, len, true)
+    }
+
+    fn grow(&self, capacity: u64) -> io::Result<()> {
+        self.guard().usable()?;
+        let _turn = self.turn();
+        super::check_growth(self.access.size() / SECTOR * SECTOR, capacity)?;
+        if self.geometry.read_only || capacity <= self.access.size() {
+            return match self.geometry.read_only && capacity > self.access.size() {
+                true => Err(io::Error::other("it is read-only")),
+                false => Ok(()),
+            };
+        }
+        // What is below must not come to light where there was no disk.
+        let mode = match self.backing {
+            Some(size) if size > self.access.size() => PreallocateMode::Zero,
+            _ => PreallocateMode::None,
+        };
+        let result = self.access.resize_grow(capacity, mode);
+        self.end(result)?;
+        self.capacity.store(capacity, Ordering::Release);
+        Ok(())
+    }
+
+    fn reload(&self) -> io::Result<()> {
+        let _turn = self.turn();
+        let _alone = self.zeroing.write().unwrap_or_else(PoisonError::into_inner);
+        self.guard().usable()?;
+        let header = Header::read(self.guard(), !self.geometry.read_only)?;
+        self.storage.load(&header, !self.geometry.read_only)?;
+        self.places.clear();
+        // SAFETY: all that imago had to write is in the file: `settle` follows every change.
+        unsafe { self.access.inner().invalidate_cache() }?;
+        self.capacity.store(capacity(&header)?, Ordering::Release);
+        Ok(())
+    }
+}

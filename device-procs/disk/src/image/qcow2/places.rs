@@ -1,0 +1,137 @@
+//! Where clusters are, for those that were asked for of late: what comes before every
+//! request should not cost more than the request.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Most clusters that are remembered: 1 MiB of memory, 8 GiB of disk in clusters of
+/// 64 KiB.
+const MOST: u64 = 1 << 17;
+/// Bits of a cluster's number in the file. With more it is not remembered.
+const HOST_BITS: u32 = 40;
+
+/// A table in which each cluster of the disk has one slot, that it shares with others.
+/// A slot holds the cluster's number in the file and above that, to know it from the
+/// others, its number on the disk without the bits that chose the slot; 0 is nobody (no
+/// cluster of the disk is where the header is).
+pub struct Places {
+    cluster_bits: u32,
+    slot_bits: u32,
+    slots: Box<[AtomicU64]>,
+}
+
+impl Places {
+    /// For a disk of `capacity` bytes in clusters of `1 << cluster_bits`.
+    pub fn new(cluster_bits: u32, capacity: u64) -> Self {
+        let clusters = (capacity >> cluster_bits) + 1;
+        let slots = clusters.next_power_of_two().min(MOST);
+        Places {
+            cluster_bits,
+            slot_bits: slots.ilog2(),
+            slots: (0..slots).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    /// The slot of `cluster`, and what tells it from others there.
+    fn slot(&self, cluster: u64) -> Option<(&AtomicU64, u64)> {
+        let tag = cluster >> self.slot_bits;
+        let slot = self
+            .slots
+            .get((cluster & ((1 << self.slot_bits) - 1)) as usize)?;
+        (tag < 1 << (64 - HOST_BITS)).then_some((slot, tag << HOST_BITS))
+    }
+
+    fn get(&self, cluster: u64) -> Option<u64> {
+        let (slot, tag) = self.slot(cluster)?;
+        let host = slot.load(Ordering::Acquire) ^ tag;
+        (host != 0 && host < 1 << HOST_BITS).then_some(host)
+    }
+
+    /// Where in the file the disk's byte `offset` is, and for how many bytes, up to `len`,
+    /// that goes on.
+    #[inline]
+    pub fn find(&self, offset: u64, len: u64) -> Option<(u64, u64)> {
+        let cluster = offset >> self.cluster_bits;
+        let within = offset & ((1 << self.cluster_bits) - 1);
+        let host = self.get(cluster)?;
+        let mut found = (1 << self.cluster_bits) - within;
+        let mut next = 1;
+        while found < len && self.get(cluster + next) == Some(host + next) {
+            found += 1 << self.cluster_bits;
+            next += 1;
+        }
+        Some(((host << self.cluster_bits) + within, found.min(len)))
+    }
+
+    /// Remembers that the `len` bytes of the disk from `offset` on are at `host`.
+    pub fn note(&self, offset: u64, host: u64, len: u64) {
+        let first = offset >> self.cluster_bits;
+        let last = offset.saturating_add(len.saturating_sub(1)) >> self.cluster_bits;
+        for cluster in first..=last {
+            let host = (host >> self.cluster_bits) + (cluster - first);
+            if let Some((slot, tag)) = self.slot(cluster)
+                && host < 1 << HOST_BITS
+            {
+                slot.store(tag | host, Ordering::Release);
+            }
+        }
+    }
+
+    /// Forgets where the clusters of this range are.
+    pub fn forget(&self, offset: u64, len: u64) {
+        let last = offset.saturating_add(len.saturating_sub(1)) >> self.cluster_bits;
+        for cluster in offset >> self.cluster_bits..=last {
+            if self.get(cluster).is_some()
+                && let Some((slot, _)) = self.slot(cluster)
+            {
+                slot.store(0, Ordering::Release);
+            }
+        }
+    }
+
+    /// Forgets everything.
+    pub fn clear(&self) {
+        for slot in &self.slots {
+            slot.store(0, Ordering::Release);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_noted_is_found_and_what_follows_it_with_it() {
+        let places = Places::new(16, 1 << 30);
+        assert_eq!(places.find(0, 512), None);
+        places.note(0x2_0000, 0x50_0000, 0x2_0000);
+        assert_eq!(places.find(0x2_1000, 512), Some((0x50_1000, 512)));
+        assert_eq!(places.find(0x2_1000, 1 << 20), Some((0x50_1000, 0x1_f000)));
+        // The next on the disk, but not in the file.
+        places.note(0x4_0000, 0x10_0000, 1);
+        assert_eq!(places.find(0x3_0000, 1 << 20), Some((0x51_0000, 0x1_0000)));
+        places.forget(0x3_ffff, 1);
+        assert_eq!(places.find(0x3_0000, 512), None);
+        assert_eq!(places.find(0x2_0000, 1 << 20), Some((0x50_0000, 0x1_0000)));
+        places.clear();
+        assert_eq!(places.find(0x2_0000, 512), None);
+    }
+
+    #[test]
+    fn clusters_that_share_a_slot_are_told_apart() {
+        let places = Places::new(9, u64::MAX >> 1);
+        let (one, other) = (512 * 5, 512 * (5 + MOST));
+        places.note(one, 0x200, 512);
+        assert_eq!(places.find(other, 512), None);
+        places.note(other, 0x400, 512);
+        assert_eq!(places.find(one, 512), None);
+        places.forget(one, 512);
+        assert_eq!(places.find(other, 512), Some((0x400, 512)));
+        // Numbers that have no room are not mistaken for others.
+        places.note(1 << 62, 0x800, 512);
+        assert_eq!(places.find(1 << 62, 512), None);
+        places.note(one, 1 << 60, 512);
+        assert_eq!(places.find(one, 512), None);
+        assert_eq!(places.find(u64::MAX - 511, 512), None);
+    }
+}

@@ -1,0 +1,134 @@
+//! What imago reads and writes: the image's file, by way of [`Guard`] and [`Layout`].
+
+use std::fmt;
+use std::io;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::storage::PreallocateMode;
+use imago::storage::drivers::CommonStorageHelper;
+
+use super::super::guard::{Guard, beyond, damaged};
+use super::header::Header;
+use super::layout::Layout;
+
+/// A file that imago works on.
+#[derive(Clone, Debug)]
+pub struct Storage(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    guard: Guard,
+    /// Of a qcow2 image.
+    layout: RwLock<Option<Layout>>,
+    helper: CommonStorageHelper,
+}
+
+impl Storage {
+    /// A file without tables, or one whose tables come later.
+    pub fn new(guard: Guard) -> Self {
+        Storage(Arc::new(Inner {
+            guard,
+            layout: RwLock::new(None),
+            helper: CommonStorageHelper::default(),
+        }))
+    }
+
+    /// The file.
+    pub fn guard(&self) -> &Guard {
+        &self.0.guard
+    }
+
+    /// Finds the image's tables.
+    ///
+    /// # Errors
+    /// As [`Layout::load`].
+    pub fn load(&self, header: &Header, writable: bool) -> io::Result<()> {
+        let layout = Layout::load(&self.0.guard, header, writable)?;
+        *self
+            .0
+            .layout
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = Some(layout);
+        Ok(())
+    }
+
+    /// Whether the disk's bytes can be in this range of the file.
+    ///
+    /// # Errors
+    /// One that says that and why they cannot.
+    pub fn check_data(&self, offset: u64, len: u64) -> io::Result<()> {
+        let layout = self.0.layout.read().unwrap_or_else(PoisonError::into_inner);
+        if layout.as_ref().is_some_and(|it| it.has_table(offset, len)) {
+            let what = format!("a table has data at {offset:#x}, where tables are");
+            return Err(damaged(&what));
+        }
+        Ok(())
+    }
+
+    /// As [`Storage::check_data`], of bytes that were written before.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check_existing(&self, offset: u64, len: u64) -> io::Result<()> {
+        if offset >= self.0.guard.len() && offset >= self.0.guard.look_again()? {
+            return Err(beyond(offset));
+        }
+        self.check_data(offset, len)
+    }
+}
+
+impl fmt::Display for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.guard.name())
+    }
+}
+
+impl imago::Storage for Storage {
+    fn size(&self) -> io::Result<u64> {
+        self.0.guard.look_again()
+    }
+
+    unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
+        self.0.guard.read_padded(&mut bufv.into_inner(), offset)
+    }
+
+    unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {
+        let mut buffers = bufv.into_inner();
+        let mut layout = self
+            .0
+            .layout
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        match layout.as_mut() {
+            Some(layout) => layout.write(&self.0.guard, &mut buffers, offset),
+            None => self.0.guard.write(&mut buffers, offset),
+        }
+    }
+
+    unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
+        // It zeroes data only.
+        self.check_data(offset, length)?;
+        self.0.guard.zero(offset, length)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(rustix::fs::fdatasync(self.0.guard.file())?)
+    }
+
+    unsafe fn invalidate_cache(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn get_storage_helper(&self) -> &CommonStorageHelper {
+        &self.0.helper
+    }
+
+    fn resize(&self, new_size: u64, _prealloc_mode: PreallocateMode) -> io::Result<()> {
+        Ok(rustix::fs::ftruncate(self.0.guard.file(), new_size)?)
+    }
+}
