@@ -131,7 +131,7 @@ fn serial(text: &str) -> Result<String, String> {
 const SYSCALLS: &[Rule] = &[
     Rule::any(libc::SYS_preadv2),
     Rule::any(libc::SYS_pwritev2),
-    // Of an image's own tables.
+    // The tables of an image.
     Rule::any(libc::SYS_preadv),
     Rule::any(libc::SYS_pwritev),
     // Zeroes, where the file system cannot make them itself.
