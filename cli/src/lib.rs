@@ -6,6 +6,7 @@ pub mod fd;
 pub mod logging;
 pub mod options;
 pub mod signals;
+pub mod size;
 pub mod socket;
 
 pub use complaint::complain;

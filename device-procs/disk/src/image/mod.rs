@@ -1,6 +1,7 @@
 //! Image formats: where in a file a disk's bytes lie.
 
 mod backing;
+pub mod create;
 mod guard;
 mod qcow2;
 mod raw;
