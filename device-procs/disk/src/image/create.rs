@@ -10,6 +10,7 @@ use imago::qcow2::Qcow2;
 use rustix::fs::{AtFlags, CWD, RenameFlags};
 
 use super::guard::Guard;
+use super::qcow::header::Header;
 use super::qcow2::storage::Storage;
 use super::{Backing, Format, Origin, SECTOR, backing, open_file};
 use crate::lock;
@@ -28,7 +29,8 @@ pub struct Options {
     #[arg(long, value_name = "SIZE", value_parser = outrigger_cli::size::parse)]
     size: u64,
 
-    /// Size of a cluster, which qcow2 and qcow images consist of [default: 64K, qcow 4K]
+    /// Size of a cluster, which qcow2 and qcow images consist of [default: 64K; of qcow 4K, or
+    /// 512 on another image]
     #[arg(long, value_name = "SIZE", value_parser = outrigger_cli::size::parse)]
     cluster_size: Option<u64>,
 
@@ -70,6 +72,7 @@ impl Options {
         let largest = match self.format {
             Format::Raw => 0,
             Format::Qcow2 => 2 << 20,
+            Format::Qcow => 64 << 10,
         };
         if let Some(cluster) = self.cluster_size {
             if self.format == Format::Raw {
@@ -92,7 +95,15 @@ impl Options {
                 depth: 0,
             };
             // That it can be opened is all that matters here.
-            drop(backing::open(name, format, &origin)?);
+            let said = match self.format {
+                // It has no room for the word.
+                Format::Qcow if format != "raw" => {
+                    return refused("--backing-format: a qcow image can lie on a raw one only");
+                }
+                Format::Qcow => None,
+                _ => Some(format),
+            };
+            drop(backing::open(name, said, &origin)?);
         }
         Ok(())
     }
@@ -144,11 +155,17 @@ impl Options {
     }
 
     fn fill(&self, file: File) -> io::Result<()> {
+        let guard = Guard::new(file, &self.file.display().to_string())?;
         match self.format {
-            Format::Raw => file.set_len(self.size),
+            Format::Raw => guard.zero(0, self.size, true),
+            Format::Qcow => {
+                let bits = self.cluster_size.map(u64::ilog2);
+                let name = self.below().map(|(name, _)| name);
+                Header::new(self.size, bits, name).create(&guard)
+            }
             Format::Qcow2 => {
-                let storage = Storage::new(Guard::new(file, &self.file.display().to_string())?);
-                let mut image = Qcow2::<Storage>::create_builder(storage).size(self.size);
+                let mut image =
+                    Qcow2::<Storage>::create_builder(Storage::new(guard)).size(self.size);
                 if let Some(cluster) = self.cluster_size {
                     image = image.cluster_size(cluster as usize);
                 }

@@ -22,8 +22,8 @@ pub struct Guard {
     /// What users call it.
     name: String,
     file: File,
-    /// Size of the file in bytes. It never falls: a file that somebody shortens makes
-    /// errors, not zeros.
+    /// Size of the file in bytes. It does not fall because somebody shortens the file: that
+    /// makes errors, not zeros.
     len: AtomicU64,
     broken: AtomicBool,
     #[cfg(test)]
@@ -210,11 +210,27 @@ impl Guard {
         }
     }
 
-    /// Makes the range read as zeros, and the file long enough to have it.
+    /// Makes the file as long again as it was, which had been made longer for what did not
+    /// come.
+    pub fn take_back(&self, len: u64) {
+        // A failure costs space; and a table may point there if one was not written.
+        if self.usable().is_ok() {
+            #[cfg(test)]
+            if self.faults.strike(len).is_err() {
+                return;
+            }
+            if rustix::fs::ftruncate(&self.file, len).is_ok() {
+                self.len.store(len, Ordering::Release);
+            }
+        }
+    }
+
+    /// Makes the range read as zeros, and the file long enough to have it; its space is
+    /// given back if `unmap` allows.
     ///
     /// # Errors
     /// The medium's.
-    pub fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+    pub fn zero(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         self.usable()?;
         let end = offset.checked_add(len).ok_or_else(|| beyond(offset))?;
         let old = self.len();
@@ -226,15 +242,19 @@ impl Guard {
             self.reaches(end);
         }
         if offset < old {
-            self.zero_inside(offset, len.min(old - offset))?;
+            self.zero_inside(offset, len.min(old - offset), unmap)?;
         }
         Ok(())
     }
 
-    fn zero_inside(&self, offset: u64, len: u64) -> io::Result<()> {
+    fn zero_inside(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         #[cfg(test)]
         self.faults.strike(offset)?;
-        for how in [FallocateFlags::ZERO_RANGE, FallocateFlags::PUNCH_HOLE] {
+        let ways = match unmap {
+            true => [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE],
+            false => [FallocateFlags::ZERO_RANGE, FallocateFlags::PUNCH_HOLE],
+        };
+        for how in ways {
             match self.fallocate(how, offset, len) {
                 Err(Errno::OPNOTSUPP) => {}
                 result => return Ok(result?),
