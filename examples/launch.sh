@@ -55,7 +55,8 @@ start() { # NAME PROGRAM ARGS…
     read -r -t 10 -u 4 ready || true
     [ "$ready" = ready ] || { echo "launch.sh: $program did not start" >&2; exit 1; }
 }
-start disk device-disk --blk-file "$disk"
+# Its control socket takes lines such as {"command":"stats"} (docs/control.md).
+start disk device-disk --blk-file "$disk" --control "$dir/disk.control"
 start net device-net --isolated
 start console device-console --stdio
 start platform device-platform --serial null

@@ -23,10 +23,23 @@ impl Machine {
         if self.kernel.is_none() && self.load.is_empty() {
             return Err(Usage("nothing to boot: kernel or load is missing".into()));
         }
+        self.check_disks()?;
         self.check_nets()?;
         self.check_consoles()?;
         self.check_sockets()?;
         self.check_paths()
+    }
+
+    fn check_disks(&self) -> Result<(), Usage> {
+        for (index, disk) in self.disk.iter().enumerate() {
+            if let Some(size) = disk.block_size
+                && ![512, 4096].contains(&size)
+            {
+                let why = format!("disk{index}: block-size={size}: neither 512 nor 4096");
+                return Err(Usage(why));
+            }
+        }
+        Ok(())
     }
 
     fn check_nets(&self) -> Result<(), Usage> {
@@ -162,6 +175,10 @@ mod tests {
             (
                 "[serial]\ntype = 'null'\npath = 'a'",
                 "the serial port takes no path=",
+            ),
+            (
+                "[[disk]]\npath = 'a'\nblock-size = 1024",
+                "disk0: block-size=1024: neither 512 nor 4096",
             ),
             ("[[disk]]\npath = ''", "disk0: its path is empty"),
             (

@@ -88,9 +88,43 @@ pub enum Sandbox {
     Off,
 }
 
-/// A disk.
+/// Forms that a disk image can have.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Format {
+    /// The file is the disk.
+    Raw,
+    /// QEMU's, version 2 and 3.
+    Qcow2,
+    /// QEMU's first.
+    Qcow,
+}
+
+/// Whether an image may name another one that it is based on.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backing {
+    /// It may.
+    Allow,
+    /// It is refused then.
+    Deny,
+}
+
+/// How writes get to the medium.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cache {
+    /// Through the host's page cache, until the guest flushes.
+    Writeback,
+    /// Past it.
+    None,
+    /// Through it, and no flush waits for them.
+    Unsafe,
+}
+
+/// A disk. What is not given is left to device-disk.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Disk {
     /// Image file or block device.
     pub path: PathBuf,
@@ -100,8 +134,18 @@ pub struct Disk {
     /// Lock the image against other programs.
     #[serde(default = "locked")]
     pub lock: bool,
+    /// Form of the image.
+    pub format: Option<Format>,
+    /// What may be said in it of a backing file.
+    pub backing: Option<Backing>,
+    /// How writes get to the medium.
+    pub cache: Option<Cache>,
     /// Number of queues.
     pub queues: Option<u16>,
+    /// For how many microseconds a queue's thread looks for more before it sleeps.
+    pub poll_us: Option<u32>,
+    /// Logical block size in bytes, 512 or 4096.
+    pub block_size: Option<u16>,
     /// Serial number.
     pub serial: Option<String>,
 }
@@ -233,7 +277,12 @@ mod tests {
             path = "a.img"
             readonly = true
             lock = false
+            format = "qcow2"
+            backing = "allow"
+            cache = "none"
             queues = 4
+            poll-us = 50
+            block-size = 4096
             serial = "123"
             [[net]]
             type = "isolated"
@@ -248,8 +297,11 @@ mod tests {
         )
         .unwrap();
         file.check().unwrap();
-        let disk: Disk =
-            keyval::parse("path=a.img,readonly=on,lock=off,queues=4,serial=123").unwrap();
+        let disk: Disk = keyval::parse(
+            "path=a.img,readonly=on,lock=off,format=qcow2,backing=allow,cache=none,queues=4,\
+             poll-us=50,block-size=4096,serial=123",
+        )
+        .unwrap();
         assert_eq!(file.disk[0], disk);
         let net: Net = keyval::parse("isolated,address=10.1.0.1/24,mtu=1400").unwrap();
         assert_eq!(file.net[0], net);

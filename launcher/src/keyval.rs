@@ -82,6 +82,10 @@ impl<'de> Deserializer<'de> for Value<'de> {
         visitor.visit_u16(self.number()?)
     }
 
+    fn deserialize_u32<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Self::Error> {
+        visitor.visit_u32(self.number()?)
+    }
+
     fn deserialize_enum<V: Visitor<'de>>(
         self,
         name: &'static str,
@@ -92,7 +96,7 @@ impl<'de> Deserializer<'de> for Value<'de> {
     }
 
     forward_to_deserialize_any! {
-        i8 i16 i32 i64 u32 u64 f32 f64 char str string bytes byte_buf unit
+        i8 i16 i32 i64 u64 f32 f64 char str string bytes byte_buf unit
         unit_struct newtype_struct seq tuple tuple_struct map struct identifier
         ignored_any
     }
@@ -118,6 +122,10 @@ mod tests {
         }
         let many = parse::<Disk>("path=a,queues=many").unwrap_err();
         assert!(many.starts_with("queues=many: "), "{many}");
+        let often = parse::<Disk>("path=a,poll-us=-1").unwrap_err();
+        assert!(often.starts_with("poll-us=-1: "), "{often}");
+        let other = parse::<Disk>("path=a,format=vmdk").unwrap_err();
+        assert!(other.contains("unknown value `vmdk`"), "{other}");
         let long = parse::<Net>("isolated,mtu=70000").unwrap_err();
         assert!(long.starts_with("mtu=70000: "), "{long}");
     }

@@ -114,7 +114,11 @@ struct Run {
     cpus: Option<u8>,
 
     /// A disk; may be given several times
-    #[arg(long = "disk", value_name = "path=FILE[,readonly=on][,lock=off][,queues=N][,serial=TEXT]",
+    ///
+    /// Keys besides path: readonly=on, lock=off, format=raw|qcow2|qcow,
+    /// backing=allow|deny, cache=writeback|none|unsafe, queues=N, poll-us=N,
+    /// block-size=512|4096, serial=TEXT, as the options of device-disk
+    #[arg(long = "disk", value_name = "path=FILE[,format=F][,KEY=VALUE...]",
           value_parser = keyval::parse::<Disk>)]
     disks: Vec<Disk>,
 

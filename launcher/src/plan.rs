@@ -26,6 +26,8 @@ pub struct Program {
     pub resources: Vec<Resource>,
     /// Reads this terminal.
     pub needs_stdin: bool,
+    /// Has a control socket of its own.
+    pub has_control: bool,
     /// What to show of it.
     pub summary: String,
 }
@@ -78,6 +80,7 @@ impl Program {
             args: Vec::new(),
             resources: Vec::new(),
             needs_stdin: false,
+            has_control: false,
             summary,
         }
     }
@@ -203,7 +206,13 @@ fn plan_disk(id: String, disk: &Disk) -> Program {
     if !disk.lock {
         program.arg("--lock", "off");
     }
+    program.has_control = true;
+    program.optional("--format", disk.format.map(word));
+    program.optional("--backing", disk.backing.map(word));
+    program.optional("--cache", disk.cache.map(word));
     program.optional("--queues", disk.queues);
+    program.optional("--poll-us", disk.poll_us);
+    program.optional("--block-size", disk.block_size);
     program.optional("--serial", disk.serial.as_ref());
     program
 }
@@ -290,6 +299,8 @@ fn plan_platform(machine: &Machine) -> Program {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+
     use super::*;
     use crate::keyval;
 
@@ -327,6 +338,18 @@ mod tests {
         for program in programs.into_iter().chain([&plan.runner]) {
             assert!(has(program, &["--sandbox", "log"]), "{}", program.id);
         }
+    }
+
+    #[test]
+    fn a_disk_is_told_what_was_given_and_no_more() {
+        let disk = |text: &str| plan_disk("disk0".into(), &keyval::parse(text).unwrap());
+        assert!(disk("path=a").args.is_empty());
+        let all =
+            disk("path=a,format=qcow,backing=deny,cache=unsafe,queues=2,poll-us=0,block-size=512");
+        assert_eq!(
+            all.args.join(OsStr::new(" ")),
+            "--format qcow --backing deny --cache unsafe --queues 2 --poll-us 0 --block-size 512"
+        );
     }
 
     #[test]

@@ -107,6 +107,9 @@ fn script(machine: &Machine, plan: &Plan) -> Vec<u8> {
         };
         text.extend(format!("\nmkfifo \"$dir/{id}.ready\"\n").bytes());
         command(&mut text, &device.program);
+        if device.program.has_control {
+            text.extend(format!(" \\\n    --control \"$dir/{id}.control\"").bytes());
+        }
         let socket = format!(
             " \\\n    --socket-path \"$dir/{id}\" \\\n    \
              --ready-fd 4 4>\"$dir/{id}.ready\" {stdin} 3<&- &\nstarted {id} $!\n"

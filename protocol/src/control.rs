@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::device;
+
 /// The longest command line in bytes that the control socket accepts.
 pub const MAX_LINE: usize = 64 * 1024;
 
@@ -43,6 +45,25 @@ pub enum Command {
     /// Puts a new process of the same kind behind a device: the program that is on
     /// disk now. Only the launcher can.
     Restart {
+        /// The device.
+        id: String,
+    },
+    /// Makes a disk larger under the running guest. As the next two, the launcher's: it
+    /// hands it on to the device's process ([`device::Command`]).
+    Resize {
+        /// The device.
+        id: String,
+        /// The new size in bytes; without, the medium is looked at.
+        #[serde(skip_serializing_if = "Option::is_none", default)]
+        size: Option<u64>,
+    },
+    /// Puts what was written to a disk onto its medium.
+    Flush {
+        /// The device.
+        id: String,
+    },
+    /// What a disk's queues have done since its process started.
+    Stats {
         /// The device.
         id: String,
     },
@@ -120,7 +141,7 @@ pub struct Status {
 
 /// Answer to a command: `{"ok":true}`, with `status` where asked for, or
 /// `{"ok":false,"error":"…"}`.
-#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct Reply {
     /// Whether the command was carried out.
     pub ok: bool,
@@ -134,6 +155,12 @@ pub struct Reply {
     /// microseconds no process worked on the device's rings.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub outage_us: Option<u64>,
+    /// Answer to [`Command::Resize`]: the size in bytes that the guest sees now.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub capacity: Option<u64>,
+    /// Answer to [`Command::Stats`].
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub stats: Option<device::Stats>,
 }
 
 impl Reply {
@@ -141,19 +168,15 @@ impl Reply {
     pub fn ok() -> Self {
         Reply {
             ok: true,
-            error: None,
-            status: None,
-            outage_us: None,
+            ..Reply::default()
         }
     }
 
     /// Not done, and why.
     pub fn error(text: impl Into<String>) -> Self {
         Reply {
-            ok: false,
             error: Some(text.into()),
-            status: None,
-            outage_us: None,
+            ..Reply::default()
         }
     }
 }

@@ -6,7 +6,7 @@ set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/outrigger
 kernel_inputs=(build-kernel.sh kernel.config patch-kernel.py)
-guest_inputs=(build.sh init initramfs.list)
+guest_inputs=(build.sh fsx.rs init initramfs.list)
 kernel_packages=(linux-source-6.1 gcc libc6-dev make flex bison bc libelf-dev xz-utils lz4 python3)
 guest_packages=(busybox-static e2fsprogs)
 
@@ -92,12 +92,20 @@ make_root() {
     mke2fs -q -t ext4 -b 4096 -N 64 -J size=4 -E root_owner=0:0 -d "$root" "$1" 16M >&2
 }
 
+# Static, as the guest has no libraries.
+build_fsx() {
+    rustc --edition 2024 -O -C target-feature=+crt-static -C relocation-model=static \
+        -C panic=abort -C strip=symbols -o "$temporary/fsx" "$inputs/fsx.rs" >&2
+    echo "file /bin/fsx $temporary/fsx 755 0 0"
+}
+
 build_guest() {
     local out=$temporary/guest
     install_packages "${guest_packages[@]}"
     mkdir "$out"
     base_list | make_cpio "$out/initramfs-small.cpio"
     { base_list && mke2fs_list; } | make_cpio "$out/initramfs.cpio"
+    { base_list && build_fsx; } | make_cpio "$out/initramfs-fsx.cpio"
     make_root "$out/root.ext4"
     ln "$kernel/vmlinux" "$kernel/bzImage" "$out/"
     publish "$out" "$guest"
@@ -121,7 +129,7 @@ main() {
     (cd "$here" && cp "${kernel_inputs[@]}" "${guest_inputs[@]}" "$inputs/")
     kernel=$cache/kernel-$(key_of "$(version_of linux-source-6.1)" -- "${kernel_inputs[@]}")
     guest=$cache/guest-$(key_of "${kernel##*/}" "$(version_of busybox-static)" \
-        "$(version_of e2fsprogs)" -- "${guest_inputs[@]}")
+        "$(version_of e2fsprogs)" "$(rustc --version)" -- "${guest_inputs[@]}")
 
     if [ ! -d "$guest" ]; then
         [ -d "$kernel" ] || build_kernel

@@ -178,6 +178,15 @@ impl Guest {
         let config = self.frontend.get_config(offset, len as u32, flags, &room);
         config.unwrap().1
     }
+
+    /// Writes to the configuration space.
+    ///
+    /// # Errors
+    /// When the device refuses it.
+    pub fn set_config(&mut self, offset: u32, bytes: &[u8]) -> vhost::Result<()> {
+        let flags = VhostUserConfigFlags::WRITABLE;
+        self.frontend.set_config(offset, flags, bytes)
+    }
 }
 
 /// The protocol features that this front end makes use of.

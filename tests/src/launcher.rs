@@ -144,8 +144,13 @@ impl Launcher {
     /// What `outrigger ctl control ...` says, and its exit code: the machine was started
     /// with `--control control`.
     pub fn ctl(&self, arguments: &[&str]) -> (i32, String, String) {
+        self.ctl_at("control", arguments)
+    }
+
+    /// The same for the machine whose control socket is at `path`.
+    pub fn ctl_at(&self, path: &str, arguments: &[&str]) -> (i32, String, String) {
         let output = Command::new(programs().join("outrigger"))
-            .args(["ctl", "control"])
+            .args(["ctl", path])
             .args(arguments)
             .current_dir(self.directory.path())
             .output()

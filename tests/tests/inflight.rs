@@ -424,6 +424,8 @@ fn asking_for_tables_costs_nothing() {
         let (shape, file) = frontend.get_inflight_fd(&wish).unwrap();
         frontend.set_inflight_fd(&shape, file.as_raw_fd()).unwrap();
     }
+    // Answered once all of that is done.
+    frontend.get_features().unwrap();
     // The one that is set may stay open.
     assert!(World::open_files(&process) <= files + 1);
     assert!(process.resident() < memory + (8 << 20));

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use outrigger_tests::binaries::peer;
-use outrigger_tests::linux::{guest, linux, wait_end};
+use outrigger_tests::linux::{guest, linux, wait_end, wait_serial};
 use outrigger_tests::machine::{Machine, skip_kvm};
 use outrigger_tests::process::{Launch, Process};
 use outrigger_tests::wait_until;
@@ -29,7 +29,10 @@ fn storage_daemon(image: &Path, queues: usize) -> (Process, PathBuf) {
          addr.type=unix,addr.path={}",
         socket.display()
     );
-    let image = format!("driver=file,node-name=image,filename={}", image.display());
+    let image = format!(
+        "driver=file,node-name=image,locking=off,filename={}",
+        image.display()
+    );
     let process = serving(
         launch.args(["--blockdev", &image, "--export", &export]),
         &socket,
@@ -37,8 +40,9 @@ fn storage_daemon(image: &Path, queues: usize) -> (Process, PathBuf) {
     (process, socket)
 }
 
+/// What its driver has accepted there, it finds at device-disk, too.
 #[test]
-fn linux_has_its_root_on_qemu_storage_daemon() {
+fn linux_has_its_root_on_qemu_storage_daemon_and_moves_on() {
     if skip_kvm() {
         return;
     }
@@ -53,6 +57,15 @@ fn linux_has_its_root_on_qemu_storage_daemon() {
         .args(["--memory", "96M", "--cpus", "2"])
         .served("disk0", "block", process, &socket)
         .start();
+    wait_serial(&machine, "STEP cpus: pass");
+    let ours = Launch::new("device-disk")
+        .args(["--queues", "2", "--lock", "off", "--blk-file", &image])
+        .listening();
+    let socket = ours.directory().join("socket").display().to_string();
+    let reply = machine.control_line(&format!(
+        r#"{{"command":"swap","id":"disk0","socket":"{socket}"}}"#
+    ));
+    assert!(reply.ok, "{reply:?}\n{}", machine.runner.log());
     wait_end(&machine, 0);
     assert!(machine.serial().contains("STEP root: pass"));
     let check = Command::new("e2fsck")

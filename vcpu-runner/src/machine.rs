@@ -351,6 +351,11 @@ impl Machine {
             Command::Swap { .. } | Command::Restart { .. } => Err(Error::Command(
                 "this is the runner, which starts no process: swap to one that listens at socket",
             )),
+            Command::Resize { .. } | Command::Flush { .. } | Command::Stats { .. } => {
+                Err(Error::Command(
+                    "this is the runner, which knows no disks: ask the disk's own control socket",
+                ))
+            }
             // The control thread's own.
             Command::Status {} | Command::Watch {} => Ok(()),
         };

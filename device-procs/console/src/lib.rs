@@ -209,5 +209,6 @@ fn build(options: &Options) -> anyhow::Result<Program> {
         keep_network: false,
         restore,
         unserved,
+        control: None,
     })
 }

@@ -290,9 +290,9 @@ impl Tracker {
         (self.taken.len() + self.again.len()) as u16
     }
 
-    /// Whether requests of the process before this one wait to be taken again.
-    pub fn has_more(&self) -> bool {
-        !self.again.is_empty()
+    /// How many requests of the process before this one wait to be taken again.
+    pub fn left_overs(&self) -> usize {
+        self.again.len()
     }
 
     /// The next request that the process before this one had taken.

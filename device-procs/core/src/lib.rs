@@ -7,9 +7,11 @@
 //! under one lock, taken once per batch; taking that lock is how the control
 //! thread makes a stop a barrier.
 
+mod buffers;
 pub mod chain;
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod device;
 pub mod enable;
 pub mod error;
@@ -17,17 +19,20 @@ pub mod fault;
 pub mod inflight;
 pub mod listen;
 pub mod memory;
+pub mod pace;
 pub mod poller;
 pub mod ring;
 pub mod serve;
 pub mod session;
 pub mod signals;
+mod split;
 #[cfg(test)]
 mod testing;
 pub mod worker;
 
 pub use chain::Chain;
 pub use config::ConfigSpace;
+pub use control::Control;
 pub use device::{Context, Description, Device, QUEUE_SIZE};
 pub use error::Error;
 pub use memory::GuestMemory;

@@ -4,10 +4,10 @@
 //! that takes over finds what its predecessor did not serve.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
 
 /// A set of file descriptors with a 64-bit token each.
@@ -67,16 +67,16 @@ impl Poller {
     /// # Errors
     /// The kernel's; a signal is no error and returns no tokens.
     pub fn wait(&self, tokens: &mut Vec<u64>, timeout: Option<Duration>) -> io::Result<()> {
-        let mut events: Vec<epoll::Event> = Vec::with_capacity(64);
+        let mut events = [const { MaybeUninit::<epoll::Event>::uninit() }; 64];
         let timeout = timeout.map(|t| Timespec {
             tv_sec: t.as_secs() as i64,
             tv_nsec: t.subsec_nanos().into(),
         });
-        match epoll::wait(&self.0, spare_capacity(&mut events), timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        match epoll::wait(&self.0, &mut events, timeout.as_ref()) {
+            Ok((events, _)) => tokens.extend(events.iter().map(|e| e.data.u64())),
+            Err(rustix::io::Errno::INTR) => {}
             Err(e) => return Err(e.into()),
         }
-        tokens.extend(events.iter().map(|e| e.data.u64()));
         Ok(())
     }
 }

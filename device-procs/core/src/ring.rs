@@ -2,23 +2,22 @@
 //! descriptors through which driver and device wake each other.
 
 use std::fmt::Display;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
-
-use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
 
 use crate::chain::Origin;
 use crate::fault::{self, Point};
 use crate::inflight::{Table, Tracker};
 use crate::memory::MemoryTable;
+use crate::split::{Place, Split};
 use crate::{Chain, Error, GuestMemory};
 
 /// Chains that one batch takes from one ring at most, so that other rings and
 /// the control thread get their turn.
 const BATCH: u32 = 256;
+
+/// The most entries that a split ring can have.
+const MAX_SIZE: u16 = 1 << 15;
 
 /// Complaints about the guest that are logged from one start of a ring to the
 /// next: a hostile guest must not fill the log.
@@ -48,7 +47,17 @@ enum State {
 /// One virtqueue.
 pub struct Ring {
     index: usize,
-    queue: Queue,
+    max_size: u16,
+    size: u16,
+    event_idx: bool,
+    /// Where it is, while it is started.
+    split: Option<Split>,
+    /// Available index up to which it is served.
+    next_avail: u16,
+    /// Used index up to which requests are completed.
+    next_used: u16,
+    /// Requests that are popped and not pushed.
+    in_work: u16,
     addresses: Option<RingAddresses>,
     state: State,
     enabled: bool,
@@ -78,14 +87,16 @@ impl Ring {
     /// # Errors
     /// When `max_size` is no power of two up to 32768.
     pub fn new(index: usize, max_size: u16) -> Result<Self, Error> {
-        let queue = Queue::new(max_size).map_err(|_| Error::RingSize {
-            queue: index,
-            size: max_size.into(),
-            max: 32768,
-        })?;
+        check_size(index, max_size.into(), MAX_SIZE)?;
         Ok(Ring {
             index,
-            queue,
+            max_size,
+            size: max_size,
+            event_idx: false,
+            split: None,
+            next_avail: 0,
+            next_used: 0,
+            in_work: 0,
             addresses: None,
             state: State::Stopped,
             enabled: false,
@@ -109,6 +120,16 @@ impl Ring {
         self.state == State::Started && self.enabled
     }
 
+    /// Whether it was started and is neither stopped nor corrupt; enabled or not.
+    pub(crate) fn is_started(&self) -> bool {
+        self.state == State::Started
+    }
+
+    /// Whether it was started and not stopped since, corrupt or not.
+    pub(crate) fn was_started(&self) -> bool {
+        self.state != State::Stopped
+    }
+
     /// Queue index.
     pub fn index(&self) -> usize {
         self.index
@@ -117,14 +138,8 @@ impl Ring {
     // What the control thread does with a ring ------------------------------
 
     pub(crate) fn set_size(&mut self, size: u32) -> Result<(), Error> {
-        u16::try_from(size)
-            .ok()
-            .and_then(|value| self.queue.try_set_size(value).ok())
-            .ok_or(Error::RingSize {
-                queue: self.index,
-                size,
-                max: self.queue.max_size(),
-            })
+        self.size = check_size(self.index, size, self.max_size)?;
+        Ok(())
     }
 
     pub(crate) fn set_addresses(
@@ -132,15 +147,19 @@ impl Ring {
         addresses: RingAddresses,
         table: &MemoryTable,
     ) -> Result<(), Error> {
-        self.addresses = Some(addresses);
-        if self.state == State::Started {
-            return self.place(table);
+        let old = self.addresses.replace(addresses);
+        let placed = match self.is_started() {
+            true => self.place(table),
+            false => Ok(()),
+        };
+        if placed.is_err() {
+            self.addresses = old;
         }
-        Ok(())
+        placed
     }
 
     pub(crate) fn set_base(&mut self, base: u16) {
-        self.queue.set_next_avail(base);
+        self.next_avail = base;
     }
 
     /// QEMU says where interrupts go once more after the start, and forgets those that
@@ -163,11 +182,10 @@ impl Ring {
     }
 
     pub(crate) fn set_event_idx(&mut self, on: bool) {
-        self.queue.set_event_idx(on);
-    }
-
-    pub(crate) fn kick(&self) -> Option<impl AsFd + '_> {
-        self.kick.as_ref()
+        self.event_idx = on;
+        if let Some(split) = &mut self.split {
+            split.set_event_idx(on);
+        }
     }
 
     /// Puts the rings where the front end says and picks up the used index that
@@ -183,28 +201,16 @@ impl Ring {
                 .ok_or(Error::RingAddress { queue, address })
         };
         let addresses = self.addresses.unwrap_or_default();
-        let (descriptors, available, used) = (
-            at(addresses.descriptors)?,
-            at(addresses.available)?,
-            at(addresses.used)?,
-        );
-        let memory: &GuestMemory = table.memory();
-        let misplaced = |_| Error::RingPlacement { queue };
-        self.queue
-            .try_set_desc_table_address(descriptors)
-            .and_then(|()| self.queue.try_set_avail_ring_address(available))
-            .and_then(|()| self.queue.try_set_used_ring_address(used))
-            .map_err(misplaced)?;
-        self.queue.set_ready(true);
-        if !self.queue.is_valid(memory) {
-            return Err(Error::RingPlacement { queue });
-        }
-        let used = self
-            .queue
-            .used_idx(memory, Ordering::Acquire)
-            .map_err(misplaced)?;
-        self.queue.set_next_used(used.0);
-        self.announced = used.0;
+        let place = Place {
+            descriptors: at(addresses.descriptors)?,
+            available: at(addresses.available)?,
+            used: at(addresses.used)?,
+        };
+        let split = Split::new(table.memory(), place, self.size, self.event_idx)
+            .ok_or(Error::RingPlacement { queue })?;
+        self.next_used = split.used_index();
+        self.announced = self.next_used;
+        self.split = Some(split);
         Ok(())
     }
 
@@ -213,52 +219,44 @@ impl Ring {
     /// # Errors
     /// When it has not.
     pub(crate) fn must_fit(&self, table: &Table) -> Result<(), Error> {
-        table.must_hold(self.index, self.queue.size())
+        table.must_hold(self.index, self.size)
     }
 
     /// SET_VRING_KICK: the ring, which has its place, starts (vhost-user, "Ring
-    /// states"). With `inflight`, it goes on where the table says. Returns the doorbell
-    /// that it had.
-    pub(crate) fn start(
-        &mut self,
-        kick: OwnedFd,
-        inflight: Option<&Arc<Table>>,
-        memory: &GuestMemory,
-    ) -> Option<OwnedFd> {
-        let goes_on = self.state == State::Started;
+    /// states"). With `inflight`, it goes on where the table says.
+    pub(crate) fn start(&mut self, kick: OwnedFd, inflight: Option<&Arc<Table>>) {
         self.state = State::Started;
         self.pending = true;
+        (self.pushed, self.starved) = (false, false);
         self.complaints = 0;
-        if !goes_on {
-            self.resumed = self.queue.next_used() != 0;
-            self.unannounced = self.resumed;
-            if let Err(error) = self.recover(inflight, memory) {
-                self.break_down(&error);
-            }
+        self.in_work = 0;
+        self.resumed = self.next_used != 0;
+        self.unannounced = self.resumed;
+        if let Err(error) = self.recover(inflight) {
+            self.break_down(&error);
         }
+        self.kick = Some(kick);
+    }
+
+    /// SET_VRING_KICK while it runs; returns the doorbell that it had.
+    pub(crate) fn replace_kick(&mut self, kick: OwnedFd) -> Option<OwnedFd> {
+        self.pending = true;
         self.kick.replace(kick)
     }
 
     /// Finds out where a ring with an inflight table is. What SET_VRING_BASE said does
     /// not count: nobody but the table knows after a death, and after an orderly stop
     /// both say the same.
-    fn recover(
-        &mut self,
-        inflight: Option<&Arc<Table>>,
-        memory: &GuestMemory,
-    ) -> Result<(), Error> {
+    fn recover(&mut self, inflight: Option<&Arc<Table>>) -> Result<(), Error> {
         self.tracker = None;
-        let Some(table) = inflight else { return Ok(()) };
+        let (Some(table), Some(split)) = (inflight, &self.split) else {
+            return Ok(());
+        };
         let queue = self.index;
-        let available = self
-            .queue
-            .avail_idx(memory, Ordering::Acquire)
-            .map_err(|_| Error::RingPlacement { queue })?;
-        let used = self.queue.next_used();
-        let size = self.queue.size();
-        let tracker = Tracker::recover(Arc::clone(table), queue, size, used, available.0)?;
+        let (used, available) = (self.next_used, split.available_index());
+        let tracker = Tracker::recover(Arc::clone(table), queue, split.size(), used, available)?;
         let inflight = tracker.inflight();
-        self.queue.set_next_avail(used.wrapping_add(inflight));
+        self.next_avail = used.wrapping_add(inflight);
         if inflight > 0 {
             tracing::info!("queue {queue}: {inflight} requests were in flight: done again");
         }
@@ -266,35 +264,45 @@ impl Ring {
         Ok(())
     }
 
-    /// Whether there is work that a process before this one left undone.
-    pub(crate) fn has_left_overs(&self) -> bool {
-        self.is_running() && self.tracker.as_ref().is_some_and(Tracker::has_more)
+    /// How many requests a process before this one left undone that are not taken again.
+    pub(crate) fn left_overs(&self) -> usize {
+        match &self.tracker {
+            Some(tracker) if self.is_running() => tracker.left_overs(),
+            _ => 0,
+        }
     }
 
     /// The memory table changed under a started ring.
     pub(crate) fn replace_memory(&mut self, table: &MemoryTable) {
-        if self.state == State::Started
+        if self.is_started()
             && let Err(error) = self.place(table)
         {
             self.break_down(&error);
         }
     }
 
-    /// GET_VRING_BASE: the ring stops; returns the next available index.
-    pub(crate) fn stop(&mut self) -> u16 {
+    /// Nothing more is done here until a start. Returns the doorbell.
+    pub(crate) fn end(&mut self) -> Option<OwnedFd> {
         self.state = State::Stopped;
-        self.queue.set_ready(false);
-        self.kick = None;
-        self.call = None;
+        self.split = None;
         self.pending = false;
         self.tracker = None;
-        self.queue.next_avail()
+        self.kick.take()
+    }
+
+    /// GET_VRING_BASE: the ring, which has ended, is silent, too; returns the next available
+    /// index.
+    pub(crate) fn stop(&mut self) -> u16 {
+        self.call = None;
+        self.next_avail
     }
 
     /// The front end left: nothing of what it set stays.
     pub(crate) fn reset(&mut self) {
         self.stop();
-        self.queue.reset();
+        self.size = self.max_size;
+        self.event_idx = false;
+        (self.next_avail, self.next_used) = (0, 0);
         self.enabled = false;
         self.addresses = None;
         self.err = None;
@@ -303,11 +311,11 @@ impl Ring {
     // What a batch does with a ring ------------------------------------------
 
     /// Before a batch: while the device looks anyway, doorbells are a waste.
-    pub(crate) fn begin(&mut self, memory: &GuestMemory) {
+    pub(crate) fn begin(&mut self) {
         self.pending = false;
         self.refill();
-        if let Err(error) = self.queue.disable_notification(memory) {
-            self.corrupt(&error);
+        if let Some(split) = &self.split {
+            split.disable_doorbell();
         }
     }
 
@@ -316,52 +324,42 @@ impl Ring {
         self.budget = BATCH;
     }
 
-    /// After a batch: doorbells on again if the ring ran dry, and one look more,
-    /// for what came in between; then the interrupt, if the driver wants one or may have
-    /// missed one.
-    pub(crate) fn finish(&mut self, memory: &GuestMemory) {
-        if !self.is_running() {
-            return;
-        }
-        if std::mem::take(&mut self.starved) {
-            match self.queue.enable_notification(memory) {
-                Ok(more) => self.pending |= more,
-                Err(error) => self.corrupt(&error),
-            }
-        }
-        if std::mem::take(&mut self.unannounced) {
-            (self.pushed, self.announced) = (false, self.queue.next_used());
-            self.signal();
-        }
-        if std::mem::take(&mut self.pushed) {
-            match self.wants_interrupt(memory) {
-                Ok(true) => self.signal(),
-                Ok(false) => {}
-                Err(error) => self.corrupt(&error),
-            }
+    /// Whether something has come since the ring ran dry, although the doorbell is off.
+    pub(crate) fn look(&mut self) {
+        if self.starved
+            && let Some(split) = self.running()
+        {
+            self.pending |= split.available_index() != self.next_avail;
         }
     }
 
-    /// Whether the driver wants an interrupt for what was completed since the
-    /// last time that this was asked (virtio 1.2 section 2.7.7).
-    fn wants_interrupt(&mut self, memory: &GuestMemory) -> Result<bool, virtio_queue::Error> {
-        // The used index must be visible before the driver's wish is read.
-        fence(Ordering::SeqCst);
-        let available = self.queue.avail_ring();
-        let load = |offset: u64| {
-            memory
-                .load(GuestAddress(available + offset), Ordering::Relaxed)
-                .map(u16::from_le)
-                .map_err(virtio_queue::Error::GuestMemory)
-        };
-        let new = self.queue.next_used();
-        let old = std::mem::replace(&mut self.announced, new);
-        if self.queue.event_idx_enabled() {
-            let event = load(4 + 2 * u64::from(self.queue.size()))?;
-            Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
-        } else {
-            Ok(u32::from(load(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+    /// Before a sleep: the doorbell on again if the ring ran dry, and one look more, for
+    /// what came in between.
+    pub(crate) fn rest(&mut self) {
+        if self.starved
+            && let Some(split) = self.running()
+        {
+            self.pending |= split.enable_doorbell(self.next_avail);
+            self.starved = false;
         }
+    }
+
+    /// After a batch: the interrupt, if the driver wants one or may have missed one.
+    pub(crate) fn finish(&mut self) {
+        let new = self.next_used;
+        let Some(split) = self.running() else { return };
+        let wanted = self.unannounced || self.pushed && split.wants_interrupt(self.announced, new);
+        if self.unannounced || self.pushed {
+            self.announced = new;
+        }
+        (self.unannounced, self.pushed) = (false, false);
+        if wanted {
+            self.signal();
+        }
+    }
+
+    fn running(&self) -> Option<&Split> {
+        self.split.as_ref().filter(|_| self.is_running())
     }
 
     fn signal(&self) {
@@ -383,10 +381,10 @@ impl Ring {
                 return None;
             }
             self.budget -= 1;
-            let (head, origin) = self.take(memory)?;
+            let (head, origin) = self.take()?;
             fault::reach(Point::Popped);
-            let (table, size) = (GuestAddress(self.queue.desc_table()), self.queue.size());
-            match Chain::parse(self.index, origin, head, table, size, memory) {
+            let split = self.split.as_ref()?;
+            match Chain::parse(self.index, origin, head, split, memory) {
                 Ok(chain) => return Some(chain),
                 Err(error) => {
                     self.complain(&error);
@@ -398,30 +396,54 @@ impl Ring {
     }
 
     /// The head of the next request, which is in flight from now on.
-    fn take(&mut self, memory: &GuestMemory) -> Option<(u16, Origin)> {
+    fn take(&mut self) -> Option<(u16, Origin)> {
         if let Some(head) = self.tracker.as_mut().and_then(Tracker::take_again) {
+            self.in_work = self.in_work.saturating_add(1);
             return Some((head, Origin::Inflight));
         }
-        let next = match self.queue.iter(memory) {
-            Ok(mut chains) => chains.next(),
-            Err(error) => {
-                self.corrupt(&error);
+        let head = match self.available() {
+            Ok(Some(head)) => head,
+            Ok(None) => {
+                self.starved = true;
+                return None;
+            }
+            Err(why) => {
+                self.corrupt(&why);
                 return None;
             }
         };
-        let Some(next) = next else {
-            self.starved = true;
-            return None;
-        };
-        let head = next.head_index();
-        let position = self.queue.next_avail().wrapping_sub(1);
+        let position = self.next_avail;
         if let Some(tracker) = &mut self.tracker
             && let Err(why) = tracker.take(head, position)
         {
             self.corrupt(&why);
             return None;
         }
+        self.next_avail = position.wrapping_add(1);
+        self.in_work += 1;
         Some((head, Origin::Available(position)))
+    }
+
+    /// The head of what the driver has made available next.
+    fn available(&self) -> Result<Option<u16>, &'static str> {
+        let Some(split) = &self.split else {
+            return Ok(None);
+        };
+        let waiting = split.available_index().wrapping_sub(self.next_avail);
+        if waiting == 0 {
+            return Ok(None);
+        }
+        if waiting > split.size() {
+            return Err("more requests are available than it has entries");
+        }
+        if self.in_work >= split.size() {
+            return Err("more requests are in work than it has entries");
+        }
+        let head = split.head(self.next_avail);
+        if head >= split.size() {
+            return Err("a request's number is too high");
+        }
+        Ok(Some(head))
     }
 
     /// Puts `chain`, and all that was popped after it, back, as if it had never
@@ -430,15 +452,18 @@ impl Ring {
         self.starved = false;
         if self.tracker.is_none() {
             if let Origin::Available(position) = chain.origin {
-                self.queue.set_next_avail(position);
+                let count = self.next_avail.wrapping_sub(position);
+                self.in_work = self.in_work.saturating_sub(count);
+                self.next_avail = position;
             }
             return;
         }
         while let Some(tracker) = &mut self.tracker {
             match tracker.take_back() {
                 Ok(Some(last)) => {
+                    self.in_work = self.in_work.saturating_sub(1);
                     if let (_, Origin::Available(position)) = last {
-                        self.queue.set_next_avail(position);
+                        self.next_avail = position;
                     }
                     if last == (chain.head, chain.origin) {
                         return;
@@ -462,9 +487,13 @@ impl Ring {
         self.push_all(memory, &[(head, written)]);
     }
 
-    /// Completes several requests, which the driver gets to see all at once.
-    pub fn push_all(&mut self, memory: &GuestMemory, completed: &[(u16, u32)]) {
-        match self.try_push(memory, completed) {
+    /// Completes several requests, which the driver gets to see all at once. One that was
+    /// in work when the ring broke goes nowhere.
+    pub fn push_all(&mut self, _memory: &GuestMemory, completed: &[(u16, u32)]) {
+        if !self.is_running() || completed.is_empty() {
+            return;
+        }
+        match self.try_push(completed) {
             Ok(()) => self.pushed = true,
             Err(why) => self.corrupt(&why),
         }
@@ -472,31 +501,27 @@ impl Ring {
 
     /// The order matters: whatever the last step of a process is, the next one must see
     /// from the table and the used index together what is completed.
-    fn try_push(&mut self, memory: &GuestMemory, completed: &[(u16, u32)]) -> Result<(), String> {
+    fn try_push(&mut self, completed: &[(u16, u32)]) -> Result<(), String> {
         fault::reach(Point::Done);
-        let outside = |error: vm_memory::GuestMemoryError| error.to_string();
-        let size = self.queue.size();
-        let used = self.queue.used_ring();
-        let mut next = self.queue.next_used();
+        let Some(split) = &self.split else {
+            return Ok(());
+        };
+        let mut next = self.next_used;
         for &(head, written) in completed {
-            if head >= size {
-                return Err(virtio_queue::Error::InvalidDescriptorIndex.to_string());
+            if head >= split.size() {
+                return Err(format!("there is no request {head} to complete"));
             }
             if let Some(tracker) = &self.tracker {
                 tracker.link(head)?;
             }
-            let at = used + 4 + 8 * u64::from(next % size);
-            let element = [u32::from(head).to_le(), written.to_le()];
-            memory
-                .write_obj(element, GuestAddress(at))
-                .map_err(outside)?;
+            split.complete(next, head, written);
             next = next.wrapping_add(1);
         }
         fault::reach(Point::Written);
-        self.queue.set_next_used(next);
-        memory
-            .store(next.to_le(), GuestAddress(used + 2), Ordering::Release)
-            .map_err(outside)?;
+        split.publish(next);
+        let count = next.wrapping_sub(self.next_used);
+        self.next_used = next;
+        self.in_work = self.in_work.saturating_sub(count);
         fault::reach(Point::Published);
         match &mut self.tracker {
             Some(tracker) => tracker.complete(completed, next),
@@ -531,3 +556,14 @@ impl Ring {
         }
     }
 }
+
+/// A size that a split ring can have (virtio 1.2 section 2.7).
+fn check_size(queue: usize, size: u32, max: u16) -> Result<u16, Error> {
+    u16::try_from(size)
+        .ok()
+        .filter(|value| value.is_power_of_two() && *value <= max)
+        .ok_or(Error::RingSize { queue, size, max })
+}
+
+#[cfg(test)]
+mod tests;

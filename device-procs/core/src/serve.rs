@@ -2,7 +2,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,6 +15,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
 use crate::cli::Common;
+use crate::control::{self, Clocks};
 use crate::enable::{self, SET_VRING_ENABLE};
 use crate::fault::{self, Point};
 use crate::listen::Listener;
@@ -63,6 +64,8 @@ pub struct Program {
     pub restore: Option<Box<dyn FnOnce() + Send>>,
     /// A socket of the device's own, which is removed if the start fails.
     pub unserved: Option<Bound>,
+    /// The device's control socket.
+    pub control: Option<control::Server>,
 }
 
 /// Runs a device program to its end.
@@ -114,12 +117,13 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
         keep_network,
         restore,
         unserved,
+        control,
     } = build()?;
 
     let mut layers = vec![BASE, SOCKET, VHOST_USER, SERVE, syscalls];
     // A device may listen, too, and a call has one rule.
     let accepts = |rule: &Rule| rule.syscall == libc::SYS_accept4;
-    if listener.is_listening() && !syscalls.iter().any(accepts) {
+    if (listener.is_listening() || control.is_some()) && !syscalls.iter().any(accepts) {
         layers.push(LISTENER);
     }
     let policy = Policy {
@@ -131,17 +135,20 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
     confine(&policy, common.sandbox)?;
     let description = Arc::new(description);
     let ending = signals::block();
-    let workers = start_workers(&description, devices)?;
+    let clocks = Clocks::new(devices.len());
+    let workers = start_workers(&description, devices, &clocks)?;
     signals::exit_on_signal(ending, Arc::clone(&workers), restore)?;
+    let control = control.map(|server| server.start(clocks)).transpose()?;
     outrigger_sandbox::seal(&policy, common.sandbox)?;
     listener.keep();
-    if let Some(unserved) = unserved {
+    for unserved in unserved.into_iter().chain(control.flatten()) {
         unserved.keep();
     }
     ready.announce();
 
     while let Some(stream) = listener.accept().context("accepting a front end")? {
         let session = Session::new(Arc::clone(&description), Arc::clone(&workers));
+        session.connected(stream.as_fd());
         let session = Arc::new(Mutex::new(session));
         let front_end = stream.try_clone().context("duplicating a socket")?;
         match serve_one(stream, &session, &description) {
@@ -177,8 +184,9 @@ pub fn confine(policy: &Policy, mode: Mode) -> anyhow::Result<()> {
 fn start_workers(
     description: &Description,
     devices: Vec<Box<dyn Device>>,
+    clocks: &Clocks,
 ) -> anyhow::Result<Arc<[Worker]>> {
-    let total = description.queues.len();
+    let (total, poll) = (description.queues.len(), description.poll);
     let mut workers = Vec::with_capacity(devices.len());
     for (number, device) in devices.into_iter().enumerate() {
         let own: Vec<usize> = (0..total)
@@ -188,11 +196,12 @@ fn start_workers(
     }
     let workers: Arc<[Worker]> = workers.into();
     for number in 0..workers.len() {
-        let workers = Arc::clone(&workers);
+        let (workers, clocks) = (Arc::clone(&workers), clocks.clone());
         std::thread::Builder::new()
             .name(format!("worker-{number}"))
             .spawn(move || {
-                if let Err(error) = workers[number].run() {
+                clocks.register(number);
+                if let Err(error) = workers[number].run(poll) {
                     tracing::error!("worker {number}: epoll_wait: {error}");
                     std::process::exit(1);
                 }

@@ -1,7 +1,7 @@
 //! One front end's requests, on crate vhost's back-end request handler.
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{
@@ -52,6 +52,13 @@ impl Session {
             inflight: None,
             features: None,
             protocol_features: None,
+        }
+    }
+
+    /// A front end has come, on this socket.
+    pub fn connected(&self, socket: BorrowedFd<'_>) {
+        for worker in self.workers.iter() {
+            worker.control(|state, _| state.connected(socket));
         }
     }
 
@@ -128,7 +135,11 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn reset_owner(&mut self) -> Result<()> {
-        self.close();
+        for worker in self.workers.iter() {
+            worker.control(|state, poller| state.reset(poller));
+        }
+        self.table = MemoryTable::default();
+        self.inflight = None;
         Ok(())
     }
 
@@ -222,7 +233,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         };
         Ok(self
             .worker(index)?
-            .control(|state, _| state.ring(index)?.set_addresses(addresses, &self.table))?)
+            .control(|state, poller| state.set_addresses(index, addresses, &self.table, poller))?)
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
@@ -301,10 +312,9 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
         let index = index as usize;
-        Ok(self.worker(index)?.control(|state, _| {
-            state.ring(index)?.set_enabled(enable);
-            Ok::<(), Error>(())
-        })?)
+        Ok(self
+            .worker(index)?
+            .control(|state, poller| state.set_enabled(index, enable, poller))?)
     }
 
     fn get_config(

@@ -1,15 +1,17 @@
 //! A worker thread: some rings, the device that serves them, one lock.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, eventfd};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use crate::inflight::Table;
 use crate::memory::MemoryTable;
+use crate::pace::{Next, Pace};
+use crate::ring::RingAddresses;
 use crate::{Context, Device, Error, GuestMemory, Poller, Ring};
 
 /// Marks the tokens that the core itself puts into the poller.
@@ -91,24 +93,53 @@ impl Worker {
         result
     }
 
-    /// Moves data until the process ends.
+    /// Moves data until the process ends. Looks for more for `poll` at most before it
+    /// sleeps, if that pays.
     ///
     /// # Errors
     /// Only when epoll itself fails.
-    pub fn run(&self) -> std::io::Result<()> {
+    pub fn run(&self, poll: Duration) -> std::io::Result<()> {
+        let mut pace = Pace::new(poll);
         let mut tokens = Vec::new();
-        let mut more = false;
+        let mut next = Next::Sleep;
         loop {
             tokens.clear();
-            self.poller
-                .wait(&mut tokens, more.then_some(Duration::ZERO))?;
+            match next {
+                Next::Look => std::hint::spin_loop(),
+                Next::LookAround => self.poller.wait(&mut tokens, Some(Duration::ZERO))?,
+                Next::Sleep => {
+                    let start = Instant::now();
+                    self.poller.wait(&mut tokens, None)?;
+                    pace.slept(start.elapsed());
+                }
+            }
             // The lock is not fair: without this a busy ring starves a stop.
             while self.waiting.load(Ordering::Acquire) > 0 {
                 std::thread::yield_now();
             }
-            more = self.lock().batch(&tokens, &self.poller);
+            let mut state = self.lock();
+            next = match state.work(&tokens, &self.poller, pace.is_looking()) {
+                Found::Nothing => pace.idle(),
+                Found::Work if pace.worked() => Next::LookAround,
+                Found::Work => pace.idle(),
+                Found::More if pace.worked() || !pace.is_looking() => Next::LookAround,
+                Found::More => Next::Look,
+            };
+            if next == Next::Sleep && state.rest() {
+                next = Next::Look;
+            }
         }
     }
+}
+
+/// What a worker found to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    Nothing,
+    /// It is done.
+    Work,
+    /// More than it does at a time.
+    More,
 }
 
 impl State {
@@ -119,7 +150,8 @@ impl State {
             .any(|ring| ring.pending && ring.is_running())
     }
 
-    fn batch(&mut self, tokens: &[u64], poller: &Poller) -> bool {
+    /// Does what there is to do. While it is `looking`, it finds work without being told.
+    fn work(&mut self, tokens: &[u64], poller: &Poller, looking: bool) -> Found {
         let State {
             device,
             rings,
@@ -130,50 +162,78 @@ impl State {
             memory,
             poller,
         };
+        let mut found = false;
         for &token in tokens {
             if token == WAKE {
                 continue;
             }
             if token & CORE == 0 {
-                for ring in cx.rings.iter_mut().flatten() {
-                    ring.refill();
-                }
+                found = true;
+                refill(&mut cx);
                 device.ready(token, &mut cx);
             } else if let Some(Some(ring)) = cx.rings.get_mut((token & !CORE) as usize) {
                 ring.pending = true;
             }
         }
+        if looking {
+            for ring in cx.rings.iter_mut().flatten() {
+                ring.look();
+            }
+            refill(&mut cx);
+            found |= device.poll(&mut cx);
+        }
         for index in 0..cx.rings.len() {
-            let memory = cx.memory;
             match cx.ring(index) {
-                Some(ring) if ring.pending => ring.begin(memory),
+                Some(ring) if ring.pending => ring.begin(),
                 _ => continue,
             }
+            found = true;
             device.kicked(index, &mut cx);
         }
         for ring in cx.rings.iter_mut().flatten() {
-            ring.finish(cx.memory);
+            ring.finish();
+        }
+        match (found, self.is_pending()) {
+            (_, true) => Found::More,
+            (true, false) => Found::Work,
+            (false, false) => Found::Nothing,
+        }
+    }
+
+    /// Before a sleep: doorbells on; returns whether something came in between.
+    fn rest(&mut self) -> bool {
+        for ring in self.rings.iter_mut().flatten() {
+            ring.rest();
         }
         self.is_pending()
     }
 
+    /// A stop leaves nothing of a ring in work, not even what was so before the start.
     fn drain(&mut self, index: usize, poller: &Poller) {
         let mut cx = Context {
             rings: &mut self.rings,
             memory: &self.memory,
             poller,
         };
-        // A stop leaves nothing in flight, not even what was so before the start.
-        while let Some(ring) = cx.ring(index).filter(|ring| ring.has_left_overs()) {
+        loop {
+            let Some(ring) = cx.rings.get_mut(index).and_then(Option::as_mut) else {
+                return;
+            };
             ring.refill();
+            let left = ring.left_overs();
+            // A device that may have no more in work than this must complete it first.
+            self.device.drain(index, &mut cx);
+            if left == 0 {
+                break;
+            }
             self.device.kicked(index, &mut cx);
+            // One that does not want them leaves them to the next process.
+            if cx.ring(index).is_none_or(|ring| ring.left_overs() == left) {
+                break;
+            }
         }
-        if let Some(ring) = cx.ring(index) {
-            ring.refill();
-        }
-        self.device.drain(index, &mut cx);
         for ring in self.rings.iter_mut().flatten() {
-            ring.finish(&self.memory);
+            ring.finish();
         }
     }
 
@@ -187,6 +247,11 @@ impl State {
             .get_mut(index)
             .and_then(Option::as_mut)
             .ok_or(Error::NoSuchQueue { index, queues })
+    }
+
+    /// A front end has come, on this socket.
+    pub fn connected(&mut self, socket: BorrowedFd<'_>) {
+        self.device.connected(socket);
     }
 
     /// The driver's feature bits.
@@ -208,11 +273,12 @@ impl State {
         }
     }
 
-    /// Starts a ring, with the table of what is in flight there if there is one.
+    /// Starts a ring, with the table of what is in flight there if there is one. One that
+    /// runs gets another doorbell.
     ///
     /// # Errors
-    /// When its addresses make no sense, the inflight table has no room for it, or its
-    /// doorbell cannot be polled.
+    /// When its addresses make no sense, the inflight table has no room for it, the device
+    /// cannot start it, or its doorbell cannot be polled.
     pub fn start(
         &mut self,
         index: usize,
@@ -222,23 +288,73 @@ impl State {
         inflight: Option<&Arc<Table>>,
         poller: &Poller,
     ) -> Result<(), Error> {
+        let token = CORE | index as u64;
+        let watch = |kick: &OwnedFd| {
+            let what = format!("queue {index}: watching its doorbell");
+            poller.add_readable(kick, token).map_err(Error::io(what))
+        };
         let ring = self.ring(index)?;
-        // First what may fail: a doorbell that stayed in the poller by mistake
-        // could not be taken out again, and would be in its own way next time.
-        ring.place(table)?;
-        if let Some(inflight) = inflight {
-            ring.must_fit(inflight)?;
-        }
-        poller
-            .add_readable(&kick, CORE | index as u64)
-            .map_err(Error::io(format!("queue {index}: watching its doorbell")))?;
-        if let Some(old) = ring.start(kick, inflight, table.memory()) {
-            // The front end replaces the doorbell of a running ring.
-            let _ = poller.remove(old);
+        if ring.is_started() {
+            watch(&kick)?;
+            if let Some(old) = ring.replace_kick(kick) {
+                let _ = poller.remove(old);
+            }
+        } else {
+            // What is in work of a broken ring must not be completed in the new one.
+            self.end(index, poller)?;
+            let ring = self.ring(index)?;
+            ring.place(table)?;
+            if let Some(inflight) = inflight {
+                ring.must_fit(inflight)?;
+            }
+            self.device
+                .starting(index)
+                .map_err(Error::io(format!("queue {index}: starting")))?;
+            // Last what cannot be taken back: a doorbell that stayed in the poller would be
+            // in its own way next time.
+            if let Err(error) = watch(&kick) {
+                self.device.stopped(index);
+                return Err(error);
+            }
+            self.ring(index)?.start(kick, inflight);
         }
         if enable {
-            ring.set_enabled(true);
+            self.ring(index)?.set_enabled(true);
         }
+        Ok(())
+    }
+
+    /// Changes where a ring is. A running one moves when nothing of it is in work.
+    ///
+    /// # Errors
+    /// When there is no such ring, or it cannot be there; then it stays where it is.
+    pub fn set_addresses(
+        &mut self,
+        index: usize,
+        addresses: RingAddresses,
+        table: &MemoryTable,
+        poller: &Poller,
+    ) -> Result<(), Error> {
+        if self.ring(index)?.is_started() {
+            self.drain(index, poller);
+        }
+        self.ring(index)?.set_addresses(addresses, table)
+    }
+
+    /// Enables a ring, or disables it when nothing of it is in work any more.
+    ///
+    /// # Errors
+    /// When there is no such ring.
+    pub fn set_enabled(
+        &mut self,
+        index: usize,
+        enabled: bool,
+        poller: &Poller,
+    ) -> Result<(), Error> {
+        if !enabled && self.ring(index)?.is_running() {
+            self.drain(index, poller);
+        }
+        self.ring(index)?.set_enabled(enabled);
         Ok(())
     }
 
@@ -247,12 +363,21 @@ impl State {
     /// # Errors
     /// When there is no such ring.
     pub fn stop(&mut self, index: usize, poller: &Poller) -> Result<u16, Error> {
+        self.end(index, poller)?;
+        Ok(self.ring(index)?.stop())
+    }
+
+    /// Whether it ran or broke, a ring ends drained, and the device hears of it once.
+    fn end(&mut self, index: usize, poller: &Poller) -> Result<(), Error> {
+        if !self.ring(index)?.was_started() {
+            return Ok(());
+        }
         self.drain(index, poller);
-        let ring = self.ring(index)?;
-        if let Some(kick) = ring.kick() {
+        if let Some(kick) = self.ring(index)?.end() {
             let _ = poller.remove(kick);
         }
-        Ok(ring.stop())
+        self.device.stopped(index);
+        Ok(())
     }
 
     /// Passes a write to the configuration space on.
@@ -265,6 +390,12 @@ impl State {
 
     /// The front end left: all rings stop and its memory is unmapped.
     pub fn close(&mut self, poller: &Poller) {
+        self.reset(poller);
+        self.device.closed();
+    }
+
+    /// All rings stop, and nothing of what the front end has set stays.
+    pub fn reset(&mut self, poller: &Poller) {
         for index in 0..self.rings.len() {
             if self.rings[index].is_some() {
                 // Cannot fail: the ring exists.
@@ -275,6 +406,15 @@ impl State {
             ring.reset();
         }
         self.memory = Arc::default();
-        self.device.closed();
     }
 }
+
+/// All rings may be served a batch's worth again.
+fn refill(cx: &mut Context<'_>) {
+    for ring in cx.rings.iter_mut().flatten() {
+        ring.refill();
+    }
+}
+
+#[cfg(test)]
+mod tests;

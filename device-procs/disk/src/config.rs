@@ -2,8 +2,9 @@
 //! (virtio 1.2 sections 5.2.3 and 5.2.4).
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
-    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
+    VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
 use crate::image::{Geometry, SECTOR};
@@ -15,6 +16,11 @@ use crate::image::{Geometry, SECTOR};
 /// Buffers of one request: as many as a ring of 128 entries has room for, besides a
 /// header and a status byte.
 const MAX_SEGMENTS: u32 = 126;
+/// Length of one buffer in bytes: no limit that anybody would notice. (The process that
+/// offers none, 0, means the same.)
+const MAX_SEGMENT: u32 = 1 << 30;
+/// Offset of the field `writeback`, the one that the driver may write.
+pub const WRITEBACK: u32 = 32;
 /// Ranges in one discard or write-zeroes request.
 pub const MAX_RANGES: u32 = 1;
 /// Sectors in one such range: 16 MiB.
@@ -23,7 +29,9 @@ pub const MAX_RANGE_SECTORS: u32 = 32_768;
 /// The device's feature bits.
 pub fn features(geometry: &Geometry, queues: u16) -> u64 {
     let mut bits = vec![
+        VIRTIO_BLK_F_SIZE_MAX,
         VIRTIO_BLK_F_SEG_MAX,
+        VIRTIO_BLK_F_CONFIG_WCE,
         VIRTIO_BLK_F_BLK_SIZE,
         VIRTIO_BLK_F_TOPOLOGY,
         VIRTIO_BLK_F_FLUSH,
@@ -43,7 +51,7 @@ pub fn features(geometry: &Geometry, queues: u16) -> u64 {
 }
 
 /// The bytes of `struct virtio_blk_config`.
-pub fn space(geometry: &Geometry, queues: u16) -> Vec<u8> {
+pub fn space(geometry: &Geometry, queues: u16, writeback: bool) -> Vec<u8> {
     let block = geometry.logical_block.max(SECTOR as u32);
     let blocks = |bytes: u32| bytes / block;
     let physical_exp = blocks(geometry.physical_block.max(block)).ilog2() as u8;
@@ -51,7 +59,7 @@ pub fn space(geometry: &Geometry, queues: u16) -> Vec<u8> {
 
     let mut space = Vec::with_capacity(60);
     space.extend(geometry.sectors().to_le_bytes());
-    space.extend(0u32.to_le_bytes()); // size_max: not offered
+    space.extend(MAX_SEGMENT.to_le_bytes()); // size_max
     space.extend(MAX_SEGMENTS.to_le_bytes());
     space.extend([0; 4]); // CHS geometry: not offered
     space.extend(block.to_le_bytes());
@@ -59,7 +67,7 @@ pub fn space(geometry: &Geometry, queues: u16) -> Vec<u8> {
     space.push(0); // alignment_offset
     space.extend(1u16.to_le_bytes()); // min_io_size, in blocks
     space.extend(blocks(geometry.optimal_io).to_le_bytes());
-    space.push(0); // writeback: CONFIG_WCE is not offered
+    space.push(u8::from(writeback));
     space.push(0);
     space.extend(queues.to_le_bytes());
     space.extend(MAX_RANGE_SECTORS.to_le_bytes()); // max_discard_sectors
@@ -87,12 +95,13 @@ mod tests {
 
     #[test]
     fn the_space_has_the_layout_of_the_specification() {
-        let space = space(&GEOMETRY, 4);
+        let space = space(&GEOMETRY, 4, true);
         assert_eq!(space.len(), 60);
         assert_eq!(space[0..8], 2048u64.to_le_bytes());
         assert_eq!(space[12..16], 126u32.to_le_bytes()); // seg_max
         assert_eq!(space[20..24], 512u32.to_le_bytes()); // blk_size
         assert_eq!(space[24], 3); // physical_block_exp
+        assert_eq!(space[WRITEBACK as usize], 1);
         assert_eq!(space[34..36], 4u16.to_le_bytes()); // num_queues
         assert_eq!(space[44..48], 8u32.to_le_bytes()); // discard_sector_alignment
         assert_eq!(space[56], 1); // write_zeroes_may_unmap

@@ -1,118 +1,335 @@
-//! A queue's worth of disk.
+//! A queue's worth of disk: requests from the ring to the image and back.
+//!
+//! What needs no wait is done at once, in the queue's thread: reading what the page cache
+//! holds, writing to it. All else goes on in the [`Engine`] while the queue's next
+//! requests are taken.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
+use std::time::Instant;
 
 use device_core::chain::Buffers;
-use device_core::{Context, Device};
+use device_core::{Context, Device, Error, Poller};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
 
-use crate::image::{Extent, Image};
+use crate::active::{Active, Requests};
+use crate::bounce::Bounce;
+use crate::config::WRITEBACK;
+use crate::drive::{Cache, Drive};
+use crate::engine::{Engine, Part, Task, Way};
+use crate::image::Extent;
 use crate::request::{ID_SIZE, Operation, Refusal, Request};
-use crate::transfer;
+use crate::transfer::{self, transfer};
 
-/// What all queues share.
-pub struct Drive {
-    /// Where things are.
-    pub image: Box<dyn Image>,
-    /// Answer to GET_ID.
-    pub serial: String,
-}
+/// The engine has news.
+const ENGINE: u64 = 0;
+/// As many requests are completed together at most: a driver on another processor goes
+/// on with the first while the rest are done.
+const TOGETHER: usize = 8;
+/// What a write through the page cache must be a multiple of, or it may have to read the
+/// rest of a page from the medium first.
+const PAGE: u64 = 4096;
 
-/// One worker's disk. Requests are complete when they are taken, so a stop has
-/// nothing to wait for.
+/// One worker's disk.
 pub struct Disk {
     drive: Arc<Drive>,
-    /// The driver does not flush, so writes must reach the medium by themselves
-    /// (virtio 1.2 section 5.2.6.2).
-    write_through: bool,
+    /// `None` where the host has no io_uring: then everything is done at once.
+    engine: Option<Engine>,
+    requests: Requests,
+    /// Completed and not pushed yet: queue, head, bytes written.
+    completed: VecDeque<(usize, u16, u32)>,
+    spare: Vec<libc::iovec>,
 }
+
+// SAFETY: the pointers in `spare` are left-overs that nobody follows.
+unsafe impl Send for Disk {}
 
 impl Disk {
     /// A disk before any driver.
-    pub fn new(drive: Arc<Drive>) -> Self {
+    pub fn new(drive: Arc<Drive>, engine: Option<Engine>) -> Self {
         Disk {
             drive,
-            write_through: true,
+            engine,
+            requests: Requests::default(),
+            completed: VecDeque::new(),
+            spare: Vec::new(),
         }
     }
 
-    fn carry_out(&self, operation: Operation<'_>) -> io::Result<()> {
-        let image = &self.drive.image;
+    /// Does the request, or begins it; what can be said of it at once is in `active`.
+    fn begin(&mut self, id: usize, operation: Operation<'_>) -> io::Result<()> {
+        let drive = Arc::clone(&self.drive);
+        let through = drive.is_write_through();
         match operation {
-            Operation::Read(offset, buffers) => self.drive.read(offset, buffers),
-            Operation::Write(offset, buffers) => {
-                self.drive.write(offset, buffers)?;
-                self.settle()
-            }
-            Operation::Flush => Ok(rustix::fs::fdatasync(image.file())?),
+            Operation::Read(offset, buffers) => self.read(id, offset, buffers),
+            Operation::Write(offset, buffers) => self.write(id, offset, buffers, through),
+            Operation::Flush if drive.cache == Cache::Unsafe => Ok(()),
+            Operation::Flush => self.flush(id),
             Operation::GetId(buffers) => {
-                let mut id = [0; ID_SIZE];
-                id[..self.drive.serial.len()].copy_from_slice(self.drive.serial.as_bytes());
-                buffers.copy_from(&id);
+                let mut serial = [0; ID_SIZE];
+                serial[..drive.serial.len()].copy_from_slice(drive.serial.as_bytes());
+                buffers.copy_from(&serial);
                 Ok(())
             }
             Operation::Discard(ranges) => ranges
                 .iter()
                 .filter(|range| range.len > 0)
-                .try_for_each(|range| image.discard(range.offset, range.len)),
+                .try_for_each(|range| drive.image.discard(range.offset, range.len)),
             Operation::WriteZeroes(ranges) => {
                 for range in ranges.iter().filter(|range| range.len > 0) {
+                    let image = &drive.image;
                     image.write_zeroes(range.offset, range.len, range.unmap)?;
                 }
-                self.settle()
+                if through { self.flush(id) } else { Ok(()) }
             }
         }
     }
 
-    fn settle(&self) -> io::Result<()> {
-        if self.write_through {
-            rustix::fs::fdatasync(self.drive.image.file())?;
+    fn read(&mut self, id: usize, mut offset: u64, mut buffers: Buffers<'_>) -> io::Result<()> {
+        let drive = Arc::clone(&self.drive);
+        while !buffers.is_empty() {
+            let len = match drive.image.map(offset, buffers.len() as u64)? {
+                Extent::Data { offset: at, len } => {
+                    let piece = take(&mut buffers, len)?;
+                    self.move_data(id, Task::Read, at, &piece)?;
+                    len
+                }
+                Extent::Zero { len } => {
+                    fill_with_zeros(&take(&mut buffers, len)?);
+                    len
+                }
+                Extent::Special { len } => {
+                    drive.image.read(offset, &take(&mut buffers, len)?)?;
+                    len
+                }
+            };
+            offset += len;
         }
         Ok(())
+    }
+
+    fn write(
+        &mut self,
+        id: usize,
+        mut offset: u64,
+        mut buffers: Buffers<'_>,
+        durable: bool,
+    ) -> io::Result<()> {
+        let drive = Arc::clone(&self.drive);
+        let mut special = false;
+        while !buffers.is_empty() {
+            let len = match drive.image.place(offset, buffers.len() as u64)? {
+                Extent::Data { offset: at, len } => {
+                    let piece = take(&mut buffers, len)?;
+                    self.move_data(id, Task::Write { durable }, at, &piece)?;
+                    len
+                }
+                Extent::Zero { len } | Extent::Special { len } => {
+                    drive.image.write(offset, &take(&mut buffers, len)?)?;
+                    special = true;
+                    len
+                }
+            };
+            offset += len;
+        }
+        match special && durable {
+            true => self.flush(id),
+            false => Ok(()),
+        }
+    }
+
+    fn flush(&mut self, id: usize) -> io::Result<()> {
+        let Some(engine) = &mut self.engine else {
+            return self.drive.flush();
+        };
+        engine.begin(Part {
+            request: id,
+            task: Task::Flush,
+            way: Way::Cached,
+            offset: 0,
+            memory: Vec::new(),
+            bounce: None,
+        })?;
+        self.requests.add_part(id);
+        Ok(())
+    }
+
+    /// Moves `piece` from or to `offset` of the file.
+    fn move_data(
+        &mut self,
+        id: usize,
+        task: Task,
+        offset: u64,
+        piece: &Buffers<'_>,
+    ) -> io::Result<()> {
+        let mut memory = std::mem::take(&mut self.spare);
+        memory.clear();
+        memory.extend(piece.slices().iter().map(|slice| libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        }));
+        let len = piece.len() as u64;
+        let drive = &*self.drive;
+        let direct = drive.direct.as_ref().filter(|it| it.takes(offset, len));
+        let Some(engine) = &mut self.engine else {
+            let done = now(drive, &task, offset, &mut memory, true);
+            self.spare = memory;
+            return done.map(|_| ());
+        };
+        let mut done = 0;
+        if direct.is_none() {
+            let is_whole = (offset | len).is_multiple_of(PAGE);
+            done = now(drive, &task, offset, &mut memory, is_whole)?;
+        }
+        if done == len {
+            self.spare = memory;
+            return Ok(());
+        }
+        let left = transfer::skip(&mut memory, 0).len();
+        memory.drain(..memory.len() - left);
+        let bounce = match direct {
+            Some(direct) if direct.must_bounce(&memory) => {
+                let mut bounce = Bounce::new(len as usize, direct.memory_align.max(512))?;
+                if matches!(task, Task::Write { .. }) {
+                    // SAFETY: the memory is `piece`, guest memory of `len` bytes.
+                    unsafe { bounce.take(&memory) };
+                }
+                Some(bounce)
+            }
+            _ => None,
+        };
+        let way = if direct.is_some() {
+            Way::Direct
+        } else {
+            Way::Cached
+        };
+        // The memory stays: a worker's queues are drained before guest memory changes.
+        engine.begin(Part {
+            request: id,
+            task,
+            way,
+            offset: offset + done,
+            memory,
+            bounce,
+        })?;
+        self.requests.add_part(id);
+        Ok(())
+    }
+
+    /// A part of request `id` has ended.
+    fn part_ended(&mut self, id: usize, result: io::Result<()>) {
+        if self.requests.part_ended(id, result) {
+            self.settle(id);
+        }
+    }
+
+    /// Nothing of request `id` is under way any more: writes its status.
+    fn settle(&mut self, id: usize) {
+        let Some(active) = self.requests.remove(id) else {
+            return;
+        };
+        let (queue, head, written) = (active.queue, active.head, active.written);
+        if let Some(recorder) = self.drive.recorders.get(queue) {
+            let ok = active.status() == VIRTIO_BLK_S_OK as u8;
+            recorder.completed(active.kind, active.bytes, ok, active.begun.elapsed());
+        }
+        // SAFETY: guest memory stays until its queue is drained, and this one is not.
+        unsafe { active.write_status() };
+        self.completed.push_back((queue, head, written));
+    }
+
+    /// Hands what is completed to the driver.
+    fn push(&mut self, cx: &mut Context<'_>) {
+        let memory = cx.memory;
+        let mut batch = [(0, 0); TOGETHER];
+        while let Some(&(queue, ..)) = self.completed.front() {
+            let mut count = 0;
+            while count < TOGETHER
+                && let Some(&(of, head, written)) = self.completed.front()
+                && of == queue
+            {
+                batch[count] = (head, written);
+                count += 1;
+                self.completed.pop_front();
+            }
+            if let Some(ring) = cx.ring(queue) {
+                ring.push_all(memory, &batch[..count]);
+            }
+        }
+    }
+
+    /// Completes what the engine has ended; returns whether there was anything.
+    fn reap(&mut self, cx: &mut Context<'_>) -> bool {
+        let mut any = false;
+        while let Some((id, result)) = self.engine.as_mut().and_then(Engine::ended) {
+            any = true;
+            if let Err(error) = &result {
+                self.complain(cx, id, error);
+            }
+            self.part_ended(id, result);
+        }
+        self.push(cx);
+        any
+    }
+
+    fn complain(&self, cx: &mut Context<'_>, id: usize, error: &io::Error) {
+        if let Some(Active {
+            queue, head, kind, ..
+        }) = self.requests.get(id)
+            && let Some(ring) = cx.ring(*queue)
+        {
+            ring.complain(&format_args!(
+                "queue {queue}: request {head} ({}): {error}",
+                kind.name()
+            ));
+        }
+    }
+
+    fn submit(&mut self) {
+        if let Some(engine) = &mut self.engine
+            && let Err(error) = engine.submit()
+        {
+            // The kernel is out of memory, say: what was begun is handed over later.
+            tracing::error!("io_uring: {error}");
+        }
     }
 }
 
-impl Drive {
-    fn read(&self, mut offset: u64, mut buffers: Buffers<'_>) -> io::Result<()> {
-        while !buffers.is_empty() {
-            match self.image.map(offset, buffers.len() as u64)? {
-                Extent::Data { offset: at, len } => {
-                    transfer::read(self.image.file(), at, &take(&mut buffers, len)?)?;
-                    offset += len;
-                }
-                Extent::Zero { len } => {
-                    for slice in take(&mut buffers, len)?.slices() {
-                        slice.copy_from(&vec![0u8; slice.len()]);
-                    }
-                    offset += len;
-                }
-                Extent::Special { len } => {
-                    self.image.read(offset, &take(&mut buffers, len)?)?;
-                    offset += len;
-                }
-            }
+/// Does of a transfer what needs no wait, or all of it if `wait`; returns how many bytes
+/// are done. What is left is left in `memory`.
+fn now(
+    drive: &Drive,
+    task: &Task,
+    offset: u64,
+    memory: &mut [libc::iovec],
+    wait: bool,
+) -> io::Result<u64> {
+    let total: usize = memory.iter().map(|it| it.iov_len).sum();
+    let (call, flags): (transfer::Vectored, _) = match task {
+        Task::Read if drive.is_memory => (libc::preadv2, 0),
+        Task::Read => (libc::preadv2, libc::RWF_NOWAIT),
+        Task::Write { durable: true } if wait => (libc::pwritev2, libc::RWF_DSYNC),
+        Task::Write { durable: false } if wait || drive.is_memory => (libc::pwritev2, 0),
+        Task::Write { .. } | Task::Flush => return Ok(0),
+    };
+    // SAFETY: the caller's pieces of guest memory.
+    let result = unsafe { transfer(call, drive.image.file(), offset, memory, flags) };
+    match result {
+        Ok(()) => Ok(total as u64),
+        Err(error) if flags == libc::RWF_NOWAIT && would_wait(&error) => {
+            let left: usize = memory.iter().map(|it| it.iov_len).sum();
+            Ok((total - left) as u64)
         }
-        Ok(())
+        Err(error) => Err(error),
     }
+}
 
-    fn write(&self, mut offset: u64, mut buffers: Buffers<'_>) -> io::Result<()> {
-        while !buffers.is_empty() {
-            match self.image.place(offset, buffers.len() as u64)? {
-                Extent::Data { offset: at, len } => {
-                    transfer::write(self.image.file(), at, &take(&mut buffers, len)?)?;
-                    offset += len;
-                }
-                Extent::Zero { len } | Extent::Special { len } => {
-                    self.image.write(offset, &take(&mut buffers, len)?)?;
-                    offset += len;
-                }
-            }
-        }
-        Ok(())
-    }
+/// Not in the page cache, or not a file that can tell.
+fn would_wait(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EOPNOTSUPP))
 }
 
 /// The next `len` bytes; an image that maps none or too many is broken.
@@ -124,16 +341,80 @@ fn take<'m>(buffers: &mut Buffers<'m>, len: u64) -> io::Result<Buffers<'m>> {
         .ok_or_else(|| io::Error::other("the image mapped a wrong length"))
 }
 
+fn fill_with_zeros(buffers: &Buffers<'_>) {
+    const ZEROS: [u8; 4096] = [0; 4096];
+    for slice in buffers.slices() {
+        let mut at = 0;
+        while let Ok(rest) = slice.offset(at)
+            && !rest.is_empty()
+        {
+            let len = rest.len().min(ZEROS.len());
+            rest.copy_from(&ZEROS[..len]);
+            at += len;
+        }
+    }
+}
+
 impl Device for Disk {
+    fn attach(&mut self, poller: &Poller) -> io::Result<()> {
+        match &self.engine {
+            Some(engine) => poller.add_readable(engine, ENGINE),
+            None => Ok(()),
+        }
+    }
+
+    fn connected(&mut self, socket: std::os::fd::BorrowedFd<'_>) {
+        if self.drive.direct.is_some()
+            && let Some(engine) = &self.engine
+            && let Err(error) = engine.hold(Some(socket))
+        {
+            tracing::warn!("io_uring: the front end's socket: {error}");
+        }
+    }
+
+    fn closed(&mut self) {
+        if self.drive.direct.is_some()
+            && let Some(engine) = &self.engine
+        {
+            // Nothing is under way.
+            let _ = engine.hold(None);
+        }
+    }
+
     fn negotiated(&mut self, features: u64) {
-        self.write_through = features & (1 << VIRTIO_BLK_F_FLUSH) == 0;
+        // Also what the field says until the driver writes to it (virtio 1.2 section
+        // 5.2.5.2).
+        self.drive
+            .set_writeback(features & (1 << VIRTIO_BLK_F_FLUSH) != 0);
+    }
+
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), Error> {
+        match (offset, data) {
+            (WRITEBACK, [value @ 0..=1]) => {
+                self.drive.set_writeback(*value == 1);
+                Ok(())
+            }
+            _ => Err(Error::ConfigRange {
+                offset,
+                size: data.len(),
+            }),
+        }
+    }
+
+    fn starting(&mut self, _queue: usize) -> io::Result<()> {
+        self.drive.start_queue()
+    }
+
+    fn stopped(&mut self, _queue: usize) {
+        self.drive.stop_queue();
     }
 
     fn kicked(&mut self, queue: usize, cx: &mut Context<'_>) {
         let memory = cx.memory;
-        let geometry = self.drive.image.geometry();
-        let Some(ring) = cx.ring(queue) else { return };
-        while let Some(chain) = ring.pop(memory) {
+        let geometry = self.drive.geometry();
+        let begun = Instant::now();
+        while let Some(ring) = cx.ring(queue) {
+            let Some(chain) = ring.pop(memory) else { break };
             let head = chain.head;
             let Some(request) = Request::parse(chain, &geometry) else {
                 ring.complain(&format_args!(
@@ -142,29 +423,61 @@ impl Device for Disk {
                 ring.push(memory, head, 0);
                 continue;
             };
-            let status = match request.operation.map(|operation| self.carry_out(operation)) {
-                Ok(Ok(())) => VIRTIO_BLK_S_OK,
-                Ok(Err(error)) if error.kind() == io::ErrorKind::Unsupported => VIRTIO_BLK_S_UNSUPP,
-                Ok(Err(error)) => {
-                    ring.complain(&format_args!("queue {queue}: request {head}: {error}"));
-                    VIRTIO_BLK_S_IOERR
-                }
-                Err(Refusal::Unsupported) => VIRTIO_BLK_S_UNSUPP,
-                Err(Refusal::Invalid(why)) => {
-                    ring.complain(&format_args!(
-                        "queue {queue}: request {head} refused: {why}"
-                    ));
-                    VIRTIO_BLK_S_IOERR
-                }
+            let active = Active::new(queue, head, begun, &request);
+            let id = self.requests.add(active);
+            if let Some(recorder) = self.drive.recorders.get(queue) {
+                recorder.begun(1);
+            }
+            let result = match request.operation {
+                Ok(operation) => self.begin(id, operation),
+                Err(Refusal::Unsupported) => Err(io::ErrorKind::Unsupported.into()),
+                Err(Refusal::Invalid(why)) => Err(io::Error::other(format!("refused: {why}"))),
             };
-            request.status.copy_from(&[status as u8]);
-            // The status byte comes last, so all before it counts as written.
-            ring.push(memory, head, written(request.data_len));
+            if let Err(error) = &result
+                && error.kind() != io::ErrorKind::Unsupported
+            {
+                self.complain(cx, id, error);
+            }
+            // The request's own part: all that was done at once.
+            self.part_ended(id, result);
+            if self.completed.len() >= TOGETHER {
+                self.push(cx);
+            }
+        }
+        self.submit();
+        self.reap(cx);
+    }
+
+    fn ready(&mut self, _token: u64, cx: &mut Context<'_>) {
+        self.reap(cx);
+        self.submit();
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> bool {
+        self.reap(cx)
+    }
+
+    fn drain(&mut self, queue: usize, cx: &mut Context<'_>) {
+        self.reap(cx);
+        while self.requests.of_queue(queue) > 0 {
+            let Some(engine) = &mut self.engine else {
+                return;
+            };
+            if let Err(error) = engine.wait() {
+                tracing::error!("io_uring: {error}");
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            self.reap(cx);
         }
     }
 }
 
-/// Bytes that count as written: all before the status byte, and that.
-fn written(data_len: usize) -> u32 {
-    u32::try_from(data_len).map_or(u32::MAX, |len| len.saturating_add(1))
+/// The status byte for how a request ended.
+pub fn status(result: &io::Result<()>) -> u8 {
+    let status = match result {
+        Ok(()) => VIRTIO_BLK_S_OK,
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => VIRTIO_BLK_S_UNSUPP,
+        Err(_) => VIRTIO_BLK_S_IOERR,
+    };
+    status as u8
 }

@@ -1,28 +1,39 @@
 //! `device-disk`: a vhost-user-blk device process.
 //!
 //! A request goes through three rooms: [`request`] understands and checks what
-//! the guest asks, [`image`] says where in the file that lies, [`transfer`] moves
-//! the bytes between the file and guest memory. [`config`] is what the driver
-//! reads about the disk, [`disk`] ties it to a queue, [`lock`] keeps other programs
-//! from the image.
+//! the guest asks, [`image`] says where in the file that lies, [`transfer`] or the
+//! [`engine`] moves the bytes between the file and guest memory. [`disk`] leads it from
+//! room to room, [`active`] keeps it meanwhile; [`drive`] is what all queues share,
+//! [`config`] what the driver reads about the disk, [`stats`] what the queues have done;
+//! [`live`] lets others ask for that and make the disk larger, [`lock`] keeps other
+//! programs from the image.
 
+mod active;
+mod bounce;
 mod config;
 mod disk;
+mod drive;
+mod engine;
 mod image;
+mod live;
 mod lock;
 mod request;
+mod stats;
 mod transfer;
 
-use std::os::fd::RawFd;
+use std::os::fd::{AsFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use device_core::{ConfigSpace, Description, Device, Program, QUEUE_SIZE, cli::Common};
+use device_core::{Control, Description, Device, Program, QUEUE_SIZE, cli::Common, control};
 use outrigger_sandbox::{Check, Rule};
 
-use crate::disk::{Disk, Drive};
+use crate::disk::Disk;
+use crate::drive::{Cache, Drive};
+use crate::engine::Engine;
 use crate::image::{Backing, Format, Origin};
 
 /// Serves a disk image or block device to a virtual machine over vhost-user.
@@ -39,6 +50,9 @@ pub struct Options {
 
     #[command(flatten)]
     common: Common,
+
+    #[command(flatten)]
+    control: control::ControlOptions,
 
     /// Image file or block device
     #[arg(
@@ -71,6 +85,20 @@ pub struct Options {
     #[arg(long, value_enum, value_name = "on|off", default_value_t = Lock::On)]
     lock: Lock,
 
+    /// How writes get to the medium
+    #[arg(long, value_enum, value_name = "HOW", default_value_t)]
+    cache: Cache,
+
+    /// After work, look for more for up to so many microseconds before sleeping, if that
+    /// pays: an answer comes sooner, at the cost of processor time
+    #[arg(long, value_name = "N", default_value_t = 0,
+          value_parser = clap::value_parser!(u64).range(..=10_000))]
+    poll_us: u64,
+
+    /// Block size that the guest sees, in bytes [default: the medium's]
+    #[arg(long, value_name = "512|4096", value_parser = block_size)]
+    block_size: Option<u32>,
+
     /// Number of queues, each with a thread of its own
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=64))]
@@ -97,6 +125,14 @@ enum Lock {
     Off,
 }
 
+fn block_size(text: &str) -> Result<u32, String> {
+    match text {
+        "512" => Ok(512),
+        "4096" => Ok(4096),
+        _ => Err("neither 512 nor 4096".to_owned()),
+    }
+}
+
 fn serial(text: &str) -> Result<String, String> {
     if text.len() > request::ID_SIZE {
         return Err(format!("longer than {} bytes", request::ID_SIZE));
@@ -108,12 +144,18 @@ fn serial(text: &str) -> Result<String, String> {
 /// tells how long they are; those are in [`outrigger_sandbox::VHOST_USER`], and no call
 /// may have two rules.
 const SYSCALLS: &[Rule] = &[
-    Rule::any(libc::SYS_preadv),
-    Rule::any(libc::SYS_pwritev),
+    Rule::any(libc::SYS_preadv2),
+    Rule::any(libc::SYS_pwritev2),
     // Zeroes, where the file system cannot make them itself.
     Rule::any(libc::SYS_pwrite64),
     Rule::any(libc::SYS_fdatasync),
     Rule::any(libc::SYS_fallocate),
+    // What an io_uring may do is restricted in `engine`; none can be made.
+    Rule::any(libc::SYS_io_uring_enter),
+    Rule::when(
+        libc::SYS_io_uring_register,
+        &[Check::OneOf(1, &[engine::REGISTER_FILES_UPDATE as u32])],
+    ),
     // Whether a block device has grown.
     Rule::when(
         libc::SYS_ioctl,
@@ -193,27 +235,49 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             ""
         }
     );
-    let drive = Arc::new(Drive {
+    let drive = Drive::new(
         image,
-        serial: options.serial.clone(),
-    });
+        options.cache,
+        options.block_size,
+        options.serial.clone(),
+        options.queues,
+    )
+    .map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
+    let features = config::features(&drive.geometry(), options.queues);
+    let drive = Arc::new(drive);
+    let live = Arc::clone(&drive) as Arc<dyn Control>;
     let queues = usize::from(options.queues);
     Ok(Program {
         description: Description {
             name: "device-disk",
-            features: config::features(&geometry, options.queues),
+            features,
             queues: (0..queues).collect(),
             queue_size: QUEUE_SIZE,
-            config: ConfigSpace::new(config::space(&geometry, options.queues)),
+            config: drive.config.clone(),
             inflight: true,
-            poll: std::time::Duration::ZERO,
+            poll: Duration::from_micros(options.poll_us),
         },
-        workers: (0..queues)
-            .map(|_| Box::new(Disk::new(Arc::clone(&drive))) as Box<dyn Device>)
-            .collect(),
+        workers: workers(&drive, queues),
         syscalls: SYSCALLS,
         keep_network: false,
         restore: None,
         unserved: None,
+        control: control::Server::new(&options.control, live)?,
     })
+}
+
+/// One disk for each queue, with an engine if the host has such a thing.
+fn workers(drive: &Arc<Drive>, queues: usize) -> Vec<Box<dyn Device>> {
+    let direct = drive.direct.as_ref();
+    let mut workers: Vec<Box<dyn Device>> = Vec::with_capacity(queues);
+    for queue in 0..queues {
+        let engine = Engine::new(drive.image.file(), direct.map(AsFd::as_fd));
+        if queue == 0
+            && let Err(error) = &engine
+        {
+            tracing::warn!("no io_uring ({error}): a queue waits for each of its requests");
+        }
+        workers.push(Box::new(Disk::new(Arc::clone(drive), engine.ok())));
+    }
+    workers
 }

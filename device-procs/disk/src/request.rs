@@ -10,6 +10,7 @@ use virtio_bindings::virtio_blk::{
 
 use crate::config::{MAX_RANGE_SECTORS, MAX_RANGES};
 use crate::image::{Geometry, SECTOR};
+use crate::stats::Kind;
 
 /// Length of the answer to GET_ID in bytes.
 pub const ID_SIZE: usize = 20;
@@ -54,6 +55,10 @@ pub enum Refusal {
 
 /// A request and where its status byte goes.
 pub struct Request<'m> {
+    /// What is asked, also where it is refused.
+    pub kind: Kind,
+    /// Bytes of the disk that it is about.
+    pub bytes: u64,
     /// The last writable byte.
     pub status: Buffers<'m>,
     /// Writable bytes before it.
@@ -73,11 +78,28 @@ impl<'m> Request<'m> {
             ..
         } = chain;
         let status = writable.take_back(1)?;
+        let data_len = writable.len();
+        let (kind, operation) = operation(readable, writable, disk);
         Some(Request {
+            kind,
+            bytes: operation.as_ref().map_or(0, Operation::bytes),
             status,
-            data_len: writable.len(),
-            operation: operation(readable, writable, disk),
+            data_len,
+            operation,
         })
+    }
+}
+
+impl Operation<'_> {
+    /// Bytes of the disk that it is about.
+    fn bytes(&self) -> u64 {
+        match self {
+            Operation::Read(_, buffers) | Operation::Write(_, buffers) => buffers.len() as u64,
+            Operation::Discard(ranges) | Operation::WriteZeroes(ranges) => {
+                ranges.iter().map(|range| range.len).sum()
+            }
+            Operation::Flush | Operation::GetId(_) => 0,
+        }
     }
 }
 
@@ -85,16 +107,36 @@ fn operation<'m>(
     mut readable: Buffers<'m>,
     writable: Buffers<'m>,
     disk: &Geometry,
-) -> Result<Operation<'m>, Refusal> {
+) -> (Kind, Result<Operation<'m>, Refusal>) {
     let mut header = [0; HEADER];
-    readable
-        .take(HEADER)
-        .ok_or(Refusal::Invalid("its header is too short"))?
-        .copy_to(&mut header);
-    let kind = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+    let Some(front) = readable.take(HEADER) else {
+        return (
+            Kind::Other,
+            Err(Refusal::Invalid("its header is too short")),
+        );
+    };
+    front.copy_to(&mut header);
+    let number = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+    let kind = match number {
+        VIRTIO_BLK_T_IN => Kind::Read,
+        VIRTIO_BLK_T_OUT => Kind::Write,
+        VIRTIO_BLK_T_FLUSH => Kind::Flush,
+        VIRTIO_BLK_T_DISCARD => Kind::Discard,
+        VIRTIO_BLK_T_WRITE_ZEROES => Kind::WriteZeroes,
+        _ => Kind::Other,
+    };
     let sector = word64(&header[8..]);
+    (kind, understand(number, sector, readable, writable, disk))
+}
 
-    match kind {
+fn understand<'m>(
+    number: u32,
+    sector: u64,
+    readable: Buffers<'m>,
+    writable: Buffers<'m>,
+    disk: &Geometry,
+) -> Result<Operation<'m>, Refusal> {
+    match number {
         VIRTIO_BLK_T_IN => Ok(Operation::Read(
             transfer(sector, writable.len(), disk)?,
             writable,
@@ -137,6 +179,10 @@ fn transfer(sector: u64, len: usize, disk: &Geometry) -> Result<u64, Refusal> {
     let len = len as u64;
     if !len.is_multiple_of(SECTOR) {
         return Err(Refusal::Invalid("its length is no multiple of 512"));
+    }
+    let block = u64::from(disk.logical_block).max(SECTOR);
+    if !(len | sector.wrapping_mul(SECTOR)).is_multiple_of(block) {
+        return Err(Refusal::Invalid("it is not made of whole blocks"));
     }
     span(sector, len / SECTOR, disk).map(|(offset, _)| offset)
 }

@@ -1,4 +1,4 @@
-//! preadv(2) and pwritev(2) between a file and guest memory, in the calling thread.
+//! preadv2(2) and pwritev2(2) between a file and guest memory, in the calling thread.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -11,7 +11,7 @@ use device_core::chain::Buffers;
 /// The medium's; `UnexpectedEof` when the file is shorter than it was.
 pub fn read(file: impl AsFd, offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {
     // SAFETY: the pieces are guest memory, mapped for as long as `buffers` borrows it.
-    unsafe { transfer(libc::preadv, file, offset, &mut buffers.iovecs()) }
+    unsafe { transfer(libc::preadv2, file, offset, &mut buffers.iovecs(), 0) }
 }
 
 /// Writes `buffers` to `file` at `offset`.
@@ -20,38 +20,40 @@ pub fn read(file: impl AsFd, offset: u64, buffers: &Buffers<'_>) -> io::Result<(
 /// The medium's.
 pub fn write(file: impl AsFd, offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {
     // SAFETY: as in `read`.
-    unsafe { transfer(libc::pwritev, file, offset, &mut buffers.iovecs()) }
+    unsafe { transfer(libc::pwritev2, file, offset, &mut buffers.iovecs(), 0) }
 }
 
-/// preadv(2) or pwritev(2).
+/// preadv2(2) or pwritev2(2).
 // SAFETY: whoever calls one vouches for the memory of its iovecs: see `transfer`.
-type Vectored = unsafe extern "C" fn(
+pub type Vectored = unsafe extern "C" fn(
     libc::c_int,
     *const libc::iovec,
     libc::c_int,
     libc::off_t,
+    libc::c_int,
 ) -> libc::ssize_t;
 
-/// Goes on after short transfers until all of `iovecs` is done.
+/// Calls `call` with `flags` (RWF_*), and goes on after short transfers until all of
+/// `iovecs` is done. What is not done when it fails is left in `iovecs`.
+///
+/// # Errors
+/// The medium's; `UnexpectedEof` at the end of the file.
 ///
 /// # Safety
 /// The iovecs describe memory that may be read, or written, for the length of the call.
-unsafe fn transfer(
+pub unsafe fn transfer(
     call: Vectored,
     file: impl AsFd,
     mut offset: u64,
     mut iovecs: &mut [libc::iovec],
+    flags: libc::c_int,
 ) -> io::Result<()> {
     let fd = file.as_fd().as_raw_fd();
-    loop {
-        iovecs = skip(iovecs, 0);
-        if iovecs.is_empty() {
-            return Ok(());
-        }
+    while !iovecs.is_empty() {
         let count = iovecs.len().min(libc::UIO_MAXIOV as usize) as libc::c_int;
         let at = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
         // SAFETY: the caller vouches for the memory; `count` iovecs are there.
-        let done = unsafe { call(fd, iovecs.as_ptr(), count, at) };
+        let done = unsafe { call(fd, iovecs.as_ptr(), count, at, flags) };
         match done {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             1.. => {
@@ -64,6 +66,7 @@ unsafe fn transfer(
             },
         }
     }
+    Ok(())
 }
 
 /// What is left of `iovecs` behind the first `count` bytes; never begins with an empty

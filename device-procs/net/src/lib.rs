@@ -97,6 +97,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
         keep_network,
         restore: None,
         unserved: None,
+        control: None,
     })
 }
 

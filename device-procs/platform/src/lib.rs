@@ -2,8 +2,8 @@
 //!
 //! The runner passes on the port and memory accesses that nobody else claims
 //! over the trap channel (`outrigger_protocol::trap`). [`board`] knows which port
-//! belongs to which of the [`devices`]; [`session`] serves a runner, with [`pace`]
-//! telling it when to sleep; [`output`] and [`input`] are the serial line's other
+//! belongs to which of the [`devices`]; [`session`] serves a runner, with
+//! [`device_core::pace`] telling it when to sleep; [`output`] and [`input`] are the serial line's other
 //! end. Nothing is lost when the process is killed at any moment: all that counts
 //! is the [`state`], which lives in the runner's [`region`].
 
@@ -12,7 +12,6 @@ mod devices;
 mod error;
 mod input;
 mod output;
-mod pace;
 mod region;
 mod session;
 mod state;

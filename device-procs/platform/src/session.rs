@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use device_core::Poller;
+use device_core::pace::{Next, Pace};
 use outrigger_protocol::channel;
 use outrigger_protocol::trap::{FromPlatform, Request, Slot, ToPlatform, VERSION, first_open};
 use rustix::event::PollFlags;
@@ -17,7 +18,6 @@ use crate::devices::uart;
 use crate::error::Error;
 use crate::input::Input;
 use crate::output::{Blocked, CHUNK, Output};
-use crate::pace::{Next, Pace};
 use crate::region::Region;
 use crate::state::{DEBUG, SERIAL, State};
 use crate::wait::{self, Woken, is_ready};
@@ -28,6 +28,9 @@ const DEADLINE: Duration = Duration::from_secs(5);
 const DRAIN: Duration = Duration::from_secs(1);
 /// Output of this size is written even though requests keep coming.
 const PLENTY: u64 = 1024;
+/// For how long it looks for the next request. Less than a vCPU waits before it sleeps:
+/// a request found later is one that we kept from being made.
+const LOOK: Duration = Duration::from_micros(50);
 
 const STREAM: u64 = 0;
 const DOORBELL: u64 = 1;
@@ -138,7 +141,7 @@ impl<'a> Session<'a> {
             line,
             console,
             poller,
-            pace: Pace::new(),
+            pace: Pace::new(LOOK),
         })
     }
 

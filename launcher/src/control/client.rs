@@ -6,9 +6,10 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use outrigger_protocol::control::{Command, Reply};
+use outrigger_protocol::device::Command as Order;
 
 use super::lines::{Lines, send};
-use super::{Link, lock, replace, watch};
+use super::{Link, device, lock, replace, watch};
 use crate::supervise::With;
 
 /// Clients at a time. Each may have a connection to the runner, which takes 16.
@@ -147,6 +148,9 @@ fn carry_out(command: Command, link: &Link) -> Reply {
             Reply::error(format!("{id}: swap takes either socket or device"))
         }
         Command::Restart { id } => replace::replace(link, &id, With::Same),
+        Command::Resize { id, size } => device::ask(link, &id, &Order::Resize { size }),
+        Command::Flush { id } => device::ask(link, &id, &Order::Flush {}),
+        Command::Stats { id } => device::ask(link, &id, &Order::Stats {}),
         command => link.forward(&command),
     }
 }

@@ -6,7 +6,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use outrigger_cli::socket;
-use outrigger_protocol::control::{Command, MAX_LINE, Reply};
+use outrigger_protocol::control::MAX_LINE;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 /// How long the other side may take to make room for a line.
 const ROOM: Duration = Duration::from_secs(5);
@@ -75,7 +77,11 @@ impl Lines {
     ///
     /// # Errors
     /// The connection's; also when the other side leaves without an answer.
-    pub fn ask(&mut self, command: &Command, time: Duration) -> io::Result<Reply> {
+    pub fn ask<R: DeserializeOwned>(
+        &mut self,
+        command: &impl Serialize,
+        time: Duration,
+    ) -> io::Result<R> {
         send(&self.stream, &serde_json::to_vec(command)?)?;
         let deadline = Instant::now() + time;
         while let Some(line) = self.next(Some(deadline))? {
@@ -103,6 +109,8 @@ pub fn send(mut stream: &UnixStream, line: &[u8]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use outrigger_protocol::control::{Command, Reply};
+
     use super::*;
 
     #[test]
@@ -131,15 +139,12 @@ mod tests {
         let mut lines = Lines::new(client).unwrap();
         send(&server, br#"{"event":"paused"}"#).unwrap();
         send(&server, br#"{"ok":false,"error":"no"}"#).unwrap();
-        let reply = lines
+        let reply: Reply = lines
             .ask(&Command::Pause {}, Duration::from_secs(9))
             .unwrap();
         assert_eq!(reply, Reply::error("no"));
         drop(server);
-        assert!(
-            lines
-                .ask(&Command::Pause {}, Duration::from_secs(9))
-                .is_err()
-        );
+        let ended = lines.ask::<Reply>(&Command::Pause {}, Duration::from_secs(9));
+        assert!(ended.is_err());
     }
 }

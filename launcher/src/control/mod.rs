@@ -2,9 +2,11 @@
 //! what takes processes, it does itself.
 //!
 //! A thread for each client ([`mod@client`]), so none waits for another; [`lines`] is
-//! how they talk, [`watch`] passes events on, [`mod@replace`] is the order of a swap.
+//! how they talk, [`watch`] passes events on, [`mod@replace`] is the order of a swap,
+//! [`device`] asks a device's process.
 
 mod client;
+mod device;
 pub mod lines;
 mod replace;
 mod watch;

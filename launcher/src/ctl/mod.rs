@@ -1,8 +1,11 @@
 //! `outrigger ctl`: asks something of a machine that runs, over the control socket of
 //! its launcher or of its runner alone.
 
+mod size;
+mod stats;
 mod table;
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -73,6 +76,29 @@ enum Command {
         /// The device, or `platform`
         id: String,
     },
+    /// Make a disk larger under the running guest, which is told
+    ///
+    /// Without a size: look whether what the disk lies in has grown.
+    Resize {
+        /// The disk
+        id: String,
+        /// The new size in bytes, or with K, M, G or T
+        #[arg(value_name = "SIZE", value_parser = size::parse)]
+        size: Option<u64>,
+    },
+    /// Put what was written to a disk onto its medium
+    Flush {
+        /// The disk
+        id: String,
+    },
+    /// Show what disks have done since their processes started
+    Stats {
+        /// The disk [default: all disks]
+        id: Option<String>,
+        /// As one JSON object, by disk
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 impl Ctl {
@@ -84,7 +110,7 @@ impl Ctl {
         let what = || self.socket.display().to_string();
         let mut lines = Lines::connect(&self.socket, None).with_context(what)?;
         let mut ask = |command| {
-            let reply = lines.ask(&command, ANSWER).with_context(what)?;
+            let reply: Reply = lines.ask(&command, ANSWER).with_context(what)?;
             if !reply.ok {
                 bail!("{}", reply.error.unwrap_or_else(|| "refused".into()));
             }
@@ -111,6 +137,33 @@ impl Ctl {
             Command::Stop => drop(ask(control::Command::Stop {})?),
             Command::Swap { id, with } => outage(&ask(swap(id, &with)?)?)?,
             Command::Restart { id } => outage(&ask(control::Command::Restart { id })?)?,
+            Command::Resize { id, size } => {
+                let reply = ask(control::Command::Resize { id, size })?;
+                let capacity = reply.capacity.context("an answer without a capacity")?;
+                print(&format!("the guest sees {capacity} bytes\n"))?;
+            }
+            Command::Flush { id } => drop(ask(control::Command::Flush { id })?),
+            Command::Stats { id, json } => {
+                let disks = match id {
+                    Some(id) => vec![id],
+                    None => table::disks(&ask(control::Command::Status {})?)?,
+                };
+                let (mut all, mut failed) = (BTreeMap::new(), Vec::new());
+                for id in disks {
+                    let reply = ask(control::Command::Stats { id: id.clone() });
+                    let stats = |it: Reply| it.stats.context("an answer without statistics");
+                    match reply.and_then(stats) {
+                        Ok(stats) => drop(all.insert(id, stats)),
+                        Err(error) => failed.push(format!("{error:#}")),
+                    }
+                }
+                if !all.is_empty() {
+                    print(&stats::show(&all, json)?)?;
+                }
+                if !failed.is_empty() {
+                    bail!("{}", failed.join("; "));
+                }
+            }
         }
         Ok(exit::POWERED_OFF)
     }

@@ -19,6 +19,18 @@ pub fn status(reply: &Reply, json: bool) -> anyhow::Result<String> {
     })
 }
 
+/// The disks that `reply` tells of.
+///
+/// # Errors
+/// When it tells of none.
+pub fn disks(reply: &Reply) -> anyhow::Result<Vec<String>> {
+    let status = reply.status.as_ref().context("an answer without status")?;
+    let disks = status.devices.iter().filter(|it| it.virtio_id == BLOCK);
+    let ids: Vec<String> = disks.map(|it| it.id.clone()).collect();
+    anyhow::ensure!(!ids.is_empty(), "the machine has no disks");
+    Ok(ids)
+}
+
 fn table(status: &Status) -> String {
     let mut text = format!(
         "{}, {} vCPU{}, {} MiB, {} reset{}\n",
@@ -77,11 +89,13 @@ fn word<T: serde::Serialize>(state: &T) -> String {
     }
 }
 
+const BLOCK: u16 = 2;
+
 /// Virtio 1.2 section 5.
 fn kind(virtio_id: u16) -> String {
     match virtio_id {
         1 => "net".into(),
-        2 => "block".into(),
+        BLOCK => "block".into(),
         3 => "console".into(),
         other => other.to_string(),
     }

@@ -26,6 +26,8 @@ pub struct Recipe {
     files: Vec<Arc<Opened>>,
     /// Its socket.
     pub endpoint: Endpoint,
+    /// Its control socket.
+    pub control: Option<Endpoint>,
 }
 
 impl Recipe {
@@ -47,14 +49,16 @@ impl Recipe {
             files.push(opened);
         }
         let endpoint = runtime.endpoint(&program.id)?;
+        let control = control(&program, runtime)?;
         Ok(Recipe {
             program,
             files,
             endpoint,
+            control,
         })
     }
 
-    /// The same with another socket and all that was opened.
+    /// The same with other sockets and all that was opened.
     ///
     /// # Errors
     /// When there is no room for a socket.
@@ -63,6 +67,7 @@ impl Recipe {
             program: self.program.clone(),
             files: self.files.clone(),
             endpoint: runtime.endpoint(&self.program.id)?,
+            control: control(&self.program, runtime)?,
         })
     }
 
@@ -84,6 +89,11 @@ impl Recipe {
         args.extend(["--fd".into(), listener.to_string().into()]);
         args.extend(self.files.iter().flat_map(|file| file.by_fd()));
         let mut fds = vec![listener];
+        if let Some(control) = &self.control {
+            let listener = control.listener.as_raw_fd();
+            args.extend(["--control-fd".into(), listener.to_string().into()]);
+            fds.push(listener);
+        }
         fds.extend(self.files.iter().map(|file| file.fd().as_raw_fd()));
         Start {
             id: program.id.clone(),
@@ -94,6 +104,12 @@ impl Recipe {
             stderr: None,
         }
     }
+}
+
+fn control(program: &Program, runtime: &mut Runtime) -> anyhow::Result<Option<Endpoint>> {
+    let name = format!("{}.control", program.id);
+    let control = program.has_control.then(|| runtime.endpoint(&name));
+    control.transpose()
 }
 
 /// A device of the machine.

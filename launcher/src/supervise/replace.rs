@@ -59,6 +59,15 @@ pub enum Ask {
         /// Takes the answer.
         reply: Sender<()>,
     },
+    /// Where the device's process can be asked to do something.
+    Control {
+        /// The device.
+        id: String,
+        /// Not while another process is on its way, which would not learn of it.
+        alone: bool,
+        /// Takes the answer.
+        reply: Sender<Result<PathBuf, String>>,
+    },
     /// It has not.
     Abort {
         /// The device.
@@ -69,10 +78,12 @@ pub enum Ask {
 impl Ask {
     /// Carries nothing out.
     pub fn refuse(self, why: &str) {
-        if let Ask::Begin { id, reply, .. } = self {
-            // Whoever has asked may have given up.
-            let _ = reply.send(Err(format!("{id}: {why}")));
-        }
+        // Whoever has asked may have given up.
+        let _ = match self {
+            Ask::Begin { id, reply, .. } => reply.send(Err(format!("{id}: {why}"))).is_ok(),
+            Ask::Control { id, reply, .. } => reply.send(Err(format!("{id}: {why}"))).is_ok(),
+            Ask::Clear { .. } | Ask::Commit { .. } | Ask::Abort { .. } => false,
+        };
     }
 }
 
@@ -101,6 +112,9 @@ impl Group {
                 }
                 let _ = reply.send(());
             }
+            Ask::Control { id, alone, reply } => {
+                let _ = reply.send(self.control(&id, alone));
+            }
             Ask::Abort { id } => {
                 if let Some(index) = self.device(&id) {
                     self.abort(index);
@@ -109,11 +123,33 @@ impl Group {
         }
     }
 
-    fn begin(&mut self, id: &str, with: &With, reply: &Sender<Begun>) -> Result<(), String> {
-        let index = self.device(id).ok_or_else(|| {
+    fn named(&self, id: &str) -> Result<usize, String> {
+        self.device(id).ok_or_else(|| {
             let ids: Vec<&str> = self.devices.iter().map(Device::id).collect();
             format!("{id}: there is no such device, only {}", ids.join(", "))
-        })?;
+        })
+    }
+
+    fn control(&self, id: &str, alone: bool) -> Result<PathBuf, String> {
+        let device = &self.devices[self.named(id)?];
+        if device.foreign {
+            let why = "its process is not the launcher's: it must be asked itself";
+            return Err(format!("{id}: {why}"));
+        }
+        let Some(control) = &device.recipe.control else {
+            return Err(format!("{id}: only a disk can be asked that"));
+        };
+        if device.current.is_none() {
+            return Err(format!("{id}: no process serves it now"));
+        }
+        if alone && device.replacement.is_some() {
+            return Err(format!("{id}: another process is on its way to it"));
+        }
+        Ok(control.path.clone())
+    }
+
+    fn begin(&mut self, id: &str, with: &With, reply: &Sender<Begun>) -> Result<(), String> {
+        let index = self.named(id)?;
         let device = &self.devices[index];
         if device.replacement.is_some() {
             return Err(format!("{id}: another process is on its way already"));

@@ -1,6 +1,7 @@
 //! What the driver has set up, for as long as it stands: the process that works on
 //! it may change meanwhile.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -35,6 +36,8 @@ pub struct Rings {
     /// The feature bits that the driver accepted, once it is ready (DRIVER_OK).
     features: Option<u64>,
     active: Vec<Ring>,
+    /// What the driver wrote to the configuration space, by offset.
+    written: BTreeMap<usize, Vec<u8>>,
     /// The table of the process that works on them.
     inflight: Option<Inflight>,
     /// The last process that worked on them died, and none has begun since.
@@ -50,6 +53,7 @@ impl Rings {
             ram,
             features: None,
             active: Vec::new(),
+            written: BTreeMap::new(),
             inflight: None,
             owed: false,
         }
@@ -65,7 +69,10 @@ impl Rings {
     /// # Errors
     /// When one of them does not lie in guest memory; then there are none.
     pub fn set_up(&mut self, features: u64, queues: Vec<QueueSetup>) -> Result<(), Error> {
+        // It may have written before it was ready.
+        let written = std::mem::take(&mut self.written);
         self.clear();
+        self.written = written;
         queues.into_iter().try_for_each(|setup| self.add(setup))?;
         self.features = Some(features);
         Ok(())
@@ -112,9 +119,15 @@ impl Rings {
         result.map(|_| ())
     }
 
+    /// The driver has written to the configuration space.
+    pub fn note_written(&mut self, offset: usize, data: &[u8]) {
+        self.written.insert(offset, data.to_vec());
+    }
+
     /// The driver has reset the device.
     pub fn clear(&mut self) {
         self.features = None;
+        self.written.clear();
         self.active.clear();
         self.inflight = None;
         self.owed = false;
@@ -157,9 +170,10 @@ impl Rings {
             .map_or(0, u16::from_le)
     }
 
-    /// Tells a process of the driver and its memory, if there is a driver; what its
-    /// predecessor had in work, too, if that is `lost` or has not begun. Starts nothing.
-    /// Returns the table that the process tracks its work in.
+    /// Tells a process of the driver and its memory, if there is a driver, and what it wrote
+    /// to the configuration space; what its predecessor had in work, too, if that is `lost`
+    /// or has not begun. Starts nothing. Returns the table that the process tracks its work
+    /// in.
     ///
     /// # Errors
     /// The session's.
@@ -172,7 +186,15 @@ impl Rings {
             Some(inflight) if lost => Some(inflight.try_clone()?),
             _ => None,
         };
-        session.prepare(features, kept, &self.memory)
+        let inflight = session.prepare(features, kept, &self.memory)?;
+        for (&offset, data) in &self.written {
+            match session.write_config(offset, data) {
+                // The driver wrote what a device does not take.
+                Err(Error::Refused { .. }) => {}
+                result => result?,
+            }
+        }
+        Ok(inflight)
     }
 
     /// Gives the table of a process that died to one that has another still.

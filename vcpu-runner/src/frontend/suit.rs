@@ -13,6 +13,8 @@ use crate::pci::virtio::DeviceInfo;
 enum Rule {
     Same,
     NotLess,
+    /// 0 is no limit at all (qemu-storage-daemon's size_max).
+    NotLessOrNone,
 }
 
 /// A field of a configuration space, little-endian.
@@ -49,7 +51,7 @@ const NET: &[Field] = &[
 /// Section 5.2.4.
 const BLOCK: &[Field] = &[
     field("capacity", None, 0, 8, Rule::NotLess),
-    field("size_max", Some(1), 8, 4, Rule::NotLess),
+    field("size_max", Some(1), 8, 4, Rule::NotLessOrNone),
     field("seg_max", Some(2), 12, 4, Rule::NotLess),
     field("blk_size", Some(6), 20, 4, Rule::Same),
     field("max_discard_sectors", Some(13), 36, 4, Rule::NotLess),
@@ -124,6 +126,7 @@ pub fn check(seen: &DeviceInfo, accepted: Option<u64>, new: &DeviceInfo) -> Resu
         let suits = match field.rule {
             Rule::Same => now == old,
             Rule::NotLess => now >= old,
+            Rule::NotLessOrNone => now == 0 || now >= old,
         };
         if !suits {
             return Err(format!("its {} is {now}, not {old}", field.name));
@@ -169,6 +172,26 @@ mod tests {
         assert_eq!(suits(&block(100, 10), Some(0)), Ok(()));
         // Nor does anything before it has accepted.
         assert_eq!(suits(&block(1, 1), None), Ok(()));
+    }
+
+    #[test]
+    fn no_limit_is_as_good_as_a_large_one() {
+        let mut limited = block(100, 126);
+        limited.features |= 1 << 1;
+        limited.config[8..12].copy_from_slice(&4096u32.to_le_bytes());
+        let mut unlimited = limited.clone();
+        unlimited.config[8..12].fill(0);
+        let accepted = Some(limited.features);
+        assert_eq!(check(&limited, accepted, &unlimited), Ok(()));
+        assert_eq!(check(&unlimited, accepted, &limited), Ok(()));
+        limited.config[9] += 1;
+        let smaller = block(100, 126);
+        let mut smaller = DeviceInfo {
+            features: limited.features,
+            ..smaller
+        };
+        smaller.config[8..12].copy_from_slice(&512u32.to_le_bytes());
+        assert!(check(&limited, accepted, &smaller).is_err());
     }
 
     #[test]

@@ -230,6 +230,7 @@ impl Thread {
                 Ok(())
             }
             Request::WriteConfig { offset, data } => {
+                self.rings.note_written(offset, &data);
                 let Link::Up(session) = &mut self.link else {
                     return Ok(());
                 };

@@ -131,7 +131,7 @@ impl World {
         ring.place(&self.memory).unwrap();
         ring.must_fit(&self.table()).unwrap();
         let kick = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-        ring.start(kick, Some(&self.table()), self.memory.memory());
+        ring.start(kick, Some(&self.table()));
         ring.set_enabled(true);
         ring
     }
@@ -142,7 +142,7 @@ impl World {
         let mut ring = self.start();
         let mut taken: Vec<u16> = Vec::new();
         for _ in 0..rounds {
-            ring.begin(memory);
+            ring.begin();
             for _ in 0..random.below(5) {
                 let Some(chain) = ring.pop(memory) else { break };
                 if random.below(6) == 0 {
@@ -157,7 +157,7 @@ impl World {
                 batch.push((taken.swap_remove(at), 0));
             }
             ring.push_all(memory, &batch);
-            ring.finish(memory);
+            ring.finish();
             assert!(ring.is_running());
         }
     }
@@ -179,13 +179,13 @@ impl World {
 
 fn drain(ring: &mut Ring, memory: &crate::GuestMemory) {
     loop {
-        ring.begin(memory);
+        ring.begin();
         let Some(chain) = ring.pop(memory) else {
             break;
         };
         let head = chain.head;
         ring.push(memory, head, 0);
-        ring.finish(memory);
+        ring.finish();
     }
 }
 
@@ -217,7 +217,7 @@ fn two_deaths_in_a_row_lose_nothing() {
     let scenario = |world: &World| {
         let memory = world.memory.memory();
         let mut ring = world.start();
-        ring.begin(memory);
+        ring.begin();
         let heads: Vec<u16> = (0..5).map_while(|_| Some(ring.pop(memory)?.head)).collect();
         let batch = |some: &[u16]| some.iter().map(|&head| (head, 0)).collect::<Vec<_>>();
         if let [first, second, third, rest @ ..] = &heads[..] {
@@ -225,7 +225,7 @@ fn two_deaths_in_a_row_lose_nothing() {
             ring.push_all(memory, &batch(rest));
             ring.push(memory, *first, 0);
         }
-        ring.finish(memory);
+        ring.finish();
     };
     let mut both = 0;
     for first in 0.. {
@@ -259,7 +259,7 @@ fn requests_are_done_again_in_the_order_in_which_they_were_taken() {
     }
     let memory = Arc::clone(world.memory.memory());
     let mut ring = world.start();
-    ring.begin(&memory);
+    ring.begin();
     for _ in 0..3 {
         ring.pop(&memory).unwrap();
     }
@@ -267,8 +267,8 @@ fn requests_are_done_again_in_the_order_in_which_they_were_taken() {
     drop(ring);
 
     let mut ring = world.start();
-    assert!(ring.has_left_overs());
-    ring.begin(&memory);
+    assert_eq!(ring.left_overs(), 2);
+    ring.begin();
     let first = ring.pop(&memory).unwrap();
     assert_eq!(first.head, 6);
     // Given back, it comes again, and before what is new.
@@ -280,7 +280,7 @@ fn requests_are_done_again_in_the_order_in_which_they_were_taken() {
         ring.push(&memory, head, 0);
     }
     assert!(ring.pop(&memory).is_none() && ring.is_running());
-    assert!(!ring.has_left_overs());
+    assert_eq!(ring.left_overs(), 0);
     world.reap();
     assert!(world.outstanding.is_empty());
 
@@ -289,7 +289,7 @@ fn requests_are_done_again_in_the_order_in_which_they_were_taken() {
     let chain = ring.pop(&memory).unwrap();
     ring.unpop(&chain);
     drop(ring);
-    assert!(!world.start().has_left_overs());
+    assert_eq!(world.start().left_overs(), 0);
 }
 
 /// Whether a process that finds `world` works on, which it must not with `wrong`.

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use device_core::chain::Buffers;
 use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2};
 
 use crate::transfer;
 
@@ -138,7 +138,12 @@ impl Guard {
         IoSliceMut::advance_slices(&mut buffers, 0);
         while !buffers.is_empty() {
             let some = buffers.len().min(libc::UIO_MAXIOV as usize);
-            match rustix::io::preadv(&self.file, &mut buffers[..some], offset) {
+            match preadv2(
+                &self.file,
+                &mut buffers[..some],
+                offset,
+                ReadWriteFlags::empty(),
+            ) {
                 Ok(0) => break,
                 Ok(count) => {
                     offset += count as u64;
@@ -189,7 +194,12 @@ impl Guard {
         IoSlice::advance_slices(&mut buffers, 0);
         while !buffers.is_empty() {
             let some = buffers.len().min(libc::UIO_MAXIOV as usize);
-            match rustix::io::pwritev(&self.file, &buffers[..some], offset) {
+            match pwritev2(
+                &self.file,
+                &buffers[..some],
+                offset,
+                ReadWriteFlags::empty(),
+            ) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(count) => {
                     offset += count as u64;

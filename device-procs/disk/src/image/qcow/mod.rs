@@ -171,9 +171,8 @@ impl QcowImage {
         self.tables.enter(&self.guard, first, host, count)
     }
 
-    fn turn(&self) -> io::Result<MutexGuard<'_, Header>> {
-        self.guard.usable()?;
-        Ok(self.header.lock().unwrap_or_else(PoisonError::into_inner))
+    fn turn(&self) -> MutexGuard<'_, Header> {
+        self.header.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -231,7 +230,8 @@ impl Image for QcowImage {
     }
 
     fn write(&self, mut offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {
-        let _turn = self.turn()?;
+        self.guard.usable()?;
+        let _turn = self.turn();
         let mut left = buffers.clone();
         while !left.is_empty() {
             let (entry, found) = self.find(offset, left.len() as u64)?;
@@ -260,7 +260,8 @@ impl Image for QcowImage {
     }
 
     fn write_zeroes(&self, mut offset: u64, mut len: u64, unmap: bool) -> io::Result<()> {
-        let _turn = self.turn()?;
+        self.guard.usable()?;
+        let _turn = self.turn();
         while len > 0 {
             let (entry, found) = self.find(offset, len)?;
             match entry {
@@ -275,7 +276,8 @@ impl Image for QcowImage {
     }
 
     fn grow(&self, capacity: u64) -> io::Result<()> {
-        let mut header = self.turn()?;
+        self.guard.usable()?;
+        let mut header = self.turn();
         let now = self.capacity.load(Ordering::Acquire);
         super::check_growth(now, capacity)?;
         if capacity == now {
@@ -303,7 +305,7 @@ impl Image for QcowImage {
     }
 
     fn reload(&self) -> io::Result<()> {
-        let mut header = self.turn()?;
+        let mut header = self.turn();
         let now = Header::read(&self.guard)?;
         if now.backing != header.backing {
             return Err(io::Error::other("it is another image than before"));

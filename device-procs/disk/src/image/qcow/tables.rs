@@ -29,6 +29,8 @@ pub enum Entry {
 
 /// An L2 table.
 type Table = Arc<[AtomicU64]>;
+/// A place for one that was used of late.
+type Place = RwLock<Option<(u64, Table)>>;
 
 /// The image's tables.
 pub struct Tables {
@@ -37,7 +39,7 @@ pub struct Tables {
     top: RwLock<Top>,
     /// Each L2 table has one place, that it shares with others, and is known by the number
     /// of its L1 entry.
-    recent: Box<[RwLock<Option<(u64, Table)>>]>,
+    recent: Box<[Place]>,
 }
 
 /// The L1 table, and where tables are.

@@ -395,11 +395,11 @@ impl Image for Qcow2Image {
     fn reload(&self) -> io::Result<()> {
         let _turn = self.turn();
         let _alone = self.zeroing.write().unwrap_or_else(PoisonError::into_inner);
-        self.guard().usable()?;
         let header = Header::read(self.guard(), !self.geometry.read_only)?;
         self.storage.load(&header, !self.geometry.read_only)?;
         self.places.clear();
-        // SAFETY: all that imago had to write is in the file: `settle` follows every change.
+        // SAFETY: all that imago had to write is in the file, for `settle` follows every
+        // change; or there was an error, and the file is what counts.
         unsafe { self.access.inner().invalidate_cache() }?;
         self.capacity.store(capacity(&header)?, Ordering::Release);
         Ok(())

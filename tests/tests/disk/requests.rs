@@ -1,84 +1,15 @@
-//! device-disk as its guest sees it.
+//! Requests of every kind and shape.
 
-use std::fs::Permissions;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
 
 use outrigger_tests::disk::{Request, SECTOR, header, pattern_of, range};
 use outrigger_tests::guest::{EVENT_IDX, Guest};
-use outrigger_tests::process::{Launch, Process};
+use outrigger_tests::process::Launch;
 use outrigger_tests::queue::Buffer;
 use outrigger_tests::ram::Ram;
 use virtio_bindings::virtio_blk::*;
 
-const SIZE: usize = 1 << 20;
-const SECTORS: u64 = (SIZE / SECTOR) as u64;
-const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
-
-struct Disk {
-    image: PathBuf,
-    process: Process,
-    guest: Guest,
-}
-
-impl Disk {
-    fn start(size: usize, options: &[&str], queues: usize) -> Self {
-        let launch = Launch::new("device-disk");
-        let image = launch.directory().join("image");
-        std::fs::write(&image, pattern_of(0, size)).unwrap();
-        if options.contains(&"--read-only") {
-            std::fs::set_permissions(&image, Permissions::from_mode(0o444)).unwrap();
-        }
-        let process = launch
-            .args(["--blk-file".as_ref(), image.as_os_str()])
-            .args(options)
-            .listening();
-        let guest = Guest::boot(process.connect(), FLUSH | EVENT_IDX, queues);
-        Disk {
-            image,
-            process,
-            guest,
-        }
-    }
-
-    fn new(options: &[&str]) -> Self {
-        Self::start(SIZE, options, 1)
-    }
-
-    fn ram(&self) -> &Ram {
-        &self.guest.ram
-    }
-
-    /// The status of a request whose data the device reads.
-    fn send(&mut self, kind: u32, sector: u64, data: &[u8]) -> u32 {
-        let data = match data.len() {
-            0 => vec![],
-            len => vec![Buffer::readable(self.ram().put(data), len as u32)],
-        };
-        self.run(kind, sector, &data)
-    }
-
-    /// The status of a request whose data the device writes, and the data.
-    fn receive(&mut self, kind: u32, sector: u64, len: usize) -> (u32, Vec<u8>) {
-        let at = self.ram().put(&vec![0xcc; len]);
-        let status = self.run(kind, sector, &[Buffer::writable(at, len as u32)]);
-        (status, self.ram().get(at, len))
-    }
-
-    fn run(&mut self, kind: u32, sector: u64, data: &[Buffer]) -> u32 {
-        let request = Request::new(&self.guest.ram, kind, sector, data);
-        request.run(&self.guest.ram, &mut self.guest.queues[0])
-    }
-
-    fn file(&self) -> Vec<u8> {
-        std::fs::read(&self.image).unwrap()
-    }
-
-    fn offers(&mut self, feature: u32) -> bool {
-        use vhost::VhostBackend;
-        self.guest.frontend.get_features().unwrap() & (1 << feature) != 0
-    }
-}
+use crate::subject::{Disk, FLUSH, SECTORS, SIZE};
 
 #[test]
 fn reads_the_image() {

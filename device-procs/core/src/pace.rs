@@ -1,22 +1,21 @@
 //! When to go on looking for requests and when to sleep.
 //!
-//! Being woken costs more than a request, so after a request the process looks for
+//! Being woken costs more than a request, so after a request a thread looks for
 //! the next one for a moment. That pays only while the vCPU runs on another
 //! processor. On the same one it can't go on before we sleep, and waking each
 //! other is then by far the quicker way. So looking must earn its keep: while it
-//! does not, the process sleeps at once, and tries again now and then.
+//! does not, the thread sleeps at once, and tries again now and then, as long as it is
+//! woken so soon that it could have paid.
 
 use std::time::{Duration, Instant};
 
-/// For how long it looks after the last request. Less than a vCPU waits before
-/// it sleeps: a request found later is one that we kept from being made.
-const LOOK: Duration = Duration::from_micros(50);
 /// What looking for nothing costs, in requests found.
 const MISS: u32 = 4;
 /// How much of what was found can be saved up.
 const CREDIT: u32 = 2 * MISS;
-/// A sleep that looking would have saved, the time to wake up included.
-const NAP: Duration = Duration::from_micros(120);
+/// Time to wake up: a sleep that is longer than a look by no more than this would have
+/// been saved by looking.
+const WAKE: Duration = Duration::from_micros(70);
 /// After so many of these it tries to look again.
 const NAPS: u32 = 32;
 /// However busy, everything else is seen to this often.
@@ -37,6 +36,8 @@ pub enum Next {
 
 /// The measure.
 pub struct Pace {
+    /// For how long it looks after the last request.
+    look: Duration,
     /// It looks while this is not zero.
     credit: u32,
     naps: u32,
@@ -47,10 +48,11 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// Starts by looking.
-    pub fn new() -> Self {
+    /// Starts by looking, for `look` at a time; zero: it never looks.
+    pub fn new(look: Duration) -> Self {
         Pace {
-            credit: CREDIT,
+            look,
+            credit: if look.is_zero() { 0 } else { CREDIT },
             naps: 0,
             count: 0,
             quiet: None,
@@ -61,10 +63,15 @@ impl Pace {
     /// A request was carried out; true when it is time to look around.
     pub fn worked(&mut self) -> bool {
         if let Some(since) = self.quiet.take() {
-            self.looked(since.elapsed() <= LOOK);
+            self.looked(since.elapsed() <= self.look);
         }
         self.count = self.count.wrapping_add(1);
         self.count.is_multiple_of(STRIDE) && self.is_time(Instant::now())
+    }
+
+    /// Whether it looks before it sleeps, at present.
+    pub fn is_looking(&self) -> bool {
+        self.credit > 0
     }
 
     /// There is no request.
@@ -81,7 +88,7 @@ impl Pace {
             return Next::Look;
         }
         let now = Instant::now();
-        if now - since > LOOK {
+        if now - since > self.look {
             self.quiet = None;
             self.looked(false);
             Next::Sleep
@@ -94,7 +101,7 @@ impl Pace {
 
     /// It has slept for this time.
     pub fn slept(&mut self, time: Duration) {
-        if self.credit > 0 || time > NAP {
+        if self.credit > 0 || self.look.is_zero() || time > self.look + WAKE {
             return;
         }
         self.naps += 1;
@@ -125,6 +132,8 @@ impl Pace {
 mod tests {
     use super::*;
 
+    const LOOK: Duration = Duration::from_micros(50);
+
     fn look_for_nothing(pace: &mut Pace) {
         let start = Instant::now();
         while pace.idle() != Next::Sleep {
@@ -134,7 +143,7 @@ mod tests {
 
     #[test]
     fn looking_for_nothing_ends_and_is_tried_again_after_naps() {
-        let mut pace = Pace::new();
+        let mut pace = Pace::new(LOOK);
         for _ in 0..CREDIT / MISS {
             assert_eq!(pace.idle(), Next::Look);
             look_for_nothing(&mut pace);
@@ -161,8 +170,18 @@ mod tests {
     }
 
     #[test]
+    fn without_a_time_it_never_looks() {
+        let mut pace = Pace::new(Duration::ZERO);
+        for _ in 0..2 * NAPS {
+            pace.worked();
+            assert_eq!(pace.idle(), Next::Sleep);
+            pace.slept(Duration::ZERO);
+        }
+    }
+
+    #[test]
     fn it_looks_around_however_busy() {
-        let mut pace = Pace::new();
+        let mut pace = Pace::new(LOOK);
         let start = Instant::now();
         while !pace.worked() {
             assert!(start.elapsed() < Duration::from_secs(10));

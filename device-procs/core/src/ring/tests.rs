@@ -1,0 +1,282 @@
+//! Crate virtio-queue, which others have looked at as well, is the oracle: whatever a
+//! driver does, a ring does the same to the same memory.
+
+use std::fs::File;
+use std::sync::atomic::Ordering;
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{MemfdFlags, memfd_create};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{ByteValued, Bytes, GuestAddress};
+
+use super::*;
+use crate::memory::RegionInfo;
+use crate::testing::Random;
+
+const MEMORY: u64 = 0x4000;
+const AVAILABLE: u64 = 0x1000;
+const USED: u64 = 0x2000;
+
+fn table() -> MemoryTable {
+    let file: File = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap().into();
+    file.set_len(MEMORY).unwrap();
+    let region = RegionInfo {
+        guest: 0,
+        size: MEMORY,
+        user: 0,
+        offset: 0,
+    };
+    MemoryTable::new([(region, file)]).unwrap()
+}
+
+/// A ring, the oracle with memory of its own, and a driver of both.
+struct Pair {
+    size: u16,
+    event_idx: bool,
+    ours: Ring,
+    memory: Arc<GuestMemory>,
+    theirs: Queue,
+    their_memory: Arc<GuestMemory>,
+    interrupt: OwnedFd,
+    available: u16,
+    /// Heads that the driver waits for.
+    outstanding: Vec<u16>,
+    /// Heads that the device has.
+    taken: Vec<u16>,
+    is_dry: bool,
+    pushed: bool,
+}
+
+impl Pair {
+    fn new(random: &mut Random) -> Self {
+        let size = 1 << random.below(5);
+        let event_idx = random.below(2) == 0;
+        let index = random.pick(&[0, 1, 77, u16::MAX - 5, u16::MAX]);
+        let (table, their_memory) = (table(), Arc::clone(table().memory()));
+        let mut ours = Ring::new(0, 256).unwrap();
+        let mut theirs = Queue::new(256).unwrap();
+        ours.set_size(size.into()).unwrap();
+        theirs.try_set_size(size).unwrap();
+        ours.set_event_idx(event_idx);
+        theirs.set_event_idx(event_idx);
+        ours.set_base(index);
+        theirs.set_next_avail(index);
+        theirs.set_next_used(index);
+        let addresses = RingAddresses {
+            descriptors: 0,
+            available: AVAILABLE,
+            used: USED,
+        };
+        ours.set_addresses(addresses, &table).unwrap();
+        theirs
+            .try_set_avail_ring_address(GuestAddress(AVAILABLE))
+            .unwrap();
+        theirs
+            .try_set_used_ring_address(GuestAddress(USED))
+            .unwrap();
+        theirs.set_ready(true);
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let call = eventfd(0, flags).unwrap();
+        let mut pair = Pair {
+            size,
+            event_idx,
+            memory: Arc::clone(table.memory()),
+            their_memory,
+            interrupt: call.try_clone().unwrap(),
+            ours,
+            theirs,
+            available: index,
+            outstanding: Vec::new(),
+            taken: Vec::new(),
+            is_dry: false,
+            pushed: false,
+        };
+        pair.put(AVAILABLE + 2, index);
+        pair.put(USED + 2, index);
+        pair.ours.set_call(Some(call));
+        pair.ours.place(&table).unwrap();
+        pair.ours.start(eventfd(0, flags).unwrap(), None);
+        pair.ours.set_enabled(true);
+        // The interrupt that a ring in use may owe.
+        pair.ours.finish();
+        pair.has_interrupt();
+        pair
+    }
+
+    fn put<T: ByteValued>(&self, at: u64, value: T) {
+        for memory in [&self.memory, &self.their_memory] {
+            memory.write_obj(value, GuestAddress(at)).unwrap();
+        }
+    }
+
+    fn has_interrupt(&self) -> bool {
+        rustix::io::read(&self.interrupt, &mut [0; 8]).is_ok()
+    }
+
+    /// The driver makes a request available, if it has one to make.
+    fn offer(&mut self, random: &mut Random) {
+        let free: Vec<u16> = (0..self.size)
+            .filter(|head| !self.outstanding.contains(head))
+            .collect();
+        if free.is_empty() {
+            return;
+        }
+        let head = random.pick(&free);
+        self.put(
+            AVAILABLE + 4 + 2 * u64::from(self.available % self.size),
+            head,
+        );
+        self.available = self.available.wrapping_add(1);
+        self.put(AVAILABLE + 2, self.available);
+        self.outstanding.push(head);
+    }
+
+    /// The driver says which notifications it wants.
+    fn wish(&mut self, random: &mut Random) {
+        self.put(AVAILABLE, random.below(2) as u16);
+        let event = self.theirs.next_used().wrapping_add(random.below(6) as u16);
+        let event = event.wrapping_sub(3);
+        self.put(AVAILABLE + 4 + 2 * u64::from(self.size), event);
+    }
+
+    /// The device takes one; false if both have found that the ring is broken.
+    fn pop(&mut self) -> bool {
+        let ours = self.ours.pop(&self.memory).map(|chain| chain.head);
+        let Ok(mut theirs) = self.theirs.iter(&*self.their_memory) else {
+            assert!(ours.is_none());
+            assert!(!self.ours.is_running());
+            return false;
+        };
+        assert_eq!(ours, theirs.next().map(|chain| chain.head_index()));
+        assert_eq!(self.ours.next_avail, self.theirs.next_avail());
+        self.taken.extend(ours);
+        self.is_dry |= ours.is_none();
+        true
+    }
+
+    /// The device completes some of what it has, in any order.
+    fn push(&mut self, random: &mut Random) {
+        let count = random.below(self.taken.len() as u64 + 1);
+        let mut batch = Vec::new();
+        for _ in 0..count {
+            let at = random.below(self.taken.len() as u64) as usize;
+            let (head, written) = (self.taken.swap_remove(at), random.below(1 << 32) as u32);
+            self.outstanding.retain(|&other| other != head);
+            self.theirs
+                .add_used(&*self.their_memory, head, written)
+                .unwrap();
+            batch.push((head, written));
+        }
+        self.ours.push_all(&self.memory, &batch);
+        self.pushed |= count > 0;
+    }
+
+    fn finish(&mut self) {
+        self.ours.finish();
+        let mut wanted = std::mem::take(&mut self.pushed);
+        if wanted {
+            let flags: u16 = self.memory.read_obj(GuestAddress(AVAILABLE)).unwrap();
+            // The oracle does not know the flag.
+            let theirs = self.theirs.needs_notification(&*self.their_memory).unwrap();
+            wanted = theirs && (self.event_idx || flags == 0);
+        }
+        assert_eq!(self.has_interrupt(), wanted);
+    }
+
+    fn rest(&mut self) {
+        self.ours.pending = false;
+        self.ours.rest();
+        if std::mem::take(&mut self.is_dry) {
+            let more = self
+                .theirs
+                .enable_notification(&*self.their_memory)
+                .unwrap();
+            assert_eq!(self.ours.pending, more);
+        }
+    }
+
+    fn begin(&mut self) {
+        self.ours.begin();
+        self.theirs
+            .disable_notification(&*self.their_memory)
+            .unwrap();
+    }
+
+    fn must_be_the_same(&self) {
+        let all = |memory: &GuestMemory| {
+            let mut bytes = vec![0; MEMORY as usize];
+            memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+            bytes
+        };
+        assert!(all(&self.memory) == all(&self.their_memory));
+        let used: u16 = (self.memory)
+            .load(GuestAddress(USED + 2), Ordering::Acquire)
+            .unwrap();
+        assert_eq!(used, self.theirs.next_used());
+    }
+}
+
+#[test]
+fn a_ring_is_what_another_implementation_takes_it_for() {
+    let (mut broken, mut completed, mut interrupts) = (0, 0, 0);
+    for seed in 0..3000 {
+        println!("seed {seed}");
+        let random = &mut Random::new(seed);
+        let mut pair = Pair::new(random);
+        'life: for _ in 0..100 {
+            match random.below(10) {
+                0..3 => pair.offer(random),
+                3 => pair.wish(random),
+                4 => pair.push(random),
+                5 => pair.finish(),
+                6 => pair.rest(),
+                7 => pair.begin(),
+                8 => {
+                    pair.ours.refill();
+                    for _ in 0..random.below(4) {
+                        if !pair.pop() {
+                            broken += 1;
+                            break 'life;
+                        }
+                    }
+                }
+                _ if random.below(30) == 0 => {
+                    // The index jumps.
+                    let least = pair.ours.next_avail.wrapping_add(pair.size + 1);
+                    let beyond = random.below(u64::from(u16::MAX - pair.size));
+                    pair.put(AVAILABLE + 2, least.wrapping_add(beyond as u16));
+                }
+                _ => {}
+            }
+            pair.must_be_the_same();
+        }
+        completed += u64::from(pair.theirs.next_used());
+        interrupts += u64::from(pair.ours.announced != 0);
+    }
+    assert!(broken > 300 && completed > 10_000 && interrupts > 1000);
+}
+
+#[test]
+fn a_driver_has_no_more_in_work_than_entries() {
+    let random = &mut Random::new(1);
+    let mut pair = loop {
+        let pair = Pair::new(random);
+        if pair.size == 4 {
+            break pair;
+        }
+    };
+    (0..4).for_each(|_| pair.offer(random));
+    pair.ours.refill();
+    let chains: Vec<u16> = (0..4)
+        .map_while(|_| Some(pair.ours.pop(&pair.memory)?.head))
+        .collect();
+    assert_eq!(chains.len(), 4);
+    // One of them again, although it is in work.
+    pair.put(AVAILABLE + 2, pair.available.wrapping_add(1));
+    assert!(pair.ours.pop(&pair.memory).is_none());
+    assert!(!pair.ours.is_running());
+    // It was broken, so it gets nothing more.
+    pair.ours.push(&pair.memory, chains[0], 0);
+    assert_eq!(pair.ours.next_used, pair.theirs.next_used());
+    pair.must_be_the_same();
+}

@@ -1,0 +1,129 @@
+//! Requests that a queue has taken and not completed.
+
+use std::io;
+use std::time::Instant;
+
+use crate::disk::status;
+use crate::request::Request;
+use crate::stats::Kind;
+
+/// A request under way.
+pub struct Active {
+    /// Its queue.
+    pub queue: usize,
+    /// Its head in the ring.
+    pub head: u16,
+    /// What it is.
+    pub kind: Kind,
+    /// Bytes of data that it moves.
+    pub bytes: u64,
+    /// Bytes of its buffers that count as written once it is completed.
+    pub written: u32,
+    /// When it was taken.
+    pub begun: Instant,
+    /// Where the status byte goes.
+    place: *mut u8,
+    /// Parts that have not ended: itself, and those in the engine.
+    parts: usize,
+    /// How the parts that have ended went: well, or as the first that did not.
+    result: io::Result<()>,
+}
+
+// SAFETY: the pointer is to guest memory, which all threads share.
+unsafe impl Send for Active {}
+
+impl Active {
+    /// A request of which nothing is done yet.
+    pub fn new(queue: usize, head: u16, begun: Instant, request: &Request<'_>) -> Self {
+        // The status byte comes last, so all before it counts as written.
+        let written = u32::try_from(request.data_len).map_or(u32::MAX, |it| it.saturating_add(1));
+        let status = request.status.slices().first();
+        Active {
+            queue,
+            head,
+            kind: request.kind,
+            bytes: request.bytes,
+            written,
+            begun,
+            place: status.map_or(std::ptr::null_mut(), |it| it.ptr_guard_mut().as_ptr()),
+            parts: 1,
+            result: Ok(()),
+        }
+    }
+
+    /// The status byte.
+    pub fn status(&self) -> u8 {
+        status(&self.result)
+    }
+
+    /// Writes the status byte to where it belongs.
+    ///
+    /// # Safety
+    /// The request's buffers are still mapped.
+    pub unsafe fn write_status(&self) {
+        if !self.place.is_null() {
+            // SAFETY: the caller's; it is one byte of guest memory.
+            unsafe { self.place.write_volatile(self.status()) };
+        }
+    }
+}
+
+/// Requests under way, by number.
+#[derive(Default)]
+pub struct Requests {
+    all: Vec<Option<Active>>,
+    free: Vec<usize>,
+}
+
+impl Requests {
+    /// Adds one; returns its number.
+    pub fn add(&mut self, active: Active) -> usize {
+        match self.free.pop() {
+            Some(id) => {
+                self.all[id] = Some(active);
+                id
+            }
+            None => {
+                self.all.push(Some(active));
+                self.all.len() - 1
+            }
+        }
+    }
+
+    /// The one of that number.
+    pub fn get(&self, id: usize) -> Option<&Active> {
+        self.all.get(id)?.as_ref()
+    }
+
+    /// A part more of it is under way.
+    pub fn add_part(&mut self, id: usize) {
+        if let Some(Some(active)) = self.all.get_mut(id) {
+            active.parts += 1;
+        }
+    }
+
+    /// A part has ended; returns whether it was the last.
+    pub fn part_ended(&mut self, id: usize, result: io::Result<()>) -> bool {
+        let Some(Some(active)) = self.all.get_mut(id) else {
+            return false;
+        };
+        if active.result.is_ok() {
+            active.result = result;
+        }
+        active.parts -= 1;
+        active.parts == 0
+    }
+
+    /// Takes it out.
+    pub fn remove(&mut self, id: usize) -> Option<Active> {
+        let active = self.all.get_mut(id)?.take()?;
+        self.free.push(id);
+        Some(active)
+    }
+
+    /// How many there are of `queue`.
+    pub fn of_queue(&self, queue: usize) -> usize {
+        let of_queue = |it: &&Active| it.queue == queue;
+        self.all.iter().flatten().filter(of_queue).count()
+    }
+}

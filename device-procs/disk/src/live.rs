@@ -1,0 +1,31 @@
+//! What can be done with the disk while it serves (`--control`).
+
+use std::time::Duration;
+
+use device_core::Control;
+use outrigger_protocol::device::Stats;
+
+use crate::drive::Drive;
+
+impl Control for Drive {
+    fn resize(&self, size: Option<u64>) -> Result<u64, String> {
+        self.grow(size).map_err(|error| error.to_string())
+    }
+
+    fn flush(&self) -> Result<(), String> {
+        Drive::flush(self).map_err(|error| error.to_string())
+    }
+
+    // Each queue has a worker of its own.
+    fn stats(&self, cpu: &[Option<Duration>]) -> Stats {
+        let queues = self.recorders.iter().enumerate().map(|(index, recorder)| {
+            let mut queue = recorder.snapshot();
+            let time = cpu.get(index).copied().flatten();
+            queue.cpu_us = time.and_then(|time| u64::try_from(time.as_micros()).ok());
+            queue
+        });
+        Stats {
+            queues: queues.collect(),
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! device-disk as its guest sees it.
+
+mod cache;
+mod requests;
+mod subject;
