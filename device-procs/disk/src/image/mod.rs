@@ -8,6 +8,8 @@ mod qcow2;
 mod raw;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -284,6 +286,12 @@ pub trait Image: Send + Sync {
     /// # Errors
     /// One line that says why not; then nothing has changed.
     fn grow(&self, capacity: u64) -> io::Result<()>;
+
+    /// What tests make fail.
+    #[cfg(test)]
+    fn guard_of(&self) -> Option<&guard::Guard> {
+        None
+    }
 
     /// Forgets what is known of the file's content: another process may have changed it.
     /// Nothing else is under way meanwhile.

@@ -188,6 +188,11 @@ impl Image for QcowImage {
         self.guard.file()
     }
 
+    #[cfg(test)]
+    fn guard_of(&self) -> Option<&Guard> {
+        Some(&self.guard)
+    }
+
     fn map(&self, offset: u64, len: u64) -> io::Result<Extent> {
         let (entry, len) = self.find(offset, len)?;
         Ok(match entry {

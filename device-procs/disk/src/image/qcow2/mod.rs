@@ -319,6 +319,11 @@ impl Image for Qcow2Image {
         self.guard().file()
     }
 
+    #[cfg(test)]
+    fn guard_of(&self) -> Option<&Guard> {
+        Some(self.guard())
+    }
+
     fn map(&self, offset: u64, len: u64) -> io::Result<Extent> {
         if let Some((offset, len)) = self.places.find(offset, len) {
             return Ok(Extent::Data { offset, len });
