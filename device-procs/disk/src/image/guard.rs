@@ -338,8 +338,6 @@ pub mod faults {
         lives: Option<u64>,
         /// Writes that begin here fail with this number.
         failing: Option<(Range<u64>, i32)>,
-        /// Writes so far.
-        count: u64,
     }
 
     impl Faults {
@@ -353,14 +351,8 @@ pub mod faults {
             self.0.lock().unwrap().failing = (errno != 0).then_some((range, errno));
         }
 
-        /// Writes so far.
-        pub fn count(&self) -> u64 {
-            self.0.lock().unwrap().count
-        }
-
         pub(super) fn strike(&self, offset: u64) -> io::Result<()> {
             let mut state = self.0.lock().unwrap();
-            state.count += 1;
             if let Some(lives) = &mut state.lives {
                 *lives = lives.checked_sub(1).ok_or(io::ErrorKind::Interrupted)?;
             }
