@@ -453,8 +453,8 @@ fn mutate(image: &mut [u8], at: usize, random: &mut Random) {
         2 => random.below(u64::MAX),
         3 => old ^ 1 << random.below(64),
         4 => old ^ 1 << 62,
-        5 => (old & 0xc000_0000_0000_0000) | random.below(200) * 512,
-        6 => (old & 0xc000_0000_0000_0000) | random.below(1 << 47) * 512,
+        5 => (old & 0xc000_0000_0000_0000) | (random.below(200) * 512),
+        6 => (old & 0xc000_0000_0000_0000) | (random.below(1 << 47) * 512),
         7 => old.wrapping_add(512 << random.below(8)),
         _ => old ^ 1 << 63,
     };
