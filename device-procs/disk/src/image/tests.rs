@@ -136,7 +136,9 @@ fn another_process_goes_on_wherever_one_was_killed() {
         let original = std::fs::read(subject.shop.path("disk")).unwrap();
         let steps = changes(&mut Random::new(seed), times(6) as usize);
         let mut deaths = 0;
-        for lives in (0..).step_by(if times(1) > 1 { 1 } else { 4 }) {
+        // qcow images take few writes.
+        let every = times(1) > 1 || subject.format == Format::Qcow;
+        for lives in (0..).step_by(if every { 1 } else { 4 }) {
             std::fs::write(subject.shop.path("disk"), &original).unwrap();
             let heir = subject.shop.open_again("disk", subject.format).unwrap();
             let disk = subject.shop.open_again("disk", subject.format).unwrap();
@@ -165,7 +167,7 @@ fn another_process_goes_on_wherever_one_was_killed() {
                 subject.shop.is_sound("disk", subject.format);
             }
         }
-        assert!(deaths > 5, "{deaths}");
+        assert!(deaths > 10, "{deaths}");
     }
 }
 
@@ -453,8 +455,8 @@ fn mutate(image: &mut [u8], at: usize, random: &mut Random) {
         2 => random.below(u64::MAX),
         3 => old ^ 1 << random.below(64),
         4 => old ^ 1 << 62,
-        5 => (old & 0xc000_0000_0000_0000) | random.below(200) * 512,
-        6 => (old & 0xc000_0000_0000_0000) | random.below(1 << 47) * 512,
+        5 => (old & 0xc000_0000_0000_0000) | (random.below(200) * 512),
+        6 => (old & 0xc000_0000_0000_0000) | (random.below(1 << 47) * 512),
         7 => old.wrapping_add(512 << random.below(8)),
         _ => old ^ 1 << 63,
     };
