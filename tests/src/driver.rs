@@ -18,8 +18,10 @@ use vm_memory::{FileOffset, MmapRegion};
 use crate::DEADLINE;
 use crate::process::readable_within;
 
-/// Entries of each queue. A request takes three.
-const QUEUE_SIZE: u16 = 128;
+/// Entries that a request takes: header, data and status.
+const ENTRIES: usize = 3;
+/// The fewest entries of a queue.
+const SMALLEST: usize = 128;
 
 /// A front end and its buffers.
 pub struct Driver {
@@ -40,7 +42,7 @@ pub struct Queue {
 
 impl Driver {
     /// Connects to `socket` and starts `queues` queues, each with `buffers` buffers
-    /// of `size` bytes.
+    /// of `size` bytes, and room for as many requests at a time.
     pub fn connect(socket: &Path, queues: usize, buffers: usize, size: usize) -> Self {
         let features = VirtioFeatureFlags::VERSION_1.bits()
             | VirtioFeatureFlags::RING_EVENT_IDX.bits()
@@ -49,7 +51,9 @@ impl Driver {
         let path = socket.to_str().unwrap();
         let mut transport: Box<VirtioBlkTransport> =
             Box::new(VhostUser::new(path, features).unwrap());
-        let rings = VirtioBlkQueue::setup_queues(&mut *transport, queues, QUEUE_SIZE).unwrap();
+        let entries = (buffers * ENTRIES).next_power_of_two().max(SMALLEST);
+        let entries = u16::try_from(entries).unwrap();
+        let rings = VirtioBlkQueue::setup_queues(&mut *transport, queues, entries).unwrap();
         let queues = rings.into_iter().enumerate().map(|(index, queue)| {
             let file: File = memfd_create("buffers", MemfdFlags::CLOEXEC).unwrap().into();
             let len = buffers * size;

@@ -227,6 +227,64 @@ fn a_disk_grows_while_it_is_written_to() {
     assert!(client.ask(r#"{"command":"flush"}"#).ok);
 }
 
+fn qemu_img(arguments: &[&str], image: &Path) -> String {
+    let mut command = Command::new("qemu-img");
+    let output = command.args(arguments).arg(image).output();
+    let output = output.expect("./test.sh installs qemu-utils");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {error}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// As its reader and writer by trade sees it afterwards.
+#[test]
+fn an_image_in_qcow2_grows_and_is_whole() {
+    let launch = Launch::new("device-disk");
+    let directory = launch.directory().to_owned();
+    let (image, control) = (directory.join("image"), directory.join("control"));
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "size=1M"], &image);
+    let process = launch
+        .args(["--format", "qcow2"])
+        .args([
+            Path::new("--blk-file"),
+            &image,
+            Path::new("--control"),
+            &control,
+        ])
+        .listening();
+    let mut client = Client::new(&control);
+    let mut guest = Guest::boot(process.connect(), FLUSH | EVENT_IDX, 1);
+    let data = guest.ram.put(&pattern_of(0, 4096));
+    let back = guest.ram.put(&[0; 4096]);
+    let (from, into) = (Buffer::readable(data, 4096), Buffer::writable(back, 4096));
+    assert_eq!(
+        send(&mut guest, VIRTIO_BLK_T_OUT, 0, &[from]),
+        VIRTIO_BLK_S_OK
+    );
+    assert_eq!(client.resize(3 << 20).capacity, Some(3 << 20));
+    client.refused(r#"{"command":"resize","size":1048576}"#);
+    assert_eq!(guest.config(0, 8), (3u64 << 11).to_le_bytes());
+    let last = (3 << 11) - 8;
+    assert_eq!(
+        send(&mut guest, VIRTIO_BLK_T_OUT, last, &[from]),
+        VIRTIO_BLK_S_OK
+    );
+    assert!(client.ask(r#"{"command":"flush"}"#).ok);
+    for sector in [0, last] {
+        assert_eq!(
+            send(&mut guest, VIRTIO_BLK_T_IN, sector, &[into]),
+            VIRTIO_BLK_S_OK
+        );
+        assert!(guest.ram.get(back, 4096) == pattern_of(0, 4096));
+    }
+    process.signal(rustix::process::Signal::TERM);
+    assert_eq!(process.wait().code(), Some(0), "{}", process.log());
+    qemu_img(&["check", "-q"], &image);
+    let info = qemu_img(&["info", "--output=json"], &image);
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    assert_eq!(info["virtual-size"], 3 << 20, "{info}");
+}
+
 #[test]
 fn nonsense_is_answered_and_nobody_is_held_up() {
     let (process, mut client) = start(&["--read-only"]);

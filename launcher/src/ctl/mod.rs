@@ -1,7 +1,6 @@
 //! `outrigger ctl`: asks something of a machine that runs, over the control socket of
 //! its launcher or of its runner alone.
 
-mod size;
 mod stats;
 mod table;
 
@@ -12,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
-use outrigger_cli::{Usage, socket};
+use outrigger_cli::{Usage, size, socket};
 use outrigger_protocol::control::{self, Reply};
 use outrigger_protocol::exit;
 

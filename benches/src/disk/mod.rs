@@ -1,0 +1,113 @@
+//! A disk process and its front end, without a machine: ours beside qemu-storage-daemon's,
+//! and fio on the file itself.
+//!
+//! [`cases`] are what is done, [`peers`] are who does it, [`load`] does it through a
+//! vhost-user queue; [`reach`] compares, and [`table`], [`json`] and [`svg`] show.
+
+mod cases;
+mod fio;
+mod json;
+mod load;
+mod media;
+mod peers;
+mod reach;
+mod svg;
+mod table;
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use self::cases::Case;
+use self::load::Figures;
+use self::media::Media;
+use self::peers::Peer;
+use crate::{QUICK, median};
+
+/// What one peer did in one case.
+pub struct Row {
+    /// What was done.
+    pub case: Case,
+    /// Who did it.
+    pub peer: Peer,
+    /// Medians of all rounds.
+    pub figures: Figures,
+}
+
+pub fn run() {
+    let quick = QUICK.load(Ordering::Relaxed);
+    let rounds = if quick { 5 } else { 3 };
+    let start = Instant::now();
+    let directory = results();
+    let media = Media::new(&directory);
+    let present = Peer::present();
+    let plan: Vec<(Case, Vec<Peer>)> = cases::all(quick)
+        .into_iter()
+        .filter(|case| media.has(case))
+        .map(|case| (case, Peer::of(&case, &present)))
+        .collect();
+    let mut measured: Vec<Vec<Vec<Figures>>> = plan
+        .iter()
+        .map(|(_, peers)| vec![Vec::new(); peers.len()])
+        .collect();
+    // In turns, so that all see the same noise.
+    for round in 1..=rounds {
+        eprintln!(
+            "round {round} of {rounds}, {:.0} s",
+            start.elapsed().as_secs_f64()
+        );
+        for ((case, peers), measured) in plan.iter().zip(&mut measured) {
+            for (peer, measured) in peers.iter().zip(measured) {
+                measured.push(peer.measure(case, &media));
+            }
+        }
+    }
+    let rows: Vec<Row> = plan
+        .iter()
+        .zip(measured)
+        .flat_map(|((case, peers), measured)| {
+            peers.iter().zip(measured).map(|(peer, rounds)| Row {
+                case: *case,
+                peer: *peer,
+                figures: medians(&rounds),
+            })
+        })
+        .collect();
+    let reaches = reach::all(&rows);
+    table::print(&rows, &reaches);
+    for (name, content) in [
+        ("disk.json", json::text(&rows, &reaches, rounds)),
+        ("disk.svg", svg::text(&rows)),
+    ] {
+        let path = directory.join(name);
+        std::fs::write(&path, content).expect("the target directory can be written to");
+        println!("{}", path.display());
+    }
+    println!("{:.0} s", start.elapsed().as_secs_f64());
+}
+
+/// `target/benches`, whatever the target directory is.
+fn results() -> PathBuf {
+    let program = std::env::current_exe().expect("this program has a path");
+    let target = program
+        .ancestors()
+        .nth(2)
+        .expect("it lies in target/PROFILE");
+    let directory = target.join("benches");
+    std::fs::create_dir_all(&directory).expect("the target directory can be written to");
+    directory
+}
+
+fn medians(rounds: &[Figures]) -> Figures {
+    let of = |get: fn(&Figures) -> f64| median(&mut rounds.iter().map(get).collect::<Vec<_>>());
+    Figures {
+        iops: of(|f| f.iops),
+        bytes: of(|f| f.bytes),
+        p50: of(|f| f.p50),
+        p99: of(|f| f.p99),
+        cpu: of(|f| f.cpu),
+        resident: median(&mut rounds.iter().map(|f| f.resident).collect::<Vec<_>>()),
+        back: median(&mut rounds.iter().map(|f| f.back).collect::<Vec<_>>()),
+        front: median(&mut rounds.iter().map(|f| f.front).collect::<Vec<_>>()),
+    }
+}

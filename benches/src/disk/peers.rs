@@ -1,0 +1,148 @@
+//! Who is measured.
+
+use std::path::Path;
+use std::process::Command;
+
+use outrigger_tests::binaries;
+use outrigger_tests::process::{Launch, Process};
+use outrigger_tests::wait_until;
+
+use super::cases::{Case, Format, Medium};
+use super::fio;
+use super::load::{self, Figures};
+use super::media::Media;
+
+/// For how many microseconds device-disk looks for more where it polls.
+const POLL_US: &str = "200";
+
+/// A program that does the work of a case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// device-disk.
+    Ours,
+    /// device-disk with `--poll-us`.
+    Polling,
+    /// qemu-storage-daemon with io_uring.
+    Daemon,
+    /// fio with io_uring on the file itself: the yardstick.
+    Fio,
+}
+
+impl Peer {
+    /// Those that are installed.
+    pub fn present() -> Vec<Peer> {
+        let mut present = vec![Peer::Ours];
+        if ours_says("--help").contains("--poll-us") {
+            present.push(Peer::Polling);
+        }
+        for (peer, program) in [(Peer::Daemon, "qemu-storage-daemon"), (Peer::Fio, "fio")] {
+            if Command::new(program).arg("--version").output().is_ok() {
+                present.push(peer);
+            } else {
+                println!("{program} is not installed: its ratios are left out");
+            }
+        }
+        present
+    }
+
+    /// Those of `present` that do `case`.
+    pub fn of(case: &Case, present: &[Peer]) -> Vec<Peer> {
+        let does = |peer: &&Peer| match peer {
+            Peer::Ours | Peer::Daemon => true,
+            Peer::Polling => case.depth == 1 && case.medium == Medium::Memory,
+            Peer::Fio => case.medium == Medium::Direct && case.format == Format::Raw,
+        };
+        present.iter().filter(does).copied().collect()
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Peer::Ours => "device-disk",
+            Peer::Polling => "device-disk, polling",
+            Peer::Daemon => "qemu-storage-daemon",
+            Peer::Fio => "fio on the file",
+        }
+    }
+
+    /// Has it do `case` once.
+    pub fn measure(self, case: &Case, media: &Media) -> Figures {
+        let image = media.path(case);
+        let process = match self {
+            Peer::Ours => ours(case, &image, &[]),
+            Peer::Polling => ours(case, &image, &["--poll-us", POLL_US]),
+            Peer::Daemon => daemon(case, &image),
+            Peer::Fio => return fio::measure(case, &image),
+        };
+        load::measure(&process, case)
+    }
+}
+
+/// What device-disk says when asked.
+pub fn ours_says(option: &str) -> String {
+    let output = Command::new(binaries::binary("device-disk"))
+        .arg(option)
+        .output();
+    String::from_utf8_lossy(&output.expect("it was built").stdout).into_owned()
+}
+
+fn ours(case: &Case, image: &Path, more: &[&str]) -> Process {
+    let queues = case.queues.to_string();
+    let mut launch = Launch::new("device-disk")
+        .args(["--queues", &queues])
+        .args([Path::new("--blk-file"), image])
+        .args(more);
+    if case.medium == Medium::Direct {
+        launch = launch.args(["--cache", "none"]);
+    }
+    if case.format == Format::Qcow2 {
+        launch = launch.args(["--format", "qcow2"]);
+    }
+    launch.listening()
+}
+
+fn daemon(case: &Case, image: &Path) -> Process {
+    let launch = Launch::program(Path::new("qemu-storage-daemon"));
+    let socket = launch.directory().join("socket");
+    let (image, path, queues) = (image.display(), socket.display(), case.queues);
+    let direct = match case.medium {
+        Medium::Memory => "off",
+        Medium::Direct => "on",
+    };
+    let file =
+        format!("driver=file,node-name=file,filename={image},aio=io_uring,cache.direct={direct}");
+    let form = match case.format {
+        Format::Raw => "driver=raw,node-name=disk,file=file".to_owned(),
+        Format::Qcow2 => format!("driver=qcow2,node-name=disk,file=file,cache.direct={direct}"),
+    };
+    let export = format!(
+        "type=vhost-user-blk,id=export,node-name=disk,writable=on,num-queues={queues},\
+         addr.type=unix,addr.path={path}"
+    );
+    let process = launch
+        .args([
+            "--blockdev",
+            &file,
+            "--blockdev",
+            &form,
+            "--export",
+            &export,
+        ])
+        .spawn();
+    wait_until("qemu-storage-daemon listens", || {
+        assert!(process.is_running(), "{}", process.log());
+        listens(&socket)
+    });
+    process
+}
+
+/// Whether somebody accepts at `socket`, which is there a moment before they do: the flag
+/// __SO_ACCEPTCON in /proc/net/unix. A connection to try it would be the only one.
+fn listens(socket: &Path) -> bool {
+    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    let path = socket.display().to_string();
+    sockets.lines().any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        fields.get(3) == Some(&"00010000") && fields.get(7) == Some(&path.as_str())
+    })
+}

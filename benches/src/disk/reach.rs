@@ -1,0 +1,123 @@
+//! What was to be reached, and whether it is.
+
+use super::Row;
+use super::cases::{Case, Format, Medium};
+use super::load::{Busy, Figures};
+use super::peers::Peer;
+
+/// One figure beside another.
+pub struct Reach {
+    /// What is compared.
+    pub what: String,
+    /// The one by the other.
+    pub ratio: f64,
+    /// The least that was to be reached, or the most.
+    pub wanted: Wanted,
+    /// Who is busy, of both that are compared: what bounds it.
+    pub bound: String,
+}
+
+/// A limit.
+#[derive(Clone, Copy)]
+pub enum Wanted {
+    /// At least this.
+    Least(f64),
+    /// At most this.
+    Most(f64),
+}
+
+impl Reach {
+    /// Whether it is reached.
+    pub fn is_met(&self) -> bool {
+        match self.wanted {
+            Wanted::Least(least) => self.ratio >= least,
+            Wanted::Most(most) => self.ratio <= most,
+        }
+    }
+}
+
+/// The share of its time at which a thread counts as busy.
+const BUSY: f64 = 0.9;
+
+/// Who of `row` has no time left.
+fn bound(row: &Row) -> String {
+    let Figures { front, back, .. } = row.figures;
+    let threads = row.case.queues as f64;
+    let is_busy = |it: Busy| it.ran + it.waited >= BUSY * threads;
+    let who = match (is_busy(front), is_busy(back)) {
+        (true, true) => "both sides are busy",
+        (true, false) => "the front end is busy",
+        (false, true) => "the back end is busy",
+        (false, false) if row.case.medium == Medium::Direct => "nobody is busy: the medium",
+        (false, false) => "nobody is busy: waking each other up",
+    };
+    let share = |it: Busy| {
+        let percent = |part: f64| part / threads * 100.0;
+        format!(
+            "runs {:.0} %, waits for a processor {:.0} %",
+            percent(it.ran),
+            percent(it.waited)
+        )
+    };
+    format!(
+        "{who}; front end {}; back end {}",
+        share(front),
+        share(back)
+    )
+}
+
+fn iops(row: &Row) -> f64 {
+    row.figures.iops
+}
+
+fn cpu(row: &Row) -> f64 {
+    row.figures.cpu
+}
+
+/// All that can be told from `rows`.
+pub fn all(rows: &[Row]) -> Vec<Reach> {
+    let find = |case: &Case, peer| rows.iter().find(|it| it.case == *case && it.peer == peer);
+    let mut reaches = Vec::new();
+    for row in rows {
+        let case = &row.case;
+        let mut compare = |what: &str, other: Option<&Row>, get: fn(&Row) -> f64, wanted| {
+            if let Some(other) = other {
+                reaches.push(Reach {
+                    what: format!("{}, {}: {what}", case.place(), case.work()),
+                    ratio: get(row) / get(other),
+                    wanted,
+                    bound: bound(row),
+                });
+            }
+        };
+        let small = !case.pattern.is_sequential() && case.queues == 1;
+        let daemon = find(case, Peer::Daemon);
+        match (case.medium, case.format, case.depth, row.peer) {
+            (Medium::Memory, Format::Raw, 32, Peer::Ours) if small => {
+                compare("IOPS by qsd's", daemon, iops, Wanted::Least(2.2));
+                compare("CPU by qsd's", daemon, cpu, Wanted::Most(0.5));
+            }
+            (Medium::Memory, Format::Raw, 1, Peer::Ours) if small => {
+                compare("IOPS by qsd's", daemon, iops, Wanted::Least(1.0));
+            }
+            (Medium::Memory, Format::Raw, 1, Peer::Polling) if small => {
+                compare("IOPS, polling, by qsd's", daemon, iops, Wanted::Least(2.5));
+            }
+            (Medium::Memory, Format::Qcow2, 32, Peer::Ours) if small => {
+                let format = Format::Raw;
+                let raw = find(&Case { format, ..*case }, Peer::Ours);
+                compare("IOPS by our raw", raw, iops, Wanted::Least(0.9));
+            }
+            (Medium::Direct, Format::Raw, 32, Peer::Ours) if case.queues == 1 => {
+                compare(
+                    "IOPS by fio's",
+                    find(case, Peer::Fio),
+                    iops,
+                    Wanted::Least(0.95),
+                );
+            }
+            _ => {}
+        }
+    }
+    reaches
+}

@@ -1,0 +1,58 @@
+//! The figures for people.
+
+use super::Row;
+use super::peers::Peer;
+use super::reach::{Reach, Wanted};
+
+/// Prints all figures, and what was reached.
+pub fn print(rows: &[Row], reaches: &[Reach]) {
+    println!("Medians. Each queue has a thread of the front end, which sleeps until it is");
+    println!("interrupted; CPU: processor seconds of the back end for a million requests.");
+    let mut place = "";
+    let mut first = None;
+    for row in rows {
+        let (case, figures) = (&row.case, &row.figures);
+        if place != case.place() {
+            place = case.place();
+            println!("\n{place}");
+            println!(
+                "{:50}{:>9}{:>9}{:>10}{:>10}{:>8}{:>9}{:>8}",
+                "", "IOPS", "MB/s", "p50 us", "p99 us", "CPU", "RSS MiB", "ratio"
+            );
+        }
+        let of_case = |peer| rows.iter().find(|it| it.case == *case && it.peer == peer);
+        // Beside qemu-storage-daemon's.
+        let ratio = match of_case(Peer::Daemon) {
+            Some(other) if row.peer != Peer::Daemon => {
+                format!("{:.2}", figures.iops / other.figures.iops)
+            }
+            _ => String::new(),
+        };
+        let mib = |bytes: f64| format!("{:.1}", bytes / f64::from(1 << 20));
+        let resident = figures.resident.map(mib).unwrap_or_default();
+        let work = match first {
+            Some(shown) if shown == *case => String::new(),
+            _ => case.work(),
+        };
+        first = Some(*case);
+        println!(
+            "{work:29} {:20}{:>9.0}{:>9.0}{:>10.1}{:>10.1}{:>8.2}{resident:>9}{ratio:>8}",
+            row.peer.name(),
+            figures.iops,
+            figures.bytes / 1e6,
+            figures.p50,
+            figures.p99,
+            figures.cpu,
+        );
+    }
+    println!();
+    for reach in reaches {
+        let wanted = match reach.wanted {
+            Wanted::Least(least) => format!("at least {least}"),
+            Wanted::Most(most) => format!("at most {most}"),
+        };
+        let met = if reach.is_met() { "met" } else { "NOT MET" };
+        println!("{:75} {:>6.2}  {wanted}: {met}", reach.what, reach.ratio);
+        println!("    {}", reach.bound);
+    }
+}
