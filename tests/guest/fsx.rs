@@ -11,9 +11,9 @@ use std::process::exit;
 
 const SECTOR: usize = 512;
 /// Bytes at the start of each device that are worked on.
-const WINDOW: usize = 4 << 20;
+const WINDOW: usize = 1 << 20;
 /// Longest operation in sectors.
-const LONGEST: u64 = 128;
+const LONGEST: u64 = 64;
 /// What buffers are aligned to.
 const PAGE: usize = 4096;
 

@@ -53,8 +53,16 @@ pub fn wait_serial(machine: &Running, text: &str) {
 /// # Panics
 /// When it has another.
 pub fn wait_end(machine: &Running, code: i32) {
+    wait_end_within(machine, code, PATIENCE);
+}
+
+/// The same, with a `limit` of the caller's.
+///
+/// # Panics
+/// When it has another code, or does not end.
+pub fn wait_end_within(machine: &Running, code: i32, limit: Duration) {
     let start = Instant::now();
-    while machine.runner.is_running() && start.elapsed() < PATIENCE {
+    while machine.runner.is_running() && start.elapsed() < limit {
         std::thread::sleep(Duration::from_millis(20));
     }
     machine.expect(code);

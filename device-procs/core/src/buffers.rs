@@ -2,8 +2,9 @@
 
 use vm_memory::VolatileSlice;
 
-/// So many pieces need no allocation.
-const FEW: usize = 4;
+/// So many pieces need no allocation: most requests of a disk have no more of a kind, and
+/// room for others would cost each of them, for it is moved around.
+const FEW: usize = 2;
 
 /// Consecutive pieces of guest memory; never empty pieces.
 #[derive(Clone)]
@@ -52,7 +53,7 @@ impl<'m> Buffers<'m> {
                 self.end += 1;
                 return;
             }
-            self.many.reserve(4 * FEW);
+            self.many.reserve(8 * FEW);
             self.many.extend_from_slice(&self.few);
         }
         self.many.truncate(self.end);

@@ -22,6 +22,9 @@ use crate::Error;
 use crate::chain::Origin;
 use crate::fault::{self, Point};
 
+mod taken;
+use taken::Taken;
+
 /// Each queue's region begins at a multiple of this many bytes.
 const ALIGNMENT: u64 = 64;
 /// Version of the layout. 0 stands for a region that nobody has used yet.
@@ -192,7 +195,7 @@ pub struct Tracker {
     /// Number of the next request that is taken.
     counter: u64,
     /// Taken and not completed, in this order.
-    taken: VecDeque<(u16, Origin)>,
+    taken: Taken,
     /// In flight when the process before this one died, in the order in which it had
     /// taken them.
     again: VecDeque<u16>,
@@ -217,7 +220,7 @@ impl Tracker {
             table,
             queue,
             counter: 0,
-            taken: VecDeque::new(),
+            taken: Taken::new(size),
             again: VecDeque::new(),
         };
         tracker
@@ -296,24 +299,26 @@ impl Tracker {
     }
 
     /// The next request that the process before this one had taken.
-    pub fn take_again(&mut self) -> Option<u16> {
-        let head = self.again.pop_front()?;
-        self.taken.push_back((head, Origin::Inflight));
-        Some(head)
+    ///
+    /// # Errors
+    /// Cannot fail as long as those come before any other.
+    pub fn take_again(&mut self) -> Result<Option<u16>, String> {
+        let Some(head) = self.again.pop_front() else {
+            return Ok(None);
+        };
+        self.taken.push(head, Origin::Inflight)?;
+        Ok(Some(head))
     }
 
     /// A request was found in the available ring at `position`.
     ///
     /// # Errors
-    /// When its head is none, or the driver has more requests than its ring entries.
+    /// When its head is none, or that of a request that is in flight.
     pub fn take(&mut self, head: u16, position: u16) -> Result<(), String> {
-        if self.inflight() >= self.table.shape.size {
-            return Err("more requests are in flight than it has entries".to_owned());
-        }
+        self.taken.push(head, Origin::Available(position))?;
         self.store::<AtomicU64>(entry(head, COUNTER_AT), self.counter)?;
         self.store::<AtomicU8>(entry(head, INFLIGHT_AT), 1)?;
         self.counter = self.counter.wrapping_add(1);
-        self.taken.push_back((head, Origin::Available(position)));
         Ok(())
     }
 
@@ -322,7 +327,7 @@ impl Tracker {
     /// # Errors
     /// Cannot fail for a request that was taken.
     pub(crate) fn take_back(&mut self) -> Result<Option<(u16, Origin)>, String> {
-        let Some((head, origin)) = self.taken.pop_back() else {
+        let Some((head, origin)) = self.taken.pop() else {
             return Ok(None);
         };
         match origin {
@@ -349,9 +354,7 @@ impl Tracker {
     pub fn complete(&mut self, completed: &[(u16, u32)], used: u16) -> Result<(), String> {
         for &(head, _) in completed {
             self.store::<AtomicU8>(entry(head, INFLIGHT_AT), 0)?;
-            if let Some(at) = self.taken.iter().position(|&(taken, _)| taken == head) {
-                self.taken.remove(at);
-            }
+            self.taken.remove(head);
         }
         fault::reach(Point::Cleared);
         self.store::<AtomicU16>(USED_INDEX_AT, used)

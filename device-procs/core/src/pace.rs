@@ -16,8 +16,10 @@ const CREDIT: u32 = 2 * MISS;
 /// Time to wake up: a sleep that is longer than a look by no more than this would have
 /// been saved by looking.
 const WAKE: Duration = Duration::from_micros(70);
-/// After so many of these it tries to look again.
+/// After so many of these it tries to look again; after twice as many each time that this
+/// fails, for a try is dear when it is in vain.
 const NAPS: u32 = 32;
+const MOST_NAPS: u32 = 32 * NAPS;
 /// However busy, everything else is seen to this often.
 const LOOK_AROUND: Duration = Duration::from_millis(1);
 /// Requests, or looks for one, between two looks at the clock.
@@ -41,6 +43,8 @@ pub struct Pace {
     /// It looks while this is not zero.
     credit: u32,
     naps: u32,
+    /// So many of them until the next try.
+    patience: u32,
     count: u32,
     /// Since when there has been no request.
     quiet: Option<Instant>,
@@ -54,6 +58,7 @@ impl Pace {
             look,
             credit: if look.is_zero() { 0 } else { CREDIT },
             naps: 0,
+            patience: NAPS,
             count: 0,
             quiet: None,
             looked_around: Instant::now(),
@@ -105,18 +110,21 @@ impl Pace {
             return;
         }
         self.naps += 1;
-        if self.naps == NAPS {
+        if self.naps == self.patience {
             self.naps = 0;
+            self.patience = (2 * self.patience).min(MOST_NAPS);
             self.credit = 1;
         }
     }
 
     fn looked(&mut self, found: bool) {
-        self.credit = if found {
-            (self.credit + 1).min(CREDIT)
+        if !found {
+            self.credit = self.credit.saturating_sub(MISS);
+        } else if self.credit < CREDIT {
+            self.credit += 1;
         } else {
-            self.credit.saturating_sub(MISS)
-        };
+            self.patience = NAPS;
+        }
     }
 
     fn is_time(&mut self, now: Instant) -> bool {
@@ -153,19 +161,28 @@ mod tests {
             pace.slept(Duration::from_secs(1));
         }
         assert_eq!(pace.idle(), Next::Sleep);
-        for _ in 0..NAPS {
-            pace.slept(Duration::from_micros(20));
-        }
+        let nap = |pace: &mut Pace, count| {
+            for _ in 0..count {
+                assert_eq!(pace.idle(), Next::Sleep);
+                pace.slept(Duration::from_micros(20));
+            }
+        };
+        nap(&mut pace, NAPS);
         assert_eq!(pace.idle(), Next::Look);
-        // One miss is enough then ...
+        // One miss is enough then, and the next try is later ...
         look_for_nothing(&mut pace);
-        assert_eq!(pace.idle(), Next::Sleep);
+        nap(&mut pace, 2 * NAPS);
+        assert_eq!(pace.idle(), Next::Look);
+        look_for_nothing(&mut pace);
         // ... unless much was found before.
-        for _ in 0..=MISS {
+        for _ in 0..=CREDIT {
             pace.looked(true);
         }
-        assert_eq!(pace.idle(), Next::Look);
-        look_for_nothing(&mut pace);
+        for _ in 0..CREDIT / MISS {
+            assert_eq!(pace.idle(), Next::Look);
+            look_for_nothing(&mut pace);
+        }
+        nap(&mut pace, NAPS);
         assert_eq!(pace.idle(), Next::Look);
     }
 

@@ -397,9 +397,17 @@ impl Ring {
 
     /// The head of the next request, which is in flight from now on.
     fn take(&mut self) -> Option<(u16, Origin)> {
-        if let Some(head) = self.tracker.as_mut().and_then(Tracker::take_again) {
-            self.in_work = self.in_work.saturating_add(1);
-            return Some((head, Origin::Inflight));
+        let again = self.tracker.as_mut().map_or(Ok(None), Tracker::take_again);
+        match again {
+            Ok(Some(head)) => {
+                self.in_work = self.in_work.saturating_add(1);
+                return Some((head, Origin::Inflight));
+            }
+            Ok(None) => {}
+            Err(why) => {
+                self.corrupt(&why);
+                return None;
+            }
         }
         let head = match self.available() {
             Ok(Some(head)) => head,
@@ -550,6 +558,7 @@ impl Ring {
     fn break_down(&mut self, error: &Error) {
         tracing::error!("{error}; the queue stops until it is set up again");
         self.state = State::Broken;
+        self.split = None;
         if let Some(err) = &self.err {
             // Nobody may listen, and there is nothing to do about it.
             let _ = rustix::io::write(err, &1u64.to_ne_bytes());

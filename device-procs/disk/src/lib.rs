@@ -27,7 +27,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 use device_core::{Control, Description, Device, Program, QUEUE_SIZE, cli::Common, control};
 use outrigger_sandbox::{Check, Rule};
 
@@ -38,8 +38,16 @@ use crate::image::{Backing, Format, Origin};
 
 /// Serves a disk image or block device to a virtual machine over vhost-user.
 #[derive(Parser)]
-#[command(name = "device-disk", version)]
+#[command(
+    name = "device-disk",
+    version,
+    subcommand_negates_reqs = true,
+    args_conflicts_with_subcommands = true
+)]
 pub struct Options {
+    #[command(subcommand)]
+    command: Option<Command>,
+
     #[command(flatten)]
     common: Common,
 
@@ -101,6 +109,13 @@ pub struct Options {
     serial: String,
 }
 
+/// What else the program does.
+#[derive(Subcommand)]
+enum Command {
+    /// Makes an image
+    Create(image::create::Options),
+}
+
 /// Whether the image is locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Lock {
@@ -154,6 +169,16 @@ const SYSCALLS: &[Rule] = &[
 /// Runs the program.
 pub fn main() -> ExitCode {
     let options: Options = outrigger_cli::parse();
+    if let Some(Command::Create(options)) = &options.command {
+        let made = options.make();
+        return made.map_or_else(
+            |error| {
+                outrigger_cli::complain("device-disk", error);
+                ExitCode::FAILURE
+            },
+            |()| ExitCode::SUCCESS,
+        );
+    }
     let capabilities = serde_json::json!({
         "type": "block",
         "features": ["read-only", "blk-file"],

@@ -9,6 +9,7 @@ use device_core::chain::Buffers;
 ///
 /// # Errors
 /// The medium's; `UnexpectedEof` when the file is shorter than it was.
+#[cfg(test)]
 pub fn read(file: impl AsFd, offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {
     // SAFETY: the pieces are guest memory, mapped for as long as `buffers` borrows it.
     unsafe { transfer(libc::preadv2, file, offset, &mut buffers.iovecs(), 0) }

@@ -80,7 +80,7 @@ impl FromStr for MemorySpec {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut parts = text.split(',');
-        let size = parse_size(parts.next().unwrap_or_default())?;
+        let size = outrigger_cli::size::parse(parts.next().unwrap_or_default())?;
         let mut pages = None;
         for part in parts {
             let value = match part.split_once('=') {
@@ -102,20 +102,6 @@ impl FromStr for MemorySpec {
         }
         Ok(MemorySpec { size, pages })
     }
-}
-
-/// A size in bytes: a number, perhaps with K, M, G or T.
-fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.char_indices().next_back() {
-        Some((at, 'K' | 'k')) => (&text[..at], 10),
-        Some((at, 'M' | 'm')) => (&text[..at], 20),
-        Some((at, 'G' | 'g')) => (&text[..at], 30),
-        Some((at, 'T' | 't')) => (&text[..at], 40),
-        _ => (text, 0),
-    };
-    let bad = || format!("{text:?} is not a size such as 512M");
-    let number: u64 = digits.parse().map_err(|_| bad())?;
-    number.checked_mul(1 << shift).ok_or_else(bad)
 }
 
 /// Guest RAM.

@@ -2,13 +2,17 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::memory::RegionInfo;
+use crate::inflight::{Shape, Table, create};
+use crate::memory::{MemoryTable, RegionInfo};
+use crate::ring::RingAddresses;
+use crate::{Context, Device};
 
 const SIZE: u16 = 8;
 const MEMORY: u64 = 0x1_0000;
@@ -327,7 +331,6 @@ fn a_ring_that_broke_gets_nothing_and_starts_anew() {
 
 #[test]
 fn a_stop_takes_left_overs_that_come_in_several_turns() {
-    use crate::inflight::{Shape, create};
     let shape = Shape {
         queues: 2,
         size: SIZE,
@@ -404,6 +407,18 @@ fn sleeps(thread: i32) -> (bool, Vec<String>) {
     (status.contains("State:\tS"), switches)
 }
 
+/// Runs the worker in a thread that ends with the process; returns its number.
+fn run(worker: &Arc<Worker>, poll: Duration) -> i32 {
+    let (send, thread) = std::sync::mpsc::channel();
+    let worker = Arc::clone(worker);
+    std::thread::spawn(move || {
+        let number = rustix::thread::gettid().as_raw_nonzero().get();
+        send.send(number).unwrap();
+        worker.run(poll)
+    });
+    thread.recv().unwrap()
+}
+
 fn until(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
@@ -421,15 +436,7 @@ fn an_idle_worker_sleeps() {
     world.control(|state, poller| {
         (state.start(0, kick, false, &world.table, None, poller)).unwrap();
     });
-    let (send, thread) = std::sync::mpsc::channel();
-    let worker = Arc::clone(&world.worker);
-    // It ends with the process.
-    std::thread::spawn(move || {
-        send.send(rustix::thread::gettid().as_raw_nonzero().get())
-            .unwrap();
-        worker.run(Duration::from_micros(200))
-    });
-    let thread = thread.recv().unwrap();
+    let thread = run(&world.worker, Duration::from_micros(200));
     for count in 1..=20 {
         world.offer(0, count);
         rustix::io::write(&doorbell, &1u64.to_ne_bytes()).unwrap();
@@ -443,4 +450,20 @@ fn an_idle_worker_sleeps() {
         last = now;
         same == 100
     });
+}
+
+#[test]
+fn whoever_looks_for_long_lets_others_in() {
+    let world = World::new(SIZE.into());
+    world.offer(0, 1);
+    world.start(0).unwrap();
+    run(&world.worker, Duration::from_secs(5));
+    until("completed", || world.used_index(0) == 1);
+    for count in 2..=20 {
+        // Nobody rings, but somebody looks.
+        world.offer(0, count);
+        until("completed", || world.used_index(0) == count);
+        world.control(|state, _| assert!(state.ring(0).unwrap().is_running()));
+    }
+    assert_eq!(world.stop(0), 20);
 }

@@ -11,17 +11,22 @@ use imago::raw::Raw;
 
 use super::guard::Guard;
 use super::qcow2::{self, storage::Storage};
-use super::{Backing, Format, Origin, not_a_disk, open_file};
+use super::{Backing, Format, Origin, looks_like, not_a_disk, open_file};
 use crate::lock;
 
 /// Images on top of each other. QEMU has no limit; each has memory of its own here.
 const MOST: u32 = 16;
 
-/// Opens the file `name` that an image names as its backing file, read-only.
+/// Opens the file `name` that an image names as its backing file, read-only. Without a
+/// format it is raw, unless it looks like something else.
 ///
 /// # Errors
 /// One line that says which file and why not.
-pub fn open(name: &str, format: &str, origin: &Origin<'_>) -> io::Result<FormatAccess<Storage>> {
+pub fn open(
+    name: &str,
+    format: Option<&str>,
+    origin: &Origin<'_>,
+) -> io::Result<FormatAccess<Storage>> {
     let on = |why: String| io::Error::other(format!("its backing file {name}: {why}"));
     if origin.backing == Backing::Deny {
         return Err(on(
@@ -53,6 +58,15 @@ pub fn open(name: &str, format: &str, origin: &Origin<'_>) -> io::Result<FormatA
             lock::take(&file, lock::Use::Read)?;
         }
         let said = path.display().to_string();
+        let format = match (format, looks_like(&file)) {
+            (Some(format), _) => format,
+            (None, None) => "raw",
+            (None, Some(other)) => {
+                return Err(io::Error::other(format!(
+                    "it begins like an image of format {other}, and nothing says what it is"
+                )));
+            }
+        };
         match format.parse() {
             Ok(Format::Raw) => {
                 let storage = Storage::new(Guard::new(file, &said)?);
@@ -78,7 +92,7 @@ pub fn open(name: &str, format: &str, origin: &Origin<'_>) -> io::Result<FormatA
 /// An image that does not say what its backing file `name` is.
 pub fn without_format(name: &str, origin: &Origin<'_>) -> io::Error {
     match origin.backing {
-        Backing::Deny => open(name, "", origin).err().unwrap_or_else(not_a_disk),
+        Backing::Deny => open(name, None, origin).err().unwrap_or_else(not_a_disk),
         Backing::Allow => io::Error::other(format!(
             "its backing file {name}: the image does not say which format that has \
              (qemu-img rebase -u -b {name} -F FORMAT)"

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use device_core::chain::Buffers;
 use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2};
 
 use crate::transfer;
 
@@ -22,8 +22,8 @@ pub struct Guard {
     /// What users call it.
     name: String,
     file: File,
-    /// Size of the file in bytes. It never falls: a file that somebody shortens makes
-    /// errors, not zeros.
+    /// Size of the file in bytes. It does not fall because somebody shortens the file: that
+    /// makes errors, not zeros.
     len: AtomicU64,
     broken: AtomicBool,
     #[cfg(test)]
@@ -138,7 +138,12 @@ impl Guard {
         IoSliceMut::advance_slices(&mut buffers, 0);
         while !buffers.is_empty() {
             let some = buffers.len().min(libc::UIO_MAXIOV as usize);
-            match rustix::io::preadv(&self.file, &mut buffers[..some], offset) {
+            match preadv2(
+                &self.file,
+                &mut buffers[..some],
+                offset,
+                ReadWriteFlags::empty(),
+            ) {
                 Ok(0) => break,
                 Ok(count) => {
                     offset += count as u64;
@@ -189,7 +194,12 @@ impl Guard {
         IoSlice::advance_slices(&mut buffers, 0);
         while !buffers.is_empty() {
             let some = buffers.len().min(libc::UIO_MAXIOV as usize);
-            match rustix::io::pwritev(&self.file, &buffers[..some], offset) {
+            match pwritev2(
+                &self.file,
+                &buffers[..some],
+                offset,
+                ReadWriteFlags::empty(),
+            ) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(count) => {
                     offset += count as u64;
@@ -210,11 +220,27 @@ impl Guard {
         }
     }
 
-    /// Makes the range read as zeros, and the file long enough to have it.
+    /// Makes the file as long again as it was, which had been made longer for what did not
+    /// come.
+    pub fn take_back(&self, len: u64) {
+        // A failure costs space; and a table may point there if one was not written.
+        if self.usable().is_ok() {
+            #[cfg(test)]
+            if self.faults.strike(len).is_err() {
+                return;
+            }
+            if rustix::fs::ftruncate(&self.file, len).is_ok() {
+                self.len.store(len, Ordering::Release);
+            }
+        }
+    }
+
+    /// Makes the range read as zeros, and the file long enough to have it; its space is
+    /// given back if `unmap` allows.
     ///
     /// # Errors
     /// The medium's.
-    pub fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+    pub fn zero(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         self.usable()?;
         let end = offset.checked_add(len).ok_or_else(|| beyond(offset))?;
         let old = self.len();
@@ -226,15 +252,19 @@ impl Guard {
             self.reaches(end);
         }
         if offset < old {
-            self.zero_inside(offset, len.min(old - offset))?;
+            self.zero_inside(offset, len.min(old - offset), unmap)?;
         }
         Ok(())
     }
 
-    fn zero_inside(&self, offset: u64, len: u64) -> io::Result<()> {
+    fn zero_inside(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         #[cfg(test)]
         self.faults.strike(offset)?;
-        for how in [FallocateFlags::ZERO_RANGE, FallocateFlags::PUNCH_HOLE] {
+        let ways = match unmap {
+            true => [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE],
+            false => [FallocateFlags::ZERO_RANGE, FallocateFlags::PUNCH_HOLE],
+        };
+        for how in ways {
             match self.fallocate(how, offset, len) {
                 Err(Errno::OPNOTSUPP) => {}
                 result => return Ok(result?),
@@ -308,8 +338,6 @@ pub mod faults {
         lives: Option<u64>,
         /// Writes that begin here fail with this number.
         failing: Option<(Range<u64>, i32)>,
-        /// Writes so far.
-        count: u64,
     }
 
     impl Faults {
@@ -323,14 +351,8 @@ pub mod faults {
             self.0.lock().unwrap().failing = (errno != 0).then_some((range, errno));
         }
 
-        /// Writes so far.
-        pub fn count(&self) -> u64 {
-            self.0.lock().unwrap().count
-        }
-
         pub(super) fn strike(&self, offset: u64) -> io::Result<()> {
             let mut state = self.0.lock().unwrap();
-            state.count += 1;
             if let Some(lives) = &mut state.lives {
                 *lives = lives.checked_sub(1).ok_or(io::ErrorKind::Interrupted)?;
             }

@@ -1,11 +1,15 @@
 //! Image formats: where in a file a disk's bytes lie.
 
 mod backing;
+pub mod create;
 mod guard;
+mod qcow;
 mod qcow2;
 mod raw;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -54,6 +58,8 @@ pub enum Format {
     Raw,
     /// QEMU's, versions 2 and 3
     Qcow2,
+    /// QEMU's first, version 1
+    Qcow,
 }
 
 impl FromStr for Format {
@@ -102,10 +108,15 @@ pub fn open(
 ) -> io::Result<Box<dyn Image>> {
     let format = match format {
         Some(format) => format,
-        None => {
-            refuse_magic(&file)?;
-            Format::Raw
-        }
+        None => match looks_like(&file) {
+            None => Format::Raw,
+            Some(other) => {
+                return Err(io::Error::other(format!(
+                    "it begins like an image of format {other}: --format {other} if it is one, \
+                     --format raw if its guest wrote that to a raw disk"
+                )));
+            }
+        },
     };
     Ok(match format {
         Format::Raw => {
@@ -121,24 +132,19 @@ pub fn open(
             Box::new(image)
         }
         Format::Qcow2 => Box::new(qcow2::Qcow2Image::open(file, origin, read_only)?),
+        Format::Qcow => Box::new(qcow::QcowImage::open(file, origin, read_only)?),
     })
 }
 
-/// Refuses what begins like a qcow or qcow2 image.
-fn refuse_magic(file: &File) -> io::Result<()> {
+/// The format that a file begins like, other than raw.
+fn looks_like(file: &File) -> Option<&'static str> {
     let mut start = [0; 8];
     // What is shorter, or cannot be read, is found out later.
-    if file.read_exact_at(&mut start, 0).is_err() || start[..4] != qcow2::header::MAGIC {
-        return Ok(());
-    }
-    let format = match start[4..] {
+    file.read_exact_at(&mut start, 0).ok()?;
+    (start[..4] == qcow2::header::MAGIC).then_some(match start[4..] {
         [0, 0, 0, 1] => "qcow",
         _ => "qcow2",
-    };
-    Err(io::Error::other(format!(
-        "it begins like an image of format {format}: --format {format} if it is one, \
-         --format raw if that is what the guest wrote to its disk"
-    )))
+    })
 }
 
 /// Whether a disk of `now` bytes can become one of `capacity`.
@@ -280,6 +286,12 @@ pub trait Image: Send + Sync {
     /// # Errors
     /// One line that says why not; then nothing has changed.
     fn grow(&self, capacity: u64) -> io::Result<()>;
+
+    /// What tests make fail.
+    #[cfg(test)]
+    fn guard_of(&self) -> Option<&guard::Guard> {
+        None
+    }
 
     /// Forgets what is known of the file's content: another process may have changed it.
     /// Nothing else is under way meanwhile.

@@ -82,7 +82,7 @@ pub fn access(file: File, origin: &Origin<'_>, writable: bool) -> io::Result<Ope
     let header = Header::read(&guard, writable)?;
     let backing = match &header.backing {
         None => None,
-        Some((name, Some(format))) => Some(backing::open(name, format, origin)?),
+        Some((name, Some(format))) => Some(backing::open(name, Some(format), origin)?),
         Some((name, None)) => return Err(backing::without_format(name, origin)),
     };
     let storage = Storage::new(guard);
@@ -226,15 +226,16 @@ impl Qcow2Image {
         result.and(settled)
     }
 
-    /// Makes a range zeros; its incomplete clusters only if `all` of it must be.
-    fn zero(&self, offset: u64, len: u64, all: bool) -> io::Result<()> {
+    /// Makes a range zeros: all of it, with or without the right to give its space back;
+    /// or, with `None`, only what is a whole cluster.
+    fn zero(&self, offset: u64, len: u64, all: Option<bool>) -> io::Result<()> {
         self.guard().usable()?;
         let _turn = self.turn();
         let result = self.zero_in_turn(offset, len, all);
         self.end(result)
     }
 
-    fn zero_in_turn(&self, offset: u64, len: u64, all: bool) -> io::Result<()> {
+    fn zero_in_turn(&self, offset: u64, len: u64, all: Option<bool>) -> io::Result<()> {
         let cluster = 1u64 << self.bits;
         let end = offset.saturating_add(len);
         let first = offset.next_multiple_of(cluster);
@@ -245,13 +246,13 @@ impl Qcow2Image {
         };
         if !self.marks_zeroes || first >= last {
             return match all {
-                true => self.write_zero_bytes(offset, end),
-                false => Ok(()),
+                Some(unmap) => self.write_zero_bytes(offset, end, unmap),
+                None => Ok(()),
             };
         }
-        if all {
-            self.write_zero_bytes(offset, first)?;
-            self.write_zero_bytes(last, end)?;
+        if let Some(unmap) = all {
+            self.write_zero_bytes(offset, first, unmap)?;
+            self.write_zero_bytes(last, end, unmap)?;
         }
         self.mark_zeroes(first, last)
     }
@@ -284,13 +285,13 @@ impl Qcow2Image {
     }
 
     /// Writes zeros where there is something else.
-    fn write_zero_bytes(&self, mut at: u64, end: u64) -> io::Result<()> {
+    fn write_zero_bytes(&self, mut at: u64, end: u64, unmap: bool) -> io::Result<()> {
         while at < end {
             let (mapped, len) = self.look(at, end - at)?;
             match mapped {
                 Mapped::Zero => {}
-                Mapped::Data { at, ours: true } => self.guard().zero(at, len)?,
-                _ => self.allocate(at, len, |at, len| self.guard().zero(at, len))?,
+                Mapped::Data { at, ours: true } => self.guard().zero(at, len, unmap)?,
+                _ => self.allocate(at, len, |at, len| self.guard().zero(at, len, unmap))?,
             }
             at += len;
         }
@@ -316,6 +317,11 @@ impl Image for Qcow2Image {
 
     fn file(&self) -> BorrowedFd<'_> {
         self.guard().file()
+    }
+
+    #[cfg(test)]
+    fn guard_of(&self) -> Option<&Guard> {
+        Some(self.guard())
     }
 
     fn map(&self, offset: u64, len: u64) -> io::Result<Extent> {
@@ -363,11 +369,11 @@ impl Image for Qcow2Image {
         if !self.marks_zeroes {
             return Ok(());
         }
-        self.zero(offset, len, false)
+        self.zero(offset, len, None)
     }
 
-    fn write_zeroes(&self, offset: u64, len: u64, _unmap: bool) -> io::Result<()> {
-        self.zero(offset, len, true)
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.zero(offset, len, Some(unmap))
     }
 
     fn grow(&self, capacity: u64) -> io::Result<()> {
@@ -394,11 +400,11 @@ impl Image for Qcow2Image {
     fn reload(&self) -> io::Result<()> {
         let _turn = self.turn();
         let _alone = self.zeroing.write().unwrap_or_else(PoisonError::into_inner);
-        self.guard().usable()?;
         let header = Header::read(self.guard(), !self.geometry.read_only)?;
         self.storage.load(&header, !self.geometry.read_only)?;
         self.places.clear();
-        // SAFETY: all that imago had to write is in the file: `settle` follows every change.
+        // SAFETY: all that imago had to write is in the file, for `settle` follows every
+        // change; or there was an error, and the file is what counts.
         unsafe { self.access.inner().invalidate_cache() }?;
         self.capacity.store(capacity(&header)?, Ordering::Release);
         Ok(())

@@ -109,7 +109,7 @@ impl imago::Storage for Storage {
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
         // It zeroes data only.
         self.check_data(offset, length)?;
-        self.0.guard.zero(offset, length)
+        self.0.guard.zero(offset, length, false)
     }
 
     fn flush(&self) -> io::Result<()> {

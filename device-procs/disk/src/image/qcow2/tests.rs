@@ -1,7 +1,7 @@
 //! Against QEMU, a model in memory, sudden ends, and tables that are none.
 
-use super::super::Format;
-use super::super::testing::{Random, Workshop, exercise, pattern};
+use super::super::testing::{Random, Workshop, exercise, open_at, pattern};
+use super::super::{Backing, Format};
 
 const SIZE: usize = 8 << 20;
 
@@ -88,4 +88,224 @@ fn snapshots_keep_what_was() {
         shop.qemu_img(&["snapshot", "-d", "then", "disk"]);
         shop.qemu_img(&["check", "-q", "disk"]);
     }
+}
+
+/// What is said of an image when `bytes` are at `at`.
+fn refusal(shop: &Workshop, name: &str, at: usize, bytes: &[u8], read_only: bool) -> String {
+    let mut image = std::fs::read(shop.path(name)).unwrap();
+    if image.len() < at + bytes.len() {
+        image.resize(at + bytes.len(), 0);
+    }
+    image[at..at + bytes.len()].copy_from_slice(bytes);
+    std::fs::write(shop.path("bad"), image).unwrap();
+    let error = shop.open("bad", Format::Qcow2, read_only).err();
+    let error = error.unwrap_or_else(|| panic!("{at}: {bytes:?} is taken"));
+    error.to_string()
+}
+
+#[test]
+fn headers_that_cannot_be_are_refused_in_a_word() {
+    let shop = Workshop::new();
+    shop.create("disk", "qcow2", "", "8M");
+    let l1 = 3u64 << 16;
+    let image = std::fs::read(shop.path("disk")).unwrap();
+    // The table of feature names is the first extension.
+    assert_eq!(image[112..116], 0x6803_f857u32.to_be_bytes());
+    let long = |value: u64| value.to_be_bytes().to_vec();
+    let word = |value: u32| value.to_be_bytes().to_vec();
+    for (at, bytes, why) in [
+        (0, b"QFI\0".to_vec(), "no qcow2 image"),
+        (4, word(1), "--format qcow"),
+        (4, word(4), "version 4"),
+        (8, long(1 << 40), "backing file"),
+        (8, [long(600), word(2000)].concat(), "backing file"),
+        (8, [long(600), word(0)].concat(), "backing file"),
+        (20, word(8), "clusters of 2^8"),
+        (20, word(22), "clusters of 2^22"),
+        (20, word(u32::MAX), "clusters of 2^"),
+        (24, long(0), "empty"),
+        (24, long(511), "empty"),
+        (24, long(u64::MAX), "too large"),
+        (24, long(1 << 60), "too large"),
+        (24, long(1 << 40), "L1 table"),
+        (32, word(1), "encrypted"),
+        (32, word(2), "encrypted"),
+        (32, word(3), "encryption method 3"),
+        (36, word(0), "L1 table"),
+        (36, word(u32::MAX), "L1 table"),
+        (40, long(0), "L1 table"),
+        (40, long(l1 + 512), "L1 table"),
+        (40, long(1 << 60), "L1 table"),
+        (40, long(u64::MAX), "L1 table"),
+        (48, long(0), "refcount table"),
+        (48, long(1 << 40), "refcount table"),
+        (48, long(l1), "share"),
+        (40, long(1 << 16), "share"),
+        (56, word(0), "refcount table"),
+        (56, word(u32::MAX), "refcount table"),
+        (60, word(u32::MAX), "snapshots"),
+        (60, [word(1), long(1 << 50)].concat(), "snapshots"),
+        (72, long(1), "not closed properly: qemu-img check"),
+        (72, long(2), "damaged: qemu-img check"),
+        (72, long(4), "data_file"),
+        (72, long(8), "compression"),
+        (72, long(16), "extended_l2"),
+        (72, long(32), "not known"),
+        (72, long(1 << 63), "not known"),
+        (96, word(7), "refcounts"),
+        (96, word(u32::MAX), "refcounts"),
+        (100, word(96), "header of 96 bytes"),
+        (100, word(109), "header of 109 bytes"),
+        (100, word(u32::MAX), "header of"),
+        (116, word(u32::MAX), "extensions"),
+        // imago would panic.
+        (116, word(49), "feature names"),
+        (112, word(0x0537_be77), "encrypted"),
+        (l1 as usize, long(1 << 63 | 0x5_0200), "0x50200"),
+        (l1 as usize, long(1 << 63 | 1 << 40), "beyond the end"),
+        (l1 as usize, long(1 << 63 | 1 << 16), "share"),
+        (l1 as usize, long(1 << 62), "L1 table"),
+        (1 << 16, long(1 << 40), "beyond the end"),
+        (1 << 16, long(1), "refcount table"),
+        (1 << 16, long(0), "counts as free"),
+        (2 << 16, vec![0; 2], "counts as free"),
+    ] {
+        let said = refusal(&shop, "disk", at, &bytes, false);
+        assert!(said.contains(why), "{at} {bytes:?}: {said}");
+        assert!(!said.contains('\n'), "{said}");
+    }
+    for len in [0, 3, 71, 100, 104, 60_000] {
+        std::fs::write(shop.path("bad"), &image[..len]).unwrap();
+        let error = shop.open("bad", Format::Qcow2, true).err().unwrap();
+        assert!(!error.to_string().contains('\n'), "{error}");
+    }
+}
+
+#[test]
+fn bitmaps_are_not_made_wrong() {
+    let shop = Workshop::new();
+    shop.create("disk", "qcow2", "", "8M");
+    shop.qemu_img(&["bitmap", "--add", "disk", "changes"]);
+    let why = refusal(&shop, "disk", 0, b"Q", false);
+    assert!(why.contains("bitmaps"), "{why}");
+    shop.open("disk", Format::Qcow2, true).unwrap();
+
+    // Features that we do not know are cleared, and no others touched.
+    shop.create("other", "qcow2", "", "8M");
+    let mut image = std::fs::read(shop.path("other")).unwrap();
+    image[88..96].copy_from_slice(&(1u64 << 40).to_be_bytes());
+    std::fs::write(shop.path("other"), &image).unwrap();
+    drop(shop.open("other", Format::Qcow2, true).unwrap());
+    assert_eq!(std::fs::read(shop.path("other")).unwrap(), image);
+    drop(shop.open("other", Format::Qcow2, false).unwrap());
+    image[88..96].fill(0);
+    assert_eq!(std::fs::read(shop.path("other")).unwrap(), image);
+}
+
+#[test]
+fn other_files_are_opened_only_when_asked_for_and_as_what_they_are_called() {
+    let shop = Workshop::new();
+    shop.raw("base", &pattern(1 << 20));
+    shop.create("disk", "qcow2", "backing_file=base,backing_fmt=raw", "1M");
+    let open = |name: &str, backing| {
+        let result = open_at(&shop.path(name), Some(Format::Qcow2), false, backing, true);
+        result.map_err(|error| error.to_string())
+    };
+    let why = open("disk", Backing::Deny).err().unwrap();
+    assert!(
+        why.contains("base") && why.contains("--backing allow"),
+        "{why}"
+    );
+    open("disk", Backing::Allow).unwrap();
+
+    // A guest that once had the file below as its disk, and wrote a header.
+    shop.create("trap", "qcow2", "", "1M");
+    let trap = std::fs::read(shop.path("trap")).unwrap();
+    std::fs::write(shop.path("base"), &trap).unwrap();
+    let disk = open("disk", Backing::Allow).unwrap();
+    assert!(disk.read(0, 512).unwrap() == trap[..512]);
+    drop(disk);
+
+    for (options, why) in [
+        ("backing_file=base,backing_fmt=vmdk", "format vmdk"),
+        ("backing_file=base,backing_fmt=qcow", "format qcow"),
+        (
+            "backing_file=missing,backing_fmt=raw",
+            "missing: No such file",
+        ),
+        (
+            "backing_file=/dev/zero,backing_fmt=raw",
+            "neither a regular file",
+        ),
+        (
+            "backing_file=/tmp,backing_fmt=raw",
+            "neither a regular file",
+        ),
+        ("backing_file=nbd:127.0.0.1:1,backing_fmt=raw", "path"),
+    ] {
+        shop.qemu_img(&[
+            "create", "-q", "-u", "-f", "qcow2", "-o", options, "odd", "1M",
+        ]);
+        let said = open("odd", Backing::Allow).err().unwrap();
+        assert!(said.contains(why), "{options}: {said}");
+    }
+    // Images on top of each other: itself, and very many.
+    let options = "backing_file=loop,backing_fmt=qcow2";
+    shop.qemu_img(&[
+        "create", "-q", "-u", "-f", "qcow2", "-o", options, "it", "1M",
+    ]);
+    std::fs::rename(shop.path("it"), shop.path("loop")).unwrap();
+    open_at(
+        &shop.path("loop"),
+        Some(Format::Qcow2),
+        true,
+        Backing::Allow,
+        true,
+    )
+    .err()
+    .unwrap();
+    let mut below = "trap".to_owned();
+    for number in 0..18 {
+        let name = format!("layer{number}");
+        let options = format!("backing_file={below},backing_fmt=qcow2");
+        shop.qemu_img(&[
+            "create", "-q", "-u", "-f", "qcow2", "-o", &options, &name, "1M",
+        ]);
+        below = name;
+    }
+    open("layer14", Backing::Allow).unwrap();
+    let why = open("layer17", Backing::Allow).err().unwrap();
+    assert!(why.contains("on top of each other"), "{why}");
+    assert!(!why.contains('\n'));
+    // No word of the format.
+    std::fs::write(shop.path("base"), pattern(1 << 20)).unwrap();
+    let mut image = std::fs::read(shop.path("disk")).unwrap();
+    let at = image
+        .windows(4)
+        .position(|it| it == 0xe279_2acau32.to_be_bytes());
+    let at = at.unwrap();
+    image[at..at + 4].copy_from_slice(b"none");
+    std::fs::write(shop.path("mute"), image).unwrap();
+    let why = open("mute", Backing::Allow).err().unwrap();
+    assert!(why.contains("which format"), "{why}");
+    let why = open("mute", Backing::Deny).err().unwrap();
+    assert!(why.contains("--backing allow"), "{why}");
+}
+
+/// While a disk lies on it, nobody writes to the file below.
+#[test]
+fn what_is_below_is_locked() {
+    let shop = Workshop::new();
+    shop.raw("base", &pattern(1 << 20));
+    shop.create("disk", "qcow2", "backing_file=base,backing_fmt=raw", "1M");
+    let open =
+        |name: &str, format| open_at(&shop.path(name), Some(format), false, Backing::Allow, true);
+    let disk = open("disk", Format::Qcow2).unwrap();
+    let why = open("base", Format::Raw).err().unwrap().to_string();
+    assert!(why.contains("locked"), "{why}");
+    drop(disk);
+    let base = open("base", Format::Raw).unwrap();
+    let why = open("disk", Format::Qcow2).err().unwrap().to_string();
+    assert!(why.contains("base: it is locked"), "{why}");
+    drop(base);
 }

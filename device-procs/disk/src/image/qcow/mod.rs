@@ -1,0 +1,329 @@
+//! qcow images, version 1: two levels of tables, and clusters in the order in which they
+//! were first written. There are no refcounts: what is not in a table yet is behind the
+//! end of the file. So data comes first, then the entry that points to it, then, if that
+//! is in a new table, the one that points to that.
+
+pub mod header;
+mod tables;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use device_core::chain::Buffers;
+use imago::FormatAccess;
+use imago::io_buffers::IoVectorMut;
+use miniz_oxide::inflate::TINFLStatus;
+use miniz_oxide::inflate::core::inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
+use miniz_oxide::inflate::core::{DecompressorOxide, decompress};
+
+use super::guard::{Guard, damaged};
+use super::qcow2::storage::Storage;
+use super::{Extent, Geometry, Image, Origin, SECTOR, backing};
+use header::Header;
+use tables::{Entry, Tables};
+
+/// A qcow image.
+pub struct QcowImage {
+    guard: Guard,
+    geometry: Geometry,
+    capacity: AtomicU64,
+    cluster: u64,
+    tables: Tables,
+    backing: Option<FormatAccess<Storage>>,
+    /// The header as it is in the file; held by whoever changes the image.
+    header: Mutex<Header>,
+}
+
+impl QcowImage {
+    /// Opens `file`, and what it lies on.
+    ///
+    /// # Errors
+    /// One line that says what is wrong with the image.
+    pub fn open(file: File, origin: &Origin<'_>, read_only: bool) -> io::Result<Self> {
+        if !file.metadata()?.is_file() {
+            let why = "a qcow image grows with its file, so it must be a regular one";
+            return Err(io::Error::other(why));
+        }
+        let guard = Guard::new(file, origin.name)?;
+        let header = Header::read(&guard)?;
+        // The format has no word for what the other file is. As everywhere, that is raw,
+        // unless it looks like something else.
+        let backing = match &header.backing {
+            Some(name) => Some(backing::open(name, None, origin)?),
+            None => None,
+        };
+        let capacity = header.size / SECTOR * SECTOR;
+        let cluster = 1u64 << header.cluster_bits;
+        Ok(QcowImage {
+            geometry: Geometry {
+                capacity,
+                read_only,
+                logical_block: SECTOR as u32,
+                physical_block: 4096,
+                optimal_io: 0,
+                discard: (!read_only).then_some(4096),
+            },
+            capacity: AtomicU64::new(capacity),
+            cluster,
+            tables: Tables::load(&guard, &header)?,
+            backing,
+            header: Mutex::new(header),
+            guard,
+        })
+    }
+
+    fn find(&self, offset: u64, len: u64) -> io::Result<(Entry, u64)> {
+        self.tables.find(&self.guard, offset, len)
+    }
+
+    /// What the range from `offset` on, of which `entry` is true, reads as.
+    fn content(&self, entry: Entry, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        match entry {
+            Entry::Nothing => match &self.backing {
+                Some(backing) => backing.read(bytes, offset),
+                None => {
+                    bytes.fill(0);
+                    Ok(())
+                }
+            },
+            Entry::Data(at) => self.guard.read_padded(&mut [IoSliceMut::new(bytes)], at),
+            Entry::Compressed(at, len) => {
+                let cluster = self.inflate(at, len)?;
+                let within = (offset & (self.cluster - 1)) as usize;
+                let piece = cluster
+                    .get(within..)
+                    .and_then(|rest| rest.get(..bytes.len()));
+                bytes.copy_from_slice(piece.ok_or(io::ErrorKind::InvalidInput)?);
+                Ok(())
+            }
+        }
+    }
+
+    /// The cluster that is compressed in `len` bytes of the file at `at`: a deflate stream
+    /// without a header.
+    fn inflate(&self, at: u64, len: usize) -> io::Result<Vec<u8>> {
+        let mut compressed = vec![0; len];
+        let mut buffers = [IoSliceMut::new(&mut compressed)];
+        self.guard.read_padded(&mut buffers, at)?;
+        let mut cluster = vec![0; self.cluster as usize];
+        let (status, _, count) = decompress(
+            &mut DecompressorOxide::new(),
+            &compressed,
+            &mut cluster,
+            0,
+            TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF,
+        );
+        // That there could be more does not matter once the cluster is full.
+        let sound = matches!(status, TINFLStatus::Done | TINFLStatus::HasMoreOutput);
+        if !sound || count != cluster.len() {
+            return Err(damaged(&format!(
+                "a compressed cluster at {at:#x} is not one"
+            )));
+        }
+        Ok(cluster)
+    }
+
+    /// Puts a range, of which `entry` is true and which belongs to one L2 table, at the end
+    /// of the file: with these bytes, or as zeros. After an error all is as before.
+    fn append(
+        &self,
+        entry: Entry,
+        offset: u64,
+        len: u64,
+        data: Option<&Buffers<'_>>,
+    ) -> io::Result<()> {
+        let before = self.guard.len();
+        self.append_clusters(entry, offset..offset + len, data)
+            .inspect_err(|_| self.guard.take_back(before))
+    }
+
+    fn append_clusters(
+        &self,
+        entry: Entry,
+        range: Range<u64>,
+        data: Option<&Buffers<'_>>,
+    ) -> io::Result<()> {
+        let first = range.start & !(self.cluster - 1);
+        let end = range.end.next_multiple_of(self.cluster);
+        let before = self.guard.len();
+        let host = before.next_multiple_of(self.cluster);
+        // All of it is in the file then, as zeros.
+        self.guard
+            .zero(before, host - before + (end - first), true)?;
+        if entry != Entry::Nothing || self.backing.is_some() {
+            for around in [first..range.start, range.end..end] {
+                let mut bytes = vec![0; (around.end - around.start) as usize];
+                self.content(entry, around.start, &mut bytes)?;
+                let at = host + (around.start - first);
+                self.guard.write(&mut [IoSlice::new(&bytes)], at)?;
+            }
+        }
+        if let Some(data) = data {
+            self.guard.write_guest(data, host + (range.start - first))?;
+        }
+        let count = (end - first) / self.cluster;
+        self.tables.enter(&self.guard, first, host, count)
+    }
+
+    fn turn(&self) -> MutexGuard<'_, Header> {
+        self.header.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Image for QcowImage {
+    fn geometry(&self) -> Geometry {
+        Geometry {
+            capacity: self.capacity.load(Ordering::Acquire),
+            ..self.geometry
+        }
+    }
+
+    fn file(&self) -> BorrowedFd<'_> {
+        self.guard.file()
+    }
+
+    #[cfg(test)]
+    fn guard_of(&self) -> Option<&Guard> {
+        Some(&self.guard)
+    }
+
+    fn map(&self, offset: u64, len: u64) -> io::Result<Extent> {
+        let (entry, len) = self.find(offset, len)?;
+        Ok(match entry {
+            // The last cluster of a file need not be there as a whole.
+            Entry::Data(at) if at.saturating_add(len) <= self.guard.len() => {
+                Extent::Data { offset: at, len }
+            }
+            Entry::Nothing if self.backing.is_none() => Extent::Zero { len },
+            _ => Extent::Special { len },
+        })
+    }
+
+    fn place(&self, offset: u64, len: u64) -> io::Result<Extent> {
+        self.guard.usable()?;
+        Ok(match self.find(offset, len)? {
+            (Entry::Data(offset), len) => Extent::Data { offset, len },
+            _ => Extent::Special { len },
+        })
+    }
+
+    fn read(&self, mut offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {
+        let mut left = buffers.clone();
+        while !left.is_empty() {
+            let (entry, found) = self.find(offset, left.len() as u64)?;
+            let piece = take(&mut left, found)?;
+            match (entry, &self.backing) {
+                (Entry::Nothing, Some(backing)) => {
+                    let (vector, _guards) = IoVectorMut::from_volatile_slice(piece.slices());
+                    backing.readv(vector, offset)?;
+                }
+                _ => {
+                    let mut bytes = vec![0; piece.len()];
+                    self.content(entry, offset, &mut bytes)?;
+                    piece.copy_from(&bytes);
+                }
+            }
+            offset += found;
+        }
+        Ok(())
+    }
+
+    fn write(&self, mut offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {
+        self.guard.usable()?;
+        let _turn = self.turn();
+        let mut left = buffers.clone();
+        while !left.is_empty() {
+            let (entry, found) = self.find(offset, left.len() as u64)?;
+            let piece = take(&mut left, found)?;
+            match entry {
+                Entry::Data(at) => self.guard.write_guest(&piece, at)?,
+                _ => self.append(entry, offset, found, Some(&piece))?,
+            }
+            offset += found;
+        }
+        Ok(())
+    }
+
+    /// Clusters keep their places, but not the space there.
+    fn discard(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
+        self.guard.usable()?;
+        while len > 0 {
+            let (entry, found) = self.find(offset, len)?;
+            if let Entry::Data(at) = entry {
+                self.guard.punch(at, found)?;
+            }
+            offset += found;
+            len -= found;
+        }
+        Ok(())
+    }
+
+    fn write_zeroes(&self, mut offset: u64, mut len: u64, unmap: bool) -> io::Result<()> {
+        self.guard.usable()?;
+        let _turn = self.turn();
+        while len > 0 {
+            let (entry, found) = self.find(offset, len)?;
+            match entry {
+                Entry::Data(at) => self.guard.zero(at, found, unmap)?,
+                Entry::Nothing if self.backing.is_none() => {}
+                _ => self.append(entry, offset, found, None)?,
+            }
+            offset += found;
+            len -= found;
+        }
+        Ok(())
+    }
+
+    fn grow(&self, capacity: u64) -> io::Result<()> {
+        self.guard.usable()?;
+        let mut header = self.turn();
+        let now = self.capacity.load(Ordering::Acquire);
+        super::check_growth(now, capacity)?;
+        if capacity == now {
+            return Ok(());
+        }
+        if self.geometry.read_only {
+            return Err(io::Error::other("it is read-only"));
+        }
+        if self.backing.as_ref().is_some_and(|it| it.size() > now) {
+            let why = "what it lies on is larger than it and would come to light";
+            return Err(io::Error::other(why));
+        }
+        let mut larger = Header {
+            size: capacity,
+            ..header.clone()
+        };
+        larger.check_size().map_err(io::Error::other)?;
+        let before = self.guard.len();
+        self.tables
+            .grow(&self.guard, &mut larger)
+            .inspect_err(|_| self.guard.take_back(before))?;
+        *header = larger;
+        self.capacity.store(capacity, Ordering::Release);
+        Ok(())
+    }
+
+    fn reload(&self) -> io::Result<()> {
+        let mut header = self.turn();
+        let now = Header::read(&self.guard)?;
+        if now.backing != header.backing {
+            return Err(io::Error::other("it is another image than before"));
+        }
+        self.tables.reload(&self.guard, &now)?;
+        let capacity = now.size / SECTOR * SECTOR;
+        self.capacity.store(capacity, Ordering::Release);
+        *header = now;
+        Ok(())
+    }
+}
+
+fn take<'m>(buffers: &mut Buffers<'m>, len: u64) -> io::Result<Buffers<'m>> {
+    let piece = usize::try_from(len).ok().and_then(|len| buffers.take(len));
+    piece.ok_or_else(|| io::Error::other("a place of a wrong length"))
+}

@@ -1,0 +1,298 @@
+//! The tables of a qcow image: the L1 table in memory, of L2 tables those that were used
+//! of late. An entry is an offset in the file; 0 says that nothing was written there yet.
+//!
+//! What is in the file comes first: an entry in memory is never ahead of it.
+
+use std::collections::BTreeMap;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use super::super::guard::{Guard, beyond, damaged};
+use super::header::{Header, LEN};
+
+/// Bytes of memory for L2 tables.
+const MEMORY: usize = 16 << 20;
+/// Bit of an entry: what it points to is compressed.
+const COMPRESSED: u64 = 1 << 63;
+
+/// Where a piece of the disk is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// Nowhere yet.
+    Nothing,
+    /// At this offset.
+    Data(u64),
+    /// Compressed: its cluster is in so many bytes at an offset.
+    Compressed(u64, usize),
+}
+
+/// An L2 table.
+type Table = Arc<[AtomicU64]>;
+/// A place for one that was used of late.
+type Place = RwLock<Option<(u64, Table)>>;
+
+/// The image's tables.
+pub struct Tables {
+    cluster_bits: u32,
+    l2_bits: u32,
+    top: RwLock<Top>,
+    /// Each L2 table has one place, that it shares with others, and is known by the number
+    /// of its L1 entry.
+    recent: Box<[Place]>,
+}
+
+/// The L1 table, and where tables are.
+struct Top {
+    at: u64,
+    entries: Vec<u64>,
+    /// Ends of header and tables, by their beginnings.
+    taken: BTreeMap<u64, u64>,
+}
+
+impl Top {
+    fn read(guard: &Guard, header: &Header) -> io::Result<Self> {
+        let mut bytes = vec![0; header.l1_entries() as usize * 8];
+        guard.read(&mut bytes, header.l1)?;
+        let mut top = Top {
+            at: header.l1,
+            entries: words(&bytes).collect(),
+            taken: BTreeMap::from([(0, LEN as u64)]),
+        };
+        top.take(header.l1, bytes.len() as u64)?;
+        let len = 8 << header.l2_bits;
+        for index in 0..top.entries.len() {
+            match top.entries[index] {
+                0 => {}
+                at if at >= guard.len() => return Err(beyond(at)),
+                at => top.take(at, len)?,
+            }
+        }
+        Ok(top)
+    }
+
+    fn take(&mut self, at: u64, len: u64) -> io::Result<()> {
+        if self.has(at, len) {
+            return Err(damaged(&format!("two tables share the place {at:#x}")));
+        }
+        self.taken.insert(at, at.saturating_add(len));
+        Ok(())
+    }
+
+    /// Whether a table is within this range of the file.
+    fn has(&self, at: u64, len: u64) -> bool {
+        let before = self.taken.range(..at.saturating_add(len)).next_back();
+        before.is_some_and(|(_, &end)| end > at)
+    }
+}
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
+    bytes.chunks_exact(8).map(|word| {
+        let mut long = [0; 8];
+        long.copy_from_slice(word);
+        u64::from_be_bytes(long)
+    })
+}
+
+impl Tables {
+    /// Reads the L1 table.
+    ///
+    /// # Errors
+    /// The medium's; or a line about tables that cannot be.
+    pub fn load(guard: &Guard, header: &Header) -> io::Result<Self> {
+        let tables = MEMORY / (8 << header.l2_bits);
+        Ok(Tables {
+            cluster_bits: header.cluster_bits,
+            l2_bits: header.l2_bits,
+            top: RwLock::new(Top::read(guard, header)?),
+            recent: (0..tables).map(|_| RwLock::default()).collect(),
+        })
+    }
+
+    fn top(&self) -> RwLockReadGuard<'_, Top> {
+        self.top.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn top_mut(&self) -> RwLockWriteGuard<'_, Top> {
+        self.top.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets all and reads the L1 table again.
+    ///
+    /// # Errors
+    /// As [`Tables::load`].
+    pub fn reload(&self, guard: &Guard, header: &Header) -> io::Result<()> {
+        if (header.cluster_bits, header.l2_bits) != (self.cluster_bits, self.l2_bits) {
+            return Err(io::Error::other("it is another image than before"));
+        }
+        let top = Top::read(guard, header)?;
+        *self.top_mut() = top;
+        for place in &self.recent {
+            *place.write().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+        Ok(())
+    }
+
+    /// Numbers of the L1 entry and of the L2 entry for the disk's byte `offset`.
+    fn indices(&self, offset: u64) -> (u64, usize) {
+        let cluster = offset >> self.cluster_bits;
+        let within = cluster & ((1 << self.l2_bits) - 1);
+        (cluster >> self.l2_bits, within as usize)
+    }
+
+    /// The L2 table for L1 entry `index`, if there is one.
+    fn table(&self, guard: &Guard, index: u64) -> io::Result<Option<Table>> {
+        let place = &self.recent[index as usize % self.recent.len()];
+        if let Some((of, table)) = &*place.read().unwrap_or_else(PoisonError::into_inner)
+            && *of == index
+        {
+            return Ok(Some(Arc::clone(table)));
+        }
+        // Held until the table is read and known to others: whoever changes it looks here.
+        let mut place = place.write().unwrap_or_else(PoisonError::into_inner);
+        let at = match usize::try_from(index) {
+            Ok(index) => self.top().entries.get(index).copied().unwrap_or(0),
+            Err(_) => 0,
+        };
+        if at == 0 {
+            return Ok(None);
+        }
+        let mut bytes = vec![0; 8 << self.l2_bits];
+        guard.read_padded(&mut [IoSliceMut::new(&mut bytes)], at)?;
+        let table: Table = words(&bytes).map(AtomicU64::new).collect();
+        *place = Some((index, Arc::clone(&table)));
+        Ok(Some(table))
+    }
+
+    /// What an entry says.
+    ///
+    /// # Errors
+    /// When that cannot be.
+    fn decode(&self, guard: &Guard, entry: u64) -> io::Result<Entry> {
+        if entry == 0 {
+            return Ok(Entry::Nothing);
+        }
+        if entry & COMPRESSED != 0 {
+            let bits = 63 - self.cluster_bits;
+            let at = entry & ((1 << bits) - 1);
+            let len = (entry >> bits) & ((1 << self.cluster_bits) - 1);
+            return Ok(Entry::Compressed(at, len as usize));
+        }
+        if !entry.is_multiple_of(512) {
+            return Err(damaged(&format!("a cluster begins at {entry:#x}")));
+        }
+        if entry >= guard.len() && entry >= guard.look_again()? {
+            return Err(beyond(entry));
+        }
+        if self.top().has(entry, 1 << self.cluster_bits) {
+            let what = format!("a table has data at {entry:#x}, where tables are");
+            return Err(damaged(&what));
+        }
+        Ok(Entry::Data(entry))
+    }
+
+    /// Where the disk's byte `offset` is, and for how many bytes, up to `len`, that goes
+    /// on: data in one piece, or nothing.
+    ///
+    /// # Errors
+    /// The medium's; or that an entry cannot be.
+    pub fn find(&self, guard: &Guard, offset: u64, len: u64) -> io::Result<(Entry, u64)> {
+        let cluster = 1u64 << self.cluster_bits;
+        let within = offset & (cluster - 1);
+        let (index, first) = self.indices(offset);
+        let Some(table) = self.table(guard, index)? else {
+            let rest = ((1 << self.l2_bits) - first as u64) * cluster - within;
+            return Ok((Entry::Nothing, len.min(rest)));
+        };
+        let get = |at: usize| table.get(at).map(|entry| entry.load(Ordering::Acquire));
+        let entry = self.decode(guard, get(first).unwrap_or(0))?;
+        let mut found = cluster - within;
+        for (step, at) in (first + 1..table.len()).enumerate() {
+            let step = (step as u64 + 1) * cluster;
+            let next = match entry {
+                Entry::Nothing => 0,
+                Entry::Data(start) => start + step,
+                Entry::Compressed(..) => break,
+            };
+            if found >= len || get(at) != Some(next) {
+                break;
+            }
+            if entry != Entry::Nothing && self.decode(guard, next).is_err() {
+                break; // the next one to ask for it hears of it
+            }
+            found += cluster;
+        }
+        let entry = match entry {
+            Entry::Data(start) => Entry::Data(start + within),
+            other => other,
+        };
+        Ok((entry, found.min(len)))
+    }
+
+    /// Notes that `count` clusters of the disk, from the one with byte `offset` on, are in
+    /// the file at `host`, where their data is already. They have one L2 table. Only one
+    /// thread at a time may do so.
+    ///
+    /// # Errors
+    /// The medium's; then it is as before.
+    pub fn enter(&self, guard: &Guard, offset: u64, host: u64, count: u64) -> io::Result<()> {
+        let (index, first) = self.indices(offset);
+        let entries = (0..count).map(|step| host + (step << self.cluster_bits));
+        let bytes: Vec<u8> = entries.clone().flat_map(u64::to_be_bytes).collect();
+        let Some(table) = self.table(guard, index)? else {
+            return self.enter_table(guard, index, first, &bytes);
+        };
+        let at = self.top().entries.get(index as usize).copied();
+        let at = at.ok_or(io::ErrorKind::InvalidInput)? + first as u64 * 8;
+        guard.write_table(&mut [IoSlice::new(&bytes)], at)?;
+        for (slot, entry) in table.iter().skip(first).zip(entries) {
+            slot.store(entry, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Appends an L2 table that begins, from entry `first` on, with `bytes`.
+    fn enter_table(&self, guard: &Guard, index: u64, first: usize, bytes: &[u8]) -> io::Result<()> {
+        let mut table = vec![0; 8 << self.l2_bits];
+        let here = table.get_mut(first * 8..first * 8 + bytes.len());
+        here.ok_or(io::ErrorKind::InvalidInput)?
+            .copy_from_slice(bytes);
+        let at = guard.len().next_multiple_of(1 << self.cluster_bits);
+        guard.write(&mut [IoSlice::new(&table)], at)?;
+        // What points to it comes last.
+        let mut top = self.top_mut();
+        let slot = top.at + index * 8;
+        guard.write_table(&mut [IoSlice::new(&at.to_be_bytes())], slot)?;
+        top.take(at, table.len() as u64)?;
+        if let Some(entry) = top.entries.get_mut(index as usize) {
+            *entry = at;
+        }
+        Ok(())
+    }
+
+    /// Makes the L1 table as long as `header` needs it, at a new place, and writes that.
+    ///
+    /// # Errors
+    /// The medium's; then it is as before.
+    pub fn grow(&self, guard: &Guard, header: &mut Header) -> io::Result<()> {
+        let mut top = self.top_mut();
+        let wanted = header.l1_entries() as usize;
+        header.l1 = top.at;
+        if wanted > top.entries.len() {
+            let mut bytes: Vec<u8> = top.entries.iter().flat_map(|e| e.to_be_bytes()).collect();
+            bytes.resize(wanted * 8, 0);
+            let at = guard.len().next_multiple_of(1 << self.cluster_bits);
+            guard.write(&mut [IoSlice::new(&bytes)], at)?;
+            header.l1 = at;
+        }
+        header.update(guard)?;
+        if header.l1 != top.at {
+            let old = top.at;
+            top.taken.remove(&old);
+            top.take(header.l1, wanted as u64 * 8)?;
+            top.entries.resize(wanted, 0);
+            top.at = header.l1;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,81 @@
+//! Linux verifies its disks as fsx does, one of each format: random reads, writes,
+//! zeroings, discards and flushes, past its page cache and through it. Then qemu-img looks
+//! at the images.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use outrigger_tests::chaos::{Random, long};
+use outrigger_tests::linux::{guest, wait_end_within};
+use outrigger_tests::machine::{Machine, skip_kvm};
+use outrigger_tests::process::Launch;
+
+/// Operations on each disk.
+fn operations() -> u32 {
+    if long() { 3000 } else { 80 }
+}
+
+/// The long run takes so long at most.
+const LIMIT: Duration = Duration::from_secs(1700);
+const SIZE: &str = "16M";
+
+fn qemu_img(arguments: &[&str]) -> String {
+    let output = Command::new("qemu-img").args(arguments).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {text}{error}");
+    text
+}
+
+fn create(directory: &Path, format: &str) -> String {
+    let path = directory.join(format).display().to_string();
+    qemu_img(&["create", "-q", "-f", format, &path, SIZE]);
+    path
+}
+
+#[test]
+fn linux_finds_nothing_wrong_with_any_format() {
+    if skip_kvm() {
+        return;
+    }
+    let seed = Random::announced().below(1 << 30);
+    let options = format!(
+        "console=ttyS0 quiet outrigger.job=fsx outrigger.ops={} outrigger.seed={seed}",
+        operations()
+    );
+    let initrd = guest("initramfs-fsx.cpio").display().to_string();
+    let mut machine =
+        Machine::new(&guest("vmlinux"), &options).args(["--initrd", &initrd, "--memory", "128M"]);
+    let directory = machine.directory().to_owned();
+    let disks = [
+        ("raw", vec!["--queues", "2"]),
+        ("raw", vec!["--cache", "none"]),
+        ("qcow2", vec![]),
+        ("qcow2", vec!["--poll-us", "100"]),
+    ];
+    let mut images = Vec::new();
+    for (number, (format, options)) in disks.into_iter().enumerate() {
+        let place = directory.join(number.to_string());
+        std::fs::create_dir(&place).unwrap();
+        let image = create(&place, format);
+        let arguments = ["--format", format, "--blk-file", &image].into_iter();
+        let arguments: Vec<&str> = arguments.chain(options).collect();
+        let process = Launch::new("device-disk").lifetime(LIMIT).args(arguments);
+        let process = process.listening();
+        let socket = process.directory().join("socket");
+        machine = machine.served(&format!("disk{number}"), "block", process, &socket);
+        images.push((format, image));
+    }
+    let machine = machine.lifetime(LIMIT).start();
+    wait_end_within(&machine, 0, LIMIT);
+    let serial = machine.serial();
+    let said = format!("{} operations on each of 4 devices", operations());
+    assert!(serial.contains(&said), "{serial}");
+    drop(machine);
+    for (format, image) in images {
+        if format == "qcow2" {
+            qemu_img(&["check", "-f", format, &image]);
+        }
+    }
+}
