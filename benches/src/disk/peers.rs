@@ -51,7 +51,11 @@ impl Peer {
     pub fn of(case: &Case, present: &[Peer]) -> Vec<Peer> {
         let does = |peer: &&Peer| match peer {
             Peer::Ours | Peer::Daemon => true,
-            Peer::Polling => case.depth == 1 && case.medium == Medium::Memory,
+            // Where it pays: where who wakes up whom decides.
+            Peer::Polling => match case.medium {
+                Medium::Memory => case.depth == 1,
+                Medium::Direct => case.depth == 32 && case.format == Format::Raw,
+            },
             Peer::Raw => case.format == Format::Qcow2,
             Peer::Fio => case.medium == Medium::Direct && case.format == Format::Raw,
         };

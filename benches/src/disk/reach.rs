@@ -60,7 +60,9 @@ fn bound(row: &Row) -> String {
         (Some(front), Some(back)) => format!("the front end {front}, the back end {back}"),
         (Some(front), None) => format!("the front end {front}"),
         (None, Some(back)) => format!("the back end {back}"),
-        (None, None) if row.case.medium == Medium::Direct => "nobody is busy: the medium".into(),
+        (None, None) if row.case.medium == Medium::Direct => {
+            "nobody is busy: the medium, and waking each other up".into()
+        }
         (None, None) => "nobody is busy: waking each other up".into(),
     };
     let share = |it: Busy| {
@@ -98,7 +100,12 @@ pub fn all(rows: &[Row]) -> Vec<Reach> {
                     what: format!("{}, {}: {what}", case.place(), case.work()),
                     ratio: row.by(other, get),
                     wanted,
-                    bound: bound(row),
+                    bound: format!(
+                        "{}; p50 {:.1} us beside {:.1} us",
+                        bound(row),
+                        row.figures.p50,
+                        other.figures.p50
+                    ),
                 });
             }
         };
@@ -130,6 +137,10 @@ pub fn all(rows: &[Row]) -> Vec<Reach> {
                     iops,
                     Wanted::Least(0.95),
                 );
+            }
+            (Medium::Direct, Format::Raw, 32, Peer::Polling) if case.queues == 1 => {
+                let fio = find(case, Peer::Fio);
+                compare("IOPS, polling, by fio's", fio, iops, Wanted::Least(0.95));
             }
             _ => {}
         }
