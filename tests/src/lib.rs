@@ -22,6 +22,7 @@ pub mod console;
 pub mod disk;
 pub mod driver;
 pub mod guest;
+pub mod images;
 pub mod launcher;
 pub mod linux;
 pub mod machine;

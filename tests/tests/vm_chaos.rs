@@ -69,29 +69,50 @@ fn say(name: &str, victim: &Victim, (returns, replays): (usize, u64), report: &R
     );
 }
 
-fn device_disk(queues: u16, words: &str) {
+fn device_disk(queues: u16, format: &'static str, options: &[&str]) {
     if skip_kvm() {
         return;
     }
     let mut random = Random::announced();
-    let prepared = Prepared::new(&mut random);
-    let mut victim = Victim::device_disk(&prepared.image(), queues);
-    let chaos = prepared.start(words, &victim.device());
+    let prepared = Prepared::formatted(&mut random, format);
+    let options = [&["--format", format], options].concat();
+    let mut victim = Victim::device_disk_with(&prepared.image(), queues, &options);
+    let chaos = prepared.start("qdepth=16", &victim.device());
     kill(&chaos, &mut victim, &mut random, kills());
     let seen = check_events(&chaos);
     let report = chaos.finish();
     assert_eq!(report.queues, u64::from(queues));
-    say("device-disk", &victim, seen, &report);
+    say(&format!("device-disk, {format}"), &victim, seen, &report);
 }
 
 #[test]
 fn device_disk_dies_with_one_queue() {
-    device_disk(1, "qdepth=16");
+    device_disk(1, "raw", &[]);
 }
 
 #[test]
 fn device_disk_dies_with_four_queues() {
-    device_disk(4, "qdepth=16");
+    device_disk(4, "raw", &["--poll-us", "50"]);
+}
+
+#[test]
+fn device_disk_dies_past_the_page_cache() {
+    device_disk(4, "raw", &["--cache", "none"]);
+}
+
+#[test]
+fn device_disk_dies_with_a_qcow2_image_and_one_queue() {
+    device_disk(1, "qcow2", &[]);
+}
+
+#[test]
+fn device_disk_dies_with_a_qcow2_image_and_four_queues() {
+    device_disk(4, "qcow2", &["--cache", "none"]);
+}
+
+#[test]
+fn device_disk_dies_with_a_qcow_image() {
+    device_disk(4, "qcow", &[]);
 }
 
 /// The driver resets the device every few hundred requests, in the middle of them, while
@@ -148,7 +169,7 @@ fn points(queues: u16) {
     }
     let mut random = Random::announced();
     let prepared = Prepared::new(&mut random);
-    let mut victim = Victim::faulty_disk(&prepared.image(), queues);
+    let mut victim = Victim::faulty_disk(&prepared.image(), queues, &[]);
     let chaos = prepared.start("qdepth=16", &victim.device());
     let rounds = if long() { 20 } else { 2 };
     let mut died = std::collections::BTreeMap::new();
@@ -247,9 +268,10 @@ fn the_guest_notices_a_lost_write_and_an_error() {
     let mut random = Random::announced();
     let prepared = Prepared::new(&mut random);
     let victim = Victim::device_disk(&prepared.image(), 2);
+    let image = prepared.open();
     let chaos = prepared.start("", &victim.device());
     chaos.wait("the guest fails", |chaos| {
-        chaos.image.write(0, &[0; 4096]);
+        image.write(0, &[0; 4096]);
         chaos.machine.serial().contains("FAIL")
     });
     assert_eq!(chaos.machine.wait(), 4);

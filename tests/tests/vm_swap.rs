@@ -8,6 +8,7 @@ use outrigger_protocol::control::{Event, SlotState};
 use outrigger_tests::chaos::guest::{Chaos, Prepared};
 use outrigger_tests::chaos::victim::Victim;
 use outrigger_tests::chaos::{Random, long};
+use outrigger_tests::images::convert;
 use outrigger_tests::machine::skip_kvm;
 use outrigger_tests::scripted::{self, Answer};
 use rustix::process::Signal;
@@ -97,6 +98,37 @@ fn ours_and_qemu_storage_daemon_with_one_queue() {
     );
 }
 
+/// The disk moves from a raw image to a qcow2 copy and back, which processes have opened
+/// long before. The guest's requests wait only while the image is copied.
+#[test]
+fn a_raw_image_and_its_qcow2_copy() {
+    if skip_kvm() {
+        return;
+    }
+    let mut random = Random::announced();
+    let prepared = Prepared::new(&mut random);
+    let raw = prepared.image();
+    let copy = raw.with_file_name("copy");
+    convert(("raw", &raw), ("qcow2", &copy));
+    let victims = [
+        Victim::device_disk(&raw, 4),
+        Victim::device_disk_with(&copy, 4, &["--format", "qcow2"]),
+    ];
+    let images = [("raw", raw), ("qcow2", copy)];
+    let mut chaos = prepared.start("qdepth=16", &victims[0].device());
+    let rounds = if long() { 40 } else { 7 };
+    for round in 1..=rounds {
+        work(&mut random);
+        let (format, path) = &images[round % 2];
+        chaos.order("pause");
+        chaos.copy_to(format, path);
+        chaos.swap(&victims[round % 2].socket()).unwrap();
+        chaos.order("resume");
+    }
+    check_no_losses(&chaos);
+    println!("{}", chaos.finish().summary());
+}
+
 /// Messages at which a process may die before it is at work. Of those that come once a
 /// ring the last are the hardest: the others run already.
 const POINTS: [&str; 12] = [
@@ -128,7 +160,7 @@ fn who_does_not_suit_or_dies_on_the_way_leaves_the_old_one() {
     let small = tempfile::NamedTempFile::new().unwrap();
     small.as_file().set_len(1 << 20).unwrap();
     let small = Victim::device_disk(small.path(), 4);
-    let mut dying = Victim::faulty_disk(&image, 4);
+    let mut dying = Victim::faulty_disk(&image, 4, &[]);
     let silent = Victim::device_disk(&image, 4);
     silent.process().signal(Signal::STOP);
     let directory = tempfile::tempdir().unwrap();

@@ -2,13 +2,16 @@
 
 use std::cell::RefCell;
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use outrigger_protocol::control::{Event, SlotState};
 
+use super::block::STOP;
 use super::victim::LIFETIME;
 use super::{Image, Random, Report};
+use crate::images::{check_format, convert, place_of};
 use crate::machine::{Machine, Running};
 
 /// Bytes of its image; the guest uses the first blocks and the last.
@@ -25,19 +28,49 @@ pub struct Prepared {
     directory: tempfile::TempDir,
     /// The guest's seed.
     seed: u64,
+    format: &'static str,
+    /// Where its guest is told to stop, in bytes.
+    control: u64,
 }
 
 impl Prepared {
     /// With a seed that `random` chooses.
     pub fn new(random: &mut Random) -> Self {
+        Self::formatted(random, "raw")
+    }
+
+    /// The same, in a format of qemu-img's, in which hardly anything is allocated.
+    pub fn formatted(random: &mut Random, format: &'static str) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let prepared = Prepared {
+        let mut prepared = Prepared {
             directory,
             seed: random.below(1 << 32),
+            format,
+            control: 0,
         };
-        let image = std::fs::File::create(prepared.image()).unwrap();
-        image.set_len(IMAGE).unwrap();
+        let raw = match format {
+            "raw" => prepared.image(),
+            _ => prepared.raw(),
+        };
+        let file = std::fs::File::create(&raw).unwrap();
+        file.set_len(IMAGE).unwrap();
+        // So that it has its place in the file from the beginning.
+        let image = prepared.open_raw(&raw);
+        image.mark();
+        prepared.control = image.control();
+        if format != "raw" {
+            convert(("raw", &raw), (format, &prepared.image()));
+        }
         prepared
+    }
+
+    /// A copy of an image that is not raw.
+    fn raw(&self) -> PathBuf {
+        self.directory.path().join("raw")
+    }
+
+    fn open_raw(&self, path: &Path) -> Image {
+        Image::open(path, BLOCKS, self.seed).unwrap()
     }
 
     /// The image's path.
@@ -45,9 +78,9 @@ impl Prepared {
         self.directory.path().join("image")
     }
 
-    /// The image, to tell its guest something and to check it.
+    /// A raw image, to tell its guest something and to check it.
     pub fn open(&self) -> Image {
-        Image::open(&self.image(), BLOCKS, self.seed).unwrap()
+        self.open_raw(&self.image())
     }
 
     /// The guest's command line, with these words in it.
@@ -59,18 +92,18 @@ impl Prepared {
     /// Boots a guest with these words on its command line and these options of the
     /// runner, and waits until it is at work.
     pub fn start(self, words: &str, options: &[String]) -> Chaos {
-        let (cmdline, image) = (self.cmdline(words), self.open());
+        let cmdline = self.cmdline(words);
         let machine = Machine::embedded(&cmdline)
             .lifetime(LIFETIME)
             .args(["--memory", "64M", "--log-level", "warn"])
             .args(options)
             .start();
         let mut chaos = Chaos {
-            image,
+            image: self.image(),
+            prepared: self,
             machine,
             begun: 0,
             events: RefCell::default(),
-            _directory: self.directory,
         };
         chaos.wait("the guest is ready", |chaos| {
             chaos.machine.serial().contains(READY)
@@ -89,14 +122,14 @@ struct Events {
 
 /// The machine at work.
 pub struct Chaos {
-    /// Its image.
-    pub image: Image,
+    /// Where its image lies now.
+    pub image: PathBuf,
     /// The machine.
     pub machine: Running,
     /// When the guest began to work, by this processor's TSC, a few milliseconds late.
     pub begun: u64,
     events: RefCell<Events>,
-    _directory: tempfile::TempDir,
+    prepared: Prepared,
 }
 
 impl Chaos {
@@ -194,12 +227,34 @@ impl Chaos {
         }
     }
 
+    /// Writes the image once more, at `path` in `format`, where the guest works from the
+    /// next swap on. The machine stands still meanwhile.
+    pub fn copy_to(&mut self, format: &'static str, path: &Path) {
+        convert((self.prepared.format, &self.image), (format, path));
+        self.prepared.format = format;
+        self.image = path.to_owned();
+    }
+
+    /// Tells the guest to come to its end.
+    fn stop(&self) {
+        let Prepared {
+            format, control, ..
+        } = self.prepared;
+        if format == "raw" {
+            return self.prepared.open_raw(&self.image).stop();
+        }
+        let at = place_of(format, &self.image, control);
+        let file = std::fs::File::options().write(true).open(&self.image);
+        let word = STOP.to_le_bytes();
+        file.unwrap().write_all_at(&word, at).unwrap();
+    }
+
     /// Tells the guest to come to its end, waits for that, and checks the image.
     ///
     /// # Panics
     /// When anything is not as it has to be.
     pub fn finish(self) -> Report {
-        self.image.stop();
+        self.stop();
         let start = Instant::now();
         while self.machine.runner.is_running() && start.elapsed() < PATIENCE {
             std::thread::sleep(Duration::from_millis(2));
@@ -211,7 +266,14 @@ impl Chaos {
         );
         assert_eq!(self.machine.wait(), 0, "{}", self.situation());
         assert!(self.machine.serial().contains("guest: pass"));
-        match self.image.check() {
+        let Prepared { format, .. } = self.prepared;
+        let mut raw = self.image.clone();
+        if format != "raw" {
+            check_format(format, &self.image);
+            raw = self.prepared.raw();
+            convert((format, &self.image), ("raw", &raw));
+        }
+        match self.prepared.open_raw(&raw).check() {
             Ok(report) => report,
             Err(fault) => panic!("{fault}\n{}", self.situation()),
         }

@@ -97,11 +97,21 @@ impl Image {
         Ok(Image { file, layout, seed })
     }
 
-    /// Tells the guest to come to its end.
+    /// Where the guest looks for the word to come to its end, in bytes.
+    pub fn control(&self) -> u64 {
+        self.layout.control * SIZE as u64
+    }
+
+    /// Makes the block of that word one that is not empty.
+    pub fn mark(&self) {
+        let last = self.control() + SIZE as u64 - 1;
+        self.file.write_all_at(&[1], last).unwrap();
+    }
+
+    /// Tells the guest of a raw image to come to its end.
     pub fn stop(&self) {
-        let at = self.layout.control * SIZE as u64;
         let word = block::STOP.to_le_bytes();
-        self.file.write_all_at(&word, at).unwrap();
+        self.file.write_all_at(&word, self.control()).unwrap();
     }
 
     /// What block `block` holds now.

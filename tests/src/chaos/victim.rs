@@ -29,22 +29,29 @@ pub struct Victim {
 }
 
 impl Victim {
-    /// device-disk with `image` in `queues` queues.
+    /// device-disk with the raw image `image` in `queues` queues.
     pub fn device_disk(image: &Path, queues: u16) -> Self {
-        Self::ours(&binary("device-disk"), image, queues)
+        Self::device_disk_with(image, queues, &[])
+    }
+
+    /// device-disk with further options.
+    pub fn device_disk_with(image: &Path, queues: u16, options: &[&str]) -> Self {
+        Self::ours(&binary("device-disk"), image, queues, options)
     }
 
     /// device-disk that dies where [`Victim::start_at`] says.
-    pub fn faulty_disk(image: &Path, queues: u16) -> Self {
-        Self::ours(&helper("faulty-disk"), image, queues)
+    pub fn faulty_disk(image: &Path, queues: u16, options: &[&str]) -> Self {
+        Self::ours(&helper("faulty-disk"), image, queues, options)
     }
 
-    fn ours(program: &Path, image: &Path, queues: u16) -> Self {
+    fn ours(program: &Path, image: &Path, queues: u16, options: &[&str]) -> Self {
         let (program, image) = (program.to_owned(), image.to_owned());
+        let options: Vec<String> = options.iter().map(|&it| it.to_owned()).collect();
         Self::new(true, move |socket| {
             Launch::program(&program)
                 .args(["--log-level", "warn", "--lock", "off"])
                 .args(["--queues", &queues.to_string()])
+                .args(&options)
                 .args(["--blk-file".as_ref(), image.as_os_str()])
                 .args(["--socket-path".as_ref(), socket.as_os_str()])
         })
