@@ -207,3 +207,69 @@ fn what_cannot_be_done_is_said_and_changes_nothing() {
     assert_eq!(launcher.wait(), 0, "{}", launcher.read("stderr"));
     launcher.expect_nobody_left();
 }
+
+fn qemu_img(launcher_directory: &std::path::Path, arguments: &[&str]) {
+    let mut command = std::process::Command::new("qemu-img");
+    let output = command
+        .args(arguments)
+        .current_dir(launcher_directory)
+        .output();
+    let output = output.expect("./test.sh installs qemu-utils");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {error}");
+}
+
+/// What a disk's description says reaches its process, which has the image open already:
+/// also where the image says that another one lies.
+#[test]
+fn a_disk_is_what_its_description_says() {
+    if skip_kvm() {
+        return;
+    }
+    let kernel = embedded_guest().display().to_string();
+    let start = |disk: &str| {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path();
+        qemu_img(path, &["create", "-q", "-f", "qcow2", "base", "64M"]);
+        let backed = [
+            "create", "-q", "-f", "qcow2", "-b", "base", "-F", "qcow2", "top",
+        ];
+        qemu_img(path, &backed);
+        let cmdline = "job=disk-chaos count=0";
+        let mut arguments = vec!["run", "--kernel", &kernel, "--cmdline", cmdline];
+        arguments.extend(["--serial", "file,path=serial", "--control", "control"]);
+        arguments.extend(["--memory", "64M", "--disk", disk]);
+        Launcher::start_in(directory, &arguments)
+    };
+    for (disk, part) in [
+        ("path=top,format=qcow2", "base"),
+        ("path=top,format=qcow2,backing=deny", "base"),
+        ("path=top", "qcow2"),
+        ("path=top,format=qcow", "qcow"),
+        (
+            "path=top,format=qcow2,backing=allow,poll-us=99999",
+            "poll-us",
+        ),
+    ] {
+        let mut launcher = start(disk);
+        assert_ne!(launcher.wait(), 0, "{disk}");
+        let error = launcher.read("stderr");
+        let said = error
+            .lines()
+            .any(|line| line.contains("device-disk: ") && line.contains(part));
+        assert!(said, "{disk}: {error}");
+    }
+    let mut launcher =
+        start("path=top,format=qcow2,backing=allow,cache=unsafe,queues=4,poll-us=50");
+    launcher.wait_file("serial", "disk-chaos: ready");
+    launcher.do_ctl(&["resize", "disk0", "65M"]);
+    let before = requests(&launcher, "disk0");
+    wait_until("it is used", || requests(&launcher, "disk0") > before);
+    launcher.do_ctl(&["restart", "disk0"]);
+    launcher.do_ctl(&["stop"]);
+    assert_eq!(launcher.wait(), 0, "{}", launcher.read("stderr"));
+    for image in ["base", "top"] {
+        qemu_img(launcher.directory(), &["check", "-q", image]);
+    }
+    launcher.expect_nobody_left();
+}

@@ -32,6 +32,16 @@ pub struct Row {
     pub peer: Peer,
     /// Medians of all rounds.
     pub figures: Figures,
+    rounds: Vec<Figures>,
+}
+
+impl Row {
+    /// How this compares with `other`: the median of all rounds, in each of which both were
+    /// measured one after the other and saw about the same noise.
+    pub fn by(&self, other: &Row, get: fn(&Figures) -> f64) -> f64 {
+        let pairs = self.rounds.iter().zip(&other.rounds);
+        median(&mut pairs.map(|(a, b)| get(a) / get(b)).collect::<Vec<_>>())
+    }
 }
 
 pub fn run() {
@@ -70,6 +80,7 @@ pub fn run() {
                 case: *case,
                 peer: *peer,
                 figures: medians(&rounds),
+                rounds,
             })
         })
         .collect();

@@ -22,6 +22,8 @@ pub enum Peer {
     Ours,
     /// device-disk with `--poll-us`.
     Polling,
+    /// device-disk with the raw image in place of the one in qcow2.
+    Raw,
     /// qemu-storage-daemon with io_uring.
     Daemon,
     /// fio with io_uring on the file itself: the yardstick.
@@ -31,7 +33,7 @@ pub enum Peer {
 impl Peer {
     /// Those that are installed.
     pub fn present() -> Vec<Peer> {
-        let mut present = vec![Peer::Ours];
+        let mut present = vec![Peer::Ours, Peer::Raw];
         if ours_says("--help").contains("--poll-us") {
             present.push(Peer::Polling);
         }
@@ -49,7 +51,12 @@ impl Peer {
     pub fn of(case: &Case, present: &[Peer]) -> Vec<Peer> {
         let does = |peer: &&Peer| match peer {
             Peer::Ours | Peer::Daemon => true,
-            Peer::Polling => case.depth == 1 && case.medium == Medium::Memory,
+            // Where it pays: where who wakes up whom decides.
+            Peer::Polling => match case.medium {
+                Medium::Memory => case.depth == 1,
+                Medium::Direct => case.depth == 32 && case.format == Format::Raw,
+            },
+            Peer::Raw => case.format == Format::Qcow2,
             Peer::Fio => case.medium == Medium::Direct && case.format == Format::Raw,
         };
         present.iter().filter(does).copied().collect()
@@ -60,6 +67,7 @@ impl Peer {
         match self {
             Peer::Ours => "device-disk",
             Peer::Polling => "device-disk, polling",
+            Peer::Raw => "device-disk, raw",
             Peer::Daemon => "qemu-storage-daemon",
             Peer::Fio => "fio on the file",
         }
@@ -67,9 +75,14 @@ impl Peer {
 
     /// Has it do `case` once.
     pub fn measure(self, case: &Case, media: &Media) -> Figures {
+        let raw = Case {
+            format: Format::Raw,
+            ..*case
+        };
+        let case = if self == Peer::Raw { &raw } else { case };
         let image = media.path(case);
         let process = match self {
-            Peer::Ours => ours(case, &image, &[]),
+            Peer::Ours | Peer::Raw => ours(case, &image, &[]),
             Peer::Polling => ours(case, &image, &["--poll-us", POLL_US]),
             Peer::Daemon => daemon(case, &image),
             Peer::Fio => return fio::measure(case, &image),

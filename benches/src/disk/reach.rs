@@ -43,13 +43,27 @@ const BUSY: f64 = 0.9;
 fn bound(row: &Row) -> String {
     let Figures { front, back, .. } = row.figures;
     let threads = row.case.queues as f64;
-    let is_busy = |it: Busy| it.ran + it.waited >= BUSY * threads;
-    let who = match (is_busy(front), is_busy(back)) {
-        (true, true) => "both sides are busy",
-        (true, false) => "the front end is busy",
-        (false, true) => "the back end is busy",
-        (false, false) if row.case.medium == Medium::Direct => "nobody is busy: the medium",
-        (false, false) => "nobody is busy: waking each other up",
+    // Whether it had no time left, and why: also those who wake each other up stand in each
+    // other's way when they are on one processor.
+    let state = |it: Busy| match (it.ran, it.ran + it.waited) {
+        (BUSY.., _) => Some("is busy"),
+        (_, BUSY..) => Some("lacks a processor"),
+        _ => None,
+    };
+    let state = |it: Busy| {
+        state(Busy {
+            ran: it.ran / threads,
+            waited: it.waited / threads,
+        })
+    };
+    let who = match (state(front), state(back)) {
+        (Some(front), Some(back)) => format!("the front end {front}, the back end {back}"),
+        (Some(front), None) => format!("the front end {front}"),
+        (None, Some(back)) => format!("the back end {back}"),
+        (None, None) if row.case.medium == Medium::Direct => {
+            "nobody is busy: the medium, and waking each other up".into()
+        }
+        (None, None) => "nobody is busy: waking each other up".into(),
     };
     let share = |it: Busy| {
         let percent = |part: f64| part / threads * 100.0;
@@ -66,12 +80,12 @@ fn bound(row: &Row) -> String {
     )
 }
 
-fn iops(row: &Row) -> f64 {
-    row.figures.iops
+fn iops(figures: &Figures) -> f64 {
+    figures.iops
 }
 
-fn cpu(row: &Row) -> f64 {
-    row.figures.cpu
+fn cpu(figures: &Figures) -> f64 {
+    figures.cpu
 }
 
 /// All that can be told from `rows`.
@@ -80,13 +94,18 @@ pub fn all(rows: &[Row]) -> Vec<Reach> {
     let mut reaches = Vec::new();
     for row in rows {
         let case = &row.case;
-        let mut compare = |what: &str, other: Option<&Row>, get: fn(&Row) -> f64, wanted| {
+        let mut compare = |what: &str, other: Option<&Row>, get: fn(&Figures) -> f64, wanted| {
             if let Some(other) = other {
                 reaches.push(Reach {
                     what: format!("{}, {}: {what}", case.place(), case.work()),
-                    ratio: get(row) / get(other),
+                    ratio: row.by(other, get),
                     wanted,
-                    bound: bound(row),
+                    bound: format!(
+                        "{}; p50 {:.1} us beside {:.1} us",
+                        bound(row),
+                        row.figures.p50,
+                        other.figures.p50
+                    ),
                 });
             }
         };
@@ -104,9 +123,12 @@ pub fn all(rows: &[Row]) -> Vec<Reach> {
                 compare("IOPS, polling, by qsd's", daemon, iops, Wanted::Least(2.5));
             }
             (Medium::Memory, Format::Qcow2, 32, Peer::Ours) if small => {
-                let format = Format::Raw;
-                let raw = find(&Case { format, ..*case }, Peer::Ours);
-                compare("IOPS by our raw", raw, iops, Wanted::Least(0.9));
+                compare(
+                    "IOPS by our raw",
+                    find(case, Peer::Raw),
+                    iops,
+                    Wanted::Least(0.9),
+                );
             }
             (Medium::Direct, Format::Raw, 32, Peer::Ours) if case.queues == 1 => {
                 compare(
@@ -115,6 +137,10 @@ pub fn all(rows: &[Row]) -> Vec<Reach> {
                     iops,
                     Wanted::Least(0.95),
                 );
+            }
+            (Medium::Direct, Format::Raw, 32, Peer::Polling) if case.queues == 1 => {
+                let fio = find(case, Peer::Fio);
+                compare("IOPS, polling, by fio's", fio, iops, Wanted::Least(0.95));
             }
             _ => {}
         }

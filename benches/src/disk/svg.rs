@@ -18,6 +18,7 @@ fn colour(peer: Peer) -> &'static str {
     match peer {
         Peer::Ours => "#1f6f8b",
         Peer::Polling => "#6cc3d5",
+        Peer::Raw => "#7a9e7e",
         Peer::Daemon => "#c9a227",
         Peer::Fio => "#9a9a9a",
     }
@@ -28,7 +29,7 @@ fn ratio(rows: &[Row], row: &Row) -> Option<f64> {
     let other = rows
         .iter()
         .find(|it| it.case == row.case && it.peer == Peer::Daemon)?;
-    Some(row.figures.iops / other.figures.iops)
+    Some(row.by(other, |figures| figures.iops))
 }
 
 /// The picture.
@@ -107,7 +108,13 @@ fn legend(body: &mut String) -> f64 {
                  the 99th percentile, back-end CPU for a million";
     label(body, 12.0, 24.0, "start", title);
     let mut x = 12.0;
-    for peer in [Peer::Ours, Peer::Polling, Peer::Daemon, Peer::Fio] {
+    for peer in [
+        Peer::Ours,
+        Peer::Polling,
+        Peer::Raw,
+        Peer::Daemon,
+        Peer::Fio,
+    ] {
         let _ = writeln!(
             body,
             "<rect x=\"{x}\" y=\"38\" width=\"12\" height=\"12\" fill=\"{}\"/>",

@@ -24,7 +24,7 @@ pub fn print(rows: &[Row], reaches: &[Reach]) {
         // Beside qemu-storage-daemon's.
         let ratio = match of_case(Peer::Daemon) {
             Some(other) if row.peer != Peer::Daemon => {
-                format!("{:.2}", figures.iops / other.figures.iops)
+                format!("{:.2}", row.by(other, |figures| figures.iops))
             }
             _ => String::new(),
         };
