@@ -126,7 +126,7 @@ impl Launcher {
         }
     }
 
-    /// Process id of the one that is called `name`.
+    /// Process id of the one that is called `name`: of two, the successor.
     pub fn pid_of(&self, name: &str) -> Pid {
         let mut pid = None;
         wait_until(&format!("{name} runs"), || {
@@ -134,7 +134,8 @@ impl Launcher {
             pid = self
                 .processes()
                 .into_iter()
-                .find(|p| name.starts_with(&p.1) && p.1.len() >= 9)
+                .filter(|p| name.starts_with(&p.1) && p.1.len() >= 9)
+                .max()
                 .and_then(|p| Pid::from_raw(p.0));
             pid.is_some()
         });
