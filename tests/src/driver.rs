@@ -47,6 +47,8 @@ impl Driver {
         let features = VirtioFeatureFlags::VERSION_1.bits()
             | VirtioFeatureFlags::RING_EVENT_IDX.bits()
             | VirtioBlkFeatureFlags::FLUSH.bits()
+            | VirtioBlkFeatureFlags::DISCARD.bits()
+            | VirtioBlkFeatureFlags::WRITE_ZEROES.bits()
             | VirtioBlkFeatureFlags::MQ.bits();
         let path = socket.to_str().unwrap();
         let mut transport: Box<VirtioBlkTransport> =
@@ -72,6 +74,11 @@ impl Driver {
         });
         let queues = queues.collect();
         Driver { queues, transport }
+    }
+
+    /// Whether the device takes discards.
+    pub fn discards(&self) -> bool {
+        self.transport.get_features() & VirtioBlkFeatureFlags::DISCARD.bits() != 0
     }
 
     /// Size of the disk in bytes.
@@ -106,16 +113,38 @@ impl Queue {
 
     /// Offers a read of the whole of buffer `buffer` from `offset` (in bytes).
     pub fn read(&mut self, buffer: usize, offset: u64) {
-        let (at, len) = (self.address(buffer), self.buffer_size);
+        self.read_part(buffer, offset, self.buffer_size);
+    }
+
+    /// Offers a read of `len` bytes into buffer `buffer`.
+    pub fn read_part(&mut self, buffer: usize, offset: u64, len: usize) {
+        assert!(len <= self.buffer_size);
+        let at = self.address(buffer);
         // SAFETY: `at` is shared memory of that length, which lives as long as the queue.
         unsafe { self.queue.read_raw(offset, at, len, buffer).unwrap() };
     }
 
     /// Offers a write of the whole of buffer `buffer` to `offset`.
     pub fn write(&mut self, buffer: usize, offset: u64) {
-        let (at, len) = (self.address(buffer), self.buffer_size);
-        // SAFETY: as in `read`.
+        self.write_part(buffer, offset, self.buffer_size);
+    }
+
+    /// Offers a write of `len` bytes of buffer `buffer`.
+    pub fn write_part(&mut self, buffer: usize, offset: u64, len: usize) {
+        assert!(len <= self.buffer_size);
+        let at = self.address(buffer);
+        // SAFETY: as in `read_part`.
         unsafe { self.queue.write_raw(offset, at, len, buffer).unwrap() };
+    }
+
+    /// Offers a discard, which is reported as `number`.
+    pub fn discard(&mut self, number: usize, offset: u64, len: u64) {
+        self.queue.discard(offset, len, number).unwrap();
+    }
+
+    /// Offers a write of zeros, which is reported as `number`.
+    pub fn write_zeroes(&mut self, number: usize, offset: u64, len: u64, unmap: bool) {
+        self.queue.write_zeroes(offset, len, unmap, number).unwrap();
     }
 
     /// Offers a flush, which is reported as `number`.

@@ -52,7 +52,7 @@ pub fn check_format(format: &str, image: &Path) {
         // Others have no such check.
         return;
     }
-    let output = output(&["check", "-q", "-f", format, text(image)]);
+    let output = output(&["check", "-q", "-U", "-f", format, text(image)]);
     // 3: leaked clusters.
     let fine = matches!(output.status.code(), Some(0 | 3));
     let said = String::from_utf8_lossy(&output.stdout);

@@ -25,6 +25,7 @@ pub mod guest;
 pub mod images;
 pub mod launcher;
 pub mod linux;
+pub mod loops;
 pub mod machine;
 pub mod net;
 pub mod process;

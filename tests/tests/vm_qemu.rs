@@ -1,25 +1,22 @@
 //! Our device processes under QEMU: a Linux guest uses them and reports, and the host
 //! checks what it left behind.
 
-use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use outrigger_tests::images::{check_format, convert, qemu_img};
 use outrigger_tests::linux;
 use outrigger_tests::machine::skip_kvm;
 use outrigger_tests::process::{Launch, Process};
 use outrigger_tests::qemu::{Board, Qemu, complaint};
 
-/// device-disk with two queues and an empty image in its directory.
-fn disk() -> (Process, PathBuf) {
+/// device-disk with two queues and an empty image of a `format` in its directory.
+fn disk(format: &str) -> (Process, PathBuf) {
     let launch = Launch::new("device-disk").lifetime(linux::PATIENCE);
     let image = launch.directory().join("disk.img");
-    File::create(&image).unwrap().set_len(64 << 20).unwrap();
+    let path = image.to_str().unwrap();
+    qemu_img(&["create", "-q", "-f", format, path, "64M"]);
     let process = launch
-        .args([
-            "--queues=2".as_ref(),
-            "--blk-file".as_ref(),
-            image.as_os_str(),
-        ])
+        .args(["--queues=2", "--format", format, "--blk-file", path])
         .listening();
     (process, image)
 }
@@ -33,7 +30,7 @@ fn net() -> (Process, String) {
 }
 
 /// What the guest and the device processes have to say at the end.
-fn check(serial: &str, steps: &[&str], devices: &[&Process], image: &Path) {
+fn check(serial: &str, steps: &[&str], devices: &[&Process]) {
     for step in steps {
         assert!(serial.contains(&format!("STEP {step}: pass")), "{serial}");
     }
@@ -43,7 +40,6 @@ fn check(serial: &str, steps: &[&str], devices: &[&Process], image: &Path) {
         assert!(!device.log().contains("WARN"), "{}", device.log());
         assert!(!device.log().contains("ERROR"), "{}", device.log());
     }
-    linux::check_image(image);
 }
 
 #[test]
@@ -51,7 +47,7 @@ fn q35_with_two_cpus_uses_a_disk_of_two_queues_and_a_network() {
     if skip_kvm() {
         return;
     }
-    let (disk, image) = disk();
+    let (disk, image) = disk("raw");
     let (net, parameters) = net();
     let job = format!("outrigger.job=cpus,disk,net outrigger.cpus=2 {parameters}");
     let machine = Qemu::new(Board::Q35, 2, 128, &job)
@@ -62,7 +58,8 @@ fn q35_with_two_cpus_uses_a_disk_of_two_queues_and_a_network() {
     // By ACPI.
     assert_eq!(machine.process.wait().code(), Some(0));
     let serial = machine.serial();
-    check(&serial, &["cpus", "disk", "net"], &[&disk, &net], &image);
+    check(&serial, &["cpus", "disk", "net"], &[&disk, &net]);
+    linux::check_image(&image);
 }
 
 #[test]
@@ -70,7 +67,7 @@ fn microvm_uses_a_disk_of_two_queues_and_a_network() {
     if skip_kvm() {
         return;
     }
-    let (disk, image) = disk();
+    let (disk, image) = disk("qcow2");
     let (net, parameters) = net();
     let job = format!("outrigger.job=disk,net {parameters}");
     let machine = Qemu::new(Board::Microvm, 1, 96, &job)
@@ -80,7 +77,11 @@ fn microvm_uses_a_disk_of_two_queues_and_a_network() {
     // Without ACPI it cannot power off.
     let serial = machine.wait_serial("GUEST pass");
     drop(machine);
-    check(&serial, &["disk", "net"], &[&disk, &net], &image);
+    check(&serial, &["disk", "net"], &[&disk, &net]);
+    let raw = image.with_file_name("raw");
+    check_format("qcow2", &image);
+    convert(("qcow2", &image), ("raw", &raw));
+    linux::check_image(&raw);
 }
 
 /// QEMU 10.0 has a front end for any type of device and keeps it from its users

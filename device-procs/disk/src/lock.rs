@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, Instant};
 
 use crate::image::SECTOR;
 
@@ -38,12 +39,33 @@ pub enum Use {
     Grow,
 }
 
+/// So long is waited for a holder that nobody knows.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// Locks `file` as a disk of a machine: nobody else may write to it.
+///
+/// A process that was killed may hold its locks for a moment longer: the kernel takes its
+/// io_uring apart when it is gone. So a holder that cannot be found is given some time.
 ///
 /// # Errors
 /// One line that says what somebody else does with the image, and who it is if that
 /// can be known; or fcntl(2)'s.
 pub fn take(file: &File, to: Use) -> io::Result<()> {
+    let begun = Instant::now();
+    loop {
+        match take_at_once(file, to) {
+            Err(error)
+                if error.kind() == io::ErrorKind::ResourceBusy && begun.elapsed() < PATIENCE =>
+            {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            result => return result,
+        }
+    }
+}
+
+/// As [`take`]; `ResourceBusy` is somebody whom we cannot find.
+fn take_at_once(file: &File, to: Use) -> io::Result<()> {
     let does: &[i64] = match to {
         Use::Read => &[READ],
         // Its last sector is made whole once the guest writes there.
@@ -114,9 +136,11 @@ fn look(file: &File, start: i64, what: &str) -> io::Result<()> {
 }
 
 fn taken(file: &File, start: i64, what: &str) -> io::Error {
-    let who = holder(file, start).unwrap_or_else(|| "another process".to_owned());
-    let why = format!("it is locked: {who} {what}");
-    io::Error::new(io::ErrorKind::WouldBlock, why)
+    let (kind, who) = match holder(file, start) {
+        Some(who) => (io::ErrorKind::WouldBlock, who),
+        None => (io::ErrorKind::ResourceBusy, "another process".to_owned()),
+    };
+    io::Error::new(kind, format!("it is locked: {who} {what}"))
 }
 
 /// Who holds a lock on byte `start` of `file`. /proc/locks does not tell whose an OFD
@@ -176,18 +200,18 @@ mod tests {
         let (first, second, third) = (open(&image), open(&image), open(&image));
         take(&first, Use::Read).unwrap();
         take(&second, Use::Read).unwrap();
-        let why = take(&third, Use::Write).unwrap_err().to_string();
+        let why = take_at_once(&third, Use::Write).unwrap_err().to_string();
         assert!(why.contains("locked"), "{why}");
         drop((first, second, third));
 
         let writer = open(&image);
         take(&writer, Use::Write).unwrap();
-        assert!(take(&open(&image), Use::Write).is_err());
-        assert!(take(&open(&image), Use::Read).is_err());
+        assert!(take_at_once(&open(&image), Use::Write).is_err());
+        assert!(take_at_once(&open(&image), Use::Read).is_err());
         // The lock is the open file's: it goes with its last descriptor.
         let duplicate = writer.try_clone().unwrap();
         drop(writer);
-        assert!(take(&open(&image), Use::Read).is_err());
+        assert!(take_at_once(&open(&image), Use::Read).is_err());
         drop(duplicate);
         take(&open(&image), Use::Write).unwrap();
     }
@@ -211,7 +235,7 @@ mod tests {
 
             let other = open(&image);
             lock(&other, FORBIDS + RESIZE).unwrap();
-            let refused = take(&open(&image), to).is_err();
+            let refused = take_at_once(&open(&image), to).is_err();
             assert_eq!(refused, grows, "{len} bytes, {to:?}");
         }
     }

@@ -1,5 +1,6 @@
 //! device-disk as its guest sees it.
 
 mod cache;
+mod faults;
 mod requests;
 mod subject;

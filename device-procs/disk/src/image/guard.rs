@@ -248,7 +248,11 @@ impl Guard {
             // Behind the end of the file there are zeros only.
             #[cfg(test)]
             self.faults.strike(offset)?;
-            rustix::fs::ftruncate(&self.file, end)?;
+            match rustix::fs::ftruncate(&self.file, end) {
+                // A block device ends where it ends.
+                Err(Errno::INVAL) => return Err(io::ErrorKind::StorageFull.into()),
+                result => result?,
+            }
             self.reaches(end);
         }
         if offset < old {
