@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use clap::ValueEnum;
 use device_core::ConfigSpace;
@@ -158,6 +158,7 @@ impl Drive {
 
     /// The driver has a cache to reckon with, or not.
     pub fn set_writeback(&self, on: bool) {
+        let _alone = self.alone();
         self.writeback.store(on, Ordering::Release);
         self.announce();
     }
@@ -181,12 +182,13 @@ impl Drive {
     /// # Errors
     /// One line that says why not.
     pub fn grow(&self, capacity: Option<u64>) -> io::Result<u64> {
-        let now = self.geometry().capacity;
         let block = self.block;
         if capacity.is_some_and(|wanted| !wanted.is_multiple_of(block.into())) {
             let why = format!("the size is no multiple of the block size, {block} bytes");
             return Err(io::Error::other(why));
         }
+        let _alone = self.alone();
+        let now = self.geometry().capacity;
         self.image.grow(capacity.unwrap_or(now))?;
         self.announce();
         Ok(self.geometry().capacity)
@@ -206,7 +208,7 @@ impl Drive {
     /// When the image cannot be looked at again, which another process may have worked
     /// on meanwhile.
     pub fn start_queue(&self) -> io::Result<()> {
-        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut running = self.alone();
         if *running == 0 {
             self.image.reload()?;
             self.announce();
@@ -217,8 +219,14 @@ impl Drive {
 
     /// A queue has stopped.
     pub fn stop_queue(&self) {
-        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut running = self.alone();
         *running = running.saturating_sub(1);
+    }
+
+    /// Nobody else changes what the driver is told of, nor looks at the image again: the
+    /// last one to announce it must be the last one to have changed it.
+    fn alone(&self) -> MutexGuard<'_, usize> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The driver is told of what has changed, if anything has.
