@@ -392,3 +392,43 @@ fn a_driver_is_told_that_its_device_needs_a_reset_and_works_after_it() {
     machine.replace("disk0", next);
     machine.passes();
 }
+
+/// What the driver has set is told to the process that comes.
+#[test]
+fn a_disk_that_was_set_to_write_through_stays_so() {
+    if skip_kvm() {
+        return;
+    }
+    let machine = Machine::embedded("job=write-through").args(["--memory", "64M"]);
+    let path = machine.disk_path();
+    let file = std::fs::File::create(&path).unwrap();
+    file.set_len(1 << 20).unwrap();
+    let socket = machine.directory().join("disk.sock");
+    let debug = ["--log-level", "debug"];
+    let process = disk(&path, &socket, debug);
+    let mut machine = machine.served("disk0", "block", process, &socket).start();
+    machine.wait_serial("writeback is 0");
+    let told = |machine: &Running| {
+        wait_until("it is told", || {
+            let log = machine.process("disk0").log();
+            let last = log
+                .lines()
+                .rfind(|line| line.contains("has set the disk to"));
+            last.is_some_and(|last| last.contains("write-through"))
+        });
+    };
+    told(&machine);
+    kill(&mut machine, |image, socket| disk(image, socket, debug));
+    is_running(&machine);
+    told(&machine);
+    // By a swap, too.
+    let other = socket.with_extension("other");
+    let next = disk(&path, &other, debug);
+    swap(&machine, &other).unwrap();
+    machine.replace("disk0", next);
+    told(&machine);
+    let serial = machine.serial();
+    let last = serial.lines().rfind(|line| line.contains("writeback is"));
+    assert!(last.unwrap().ends_with("writeback is 0"), "{serial}");
+    assert!(machine.control("stop").ok);
+}

@@ -159,7 +159,10 @@ impl Drive {
     /// The driver has a cache to reckon with, or not.
     pub fn set_writeback(&self, on: bool) {
         let _alone = self.alone();
-        self.writeback.store(on, Ordering::Release);
+        if self.writeback.swap(on, Ordering::AcqRel) != on {
+            let what = if on { "write-back" } else { "write-through" };
+            tracing::debug!("the driver has set the disk to {what}");
+        }
         self.announce();
     }
 

@@ -3,6 +3,7 @@
 use super::Guest;
 use crate::irq;
 use crate::line;
+use crate::virtio::BLOCK;
 use crate::virtio::device::Device;
 use crate::virtio::disk::{Disk, SECTOR};
 use crate::virtio::transport::Completion;
@@ -15,6 +16,29 @@ use logic::pattern;
 const REQUEST: u64 = 128;
 /// Sectors written at each place, on a disk that is large enough.
 const STRETCH: u64 = 2048;
+
+/// VIRTIO_BLK_F_CONFIG_WCE and its field (virtio 1.2 section 5.2.5).
+const CONFIG_WCE: u64 = 1 << 11;
+const WRITEBACK: u64 = 32;
+
+/// Sets the disk to write-through, and says what the disk says of that, now and whenever
+/// it changes; never ends.
+///
+/// # Errors
+/// There is no disk, or it does not start.
+pub fn write_through(guest: &Guest) -> Result<(), String> {
+    let device = guest.device(BLOCK)?;
+    let _disk = Disk::start_with(device.clone(), CONFIG_WCE, Completion::Polling)?;
+    device.config.write(WRITEBACK, 0u8);
+    let mut last = None;
+    loop {
+        let now: u8 = device.config.read(WRITEBACK);
+        if last != Some(now) {
+            line!("{}: writeback is {now}", device.name);
+            last = Some(now);
+        }
+    }
+}
 
 /// Writes four stretches, the last ending with the disk, flushes, reads them back.
 ///

@@ -92,6 +92,7 @@ fn job(guest: &Guest) -> Result<(), String> {
         "disk-io" => disk_speed::polling(guest),
         "disk-irq" => disk_speed::interrupts(guest),
         "disk-chaos" => disk_chaos::run(guest),
+        "write-through" => disk::write_through(guest),
         "echo" => console::echo(guest),
         "serial" => serial::lines(guest),
         "serial-irq" => serial::echo(guest),

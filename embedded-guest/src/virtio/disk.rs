@@ -37,8 +37,16 @@ impl Disk {
     /// # Errors
     /// See [`Transport::start`] and [`Queue::new`].
     pub fn start(device: Device, completion: Completion) -> Result<Self, String> {
-        let mut transport =
-            Transport::start(device, FEATURE_READ_ONLY | FEATURE_FLUSH, completion)?;
+        Self::start_with(device, 0, completion)
+    }
+
+    /// The same, accepting these features as well.
+    ///
+    /// # Errors
+    /// See [`Disk::start`].
+    pub fn start_with(device: Device, more: u64, completion: Completion) -> Result<Self, String> {
+        let features = FEATURE_READ_ONLY | FEATURE_FLUSH | more;
+        let mut transport = Transport::start(device, features, completion)?;
         let queue = Queue::new(&mut transport, 0)?;
         transport.finish();
         let halves: [u32; 2] = transport.config(0)?;
