@@ -56,6 +56,17 @@ impl Active {
         status(&self.result)
     }
 
+    /// What to tell the user of it, if anything.
+    pub fn complaint(&self) -> Option<String> {
+        let error = self.result.as_ref().err()?;
+        // Whoever asks for that learns it by the status.
+        if error.kind() == io::ErrorKind::Unsupported {
+            return None;
+        }
+        let (queue, head, kind) = (self.queue, self.head, self.kind.name());
+        Some(format!("queue {queue}: request {head} ({kind}): {error}"))
+    }
+
     /// Writes the status byte to where it belongs.
     ///
     /// # Safety
@@ -88,11 +99,6 @@ impl Requests {
                 self.all.len() - 1
             }
         }
-    }
-
-    /// The one of that number.
-    pub fn get(&self, id: usize) -> Option<&Active> {
-        self.all.get(id)?.as_ref()
     }
 
     /// A part more of it is under way.

@@ -9,8 +9,11 @@ use crate::transfer::skip;
 
 /// An aligned buffer, and how far a transfer has come in it.
 pub struct Bounce {
-    start: NonNull<u8>,
+    /// What it lies in. Aligned by hand: what the C library aligns it may not use again.
+    whole: NonNull<u8>,
     layout: Layout,
+    start: *mut u8,
+    len: usize,
     /// What is not transferred yet.
     rest: [libc::iovec; 1],
     /// Pieces of guest memory that are done with.
@@ -26,23 +29,34 @@ impl Bounce {
     /// # Errors
     /// When there is no memory, or no such alignment.
     pub fn new(len: usize, align: usize) -> io::Result<Self> {
-        let layout = Layout::from_size_align(len, align)
-            .ok()
-            .filter(|layout| layout.size() > 0)
+        let layout = len
+            .checked_add(align)
+            .and_then(|size| Layout::from_size_align(size, 1).ok())
+            .filter(|_| len > 0 && align.is_power_of_two())
             .ok_or(io::ErrorKind::InvalidInput)?;
         // SAFETY: the layout's size is not zero.
-        let start = NonNull::new(unsafe { alloc_zeroed(layout) });
-        let start = start.ok_or(io::ErrorKind::OutOfMemory)?;
+        let whole = NonNull::new(unsafe { alloc_zeroed(layout) });
+        let whole = whole.ok_or(io::ErrorKind::OutOfMemory)?;
+        let skipped = whole.as_ptr().align_offset(align);
+        // SAFETY: less than `align`, so there are `len` bytes behind it.
+        let start = unsafe { whole.as_ptr().add(skipped) };
         let rest = libc::iovec {
-            iov_base: start.as_ptr().cast(),
+            iov_base: start.cast(),
             iov_len: len,
         };
         Ok(Bounce {
-            start,
+            whole,
             layout,
+            start,
+            len,
             rest: [rest],
             filled: 0,
         })
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> usize {
+        self.len
     }
 
     /// Copies `memory` into it.
@@ -52,13 +66,10 @@ impl Bounce {
     pub unsafe fn take(&mut self, memory: &[libc::iovec]) {
         let mut at = 0;
         for piece in memory {
-            let len = piece.iov_len.min(self.layout.size() - at);
+            let len = piece.iov_len.min(self.len - at);
             // SAFETY: the caller's; and `at + len` is at most the buffer's length.
             unsafe {
-                self.start
-                    .as_ptr()
-                    .add(at)
-                    .copy_from(piece.iov_base.cast(), len);
+                self.start.add(at).copy_from(piece.iov_base.cast(), len);
             }
             at += len;
         }
@@ -103,6 +114,6 @@ impl Bounce {
 impl Drop for Bounce {
     fn drop(&mut self) {
         // SAFETY: allocated with this layout.
-        unsafe { dealloc(self.start.as_ptr(), self.layout) };
+        unsafe { dealloc(self.whole.as_ptr(), self.layout) };
     }
 }

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use device_core::chain::Buffers;
 use device_core::{Context, Device, Error, Poller};
@@ -29,18 +29,26 @@ const ENGINE: u64 = 0;
 /// As many requests are completed together at most: a driver on another processor goes
 /// on with the first while the rest are done.
 const TOGETHER: usize = 8;
+/// A batch ends when it is about so many bytes: a stop waits for it.
+const BATCH: u64 = 64 << 20;
+/// The longest [`Bounce`], in bytes; longer transfers are made in pieces. A multiple of what
+/// any medium wants.
+const LONGEST_BOUNCE: usize = 1 << 20;
+/// Before the kernel is asked once more for what it had no memory for, say.
+const PAUSE: Duration = Duration::from_millis(1);
 /// What a write through the page cache must be a multiple of, or it may have to read the
 /// rest of a page from the medium first.
 const PAGE: u64 = 4096;
 
 /// One worker's disk.
 pub struct Disk {
-    drive: Arc<Drive>,
-    /// `None` where the host has no io_uring: then everything is done at once.
+    /// `None` where the host has no io_uring: then everything is done at once. Goes first,
+    /// for it works on the drive's files until it is gone.
     engine: Option<Engine>,
+    drive: Arc<Drive>,
     requests: Requests,
-    /// Completed and not pushed yet: queue, head, bytes written.
-    completed: VecDeque<(usize, u16, u32)>,
+    /// Completed and not pushed yet.
+    completed: VecDeque<Active>,
     spare: Vec<libc::iovec>,
 }
 
@@ -51,8 +59,8 @@ impl Disk {
     /// A disk before any driver.
     pub fn new(drive: Arc<Drive>, engine: Option<Engine>) -> Self {
         Disk {
-            drive,
             engine,
+            drive,
             requests: Requests::default(),
             completed: VecDeque::new(),
             spare: Vec::new(),
@@ -142,19 +150,17 @@ impl Disk {
     }
 
     fn flush(&mut self, id: usize) -> io::Result<()> {
-        let Some(engine) = &mut self.engine else {
+        if self.engine.is_none() {
             return self.drive.flush();
-        };
-        engine.begin(Part {
+        }
+        self.begin_part(Part {
             request: id,
             task: Task::Flush,
             way: Way::Cached,
             offset: 0,
             memory: Vec::new(),
             bounce: None,
-        })?;
-        self.requests.add_part(id);
-        Ok(())
+        })
     }
 
     /// Moves `piece` from or to `offset` of the file.
@@ -165,154 +171,198 @@ impl Disk {
         offset: u64,
         piece: &Buffers<'_>,
     ) -> io::Result<()> {
-        let mut memory = std::mem::take(&mut self.spare);
-        memory.clear();
-        memory.extend(piece.slices().iter().map(|slice| libc::iovec {
-            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-            iov_len: slice.len(),
-        }));
+        let mut memory = self.iovecs(piece);
         let len = piece.len() as u64;
         let drive = &*self.drive;
-        let direct = drive.direct.as_ref().filter(|it| it.takes(offset, len));
-        let Some(engine) = &mut self.engine else {
-            let done = now(drive, &task, offset, &mut memory, true);
+        if self.engine.is_none() {
+            let done = wait_for(drive, &task, offset, &mut memory);
             self.spare = memory;
-            return done.map(|_| ());
-        };
-        let mut done = 0;
-        if direct.is_none() {
-            let is_whole = (offset | len).is_multiple_of(PAGE);
-            done = now(drive, &task, offset, &mut memory, is_whole)?;
+            return done;
         }
+        let direct = drive.direct.as_ref().filter(|it| it.takes(offset, len));
+        if let Some(direct) = direct {
+            if direct.must_bounce(&memory) {
+                let align = direct.memory_align.max(512);
+                self.spare = memory;
+                return self.bounce(id, task, offset, piece.clone(), align);
+            }
+            return self.begin_part(Part {
+                request: id,
+                task,
+                way: Way::Direct,
+                offset,
+                memory,
+                bounce: None,
+            });
+        }
+        let is_whole = (offset | len).is_multiple_of(PAGE);
+        let done = now(drive, &task, offset, &mut memory, is_whole)?;
         if done == len {
             self.spare = memory;
             return Ok(());
         }
         let left = transfer::skip(&mut memory, 0).len();
         memory.drain(..memory.len() - left);
-        let bounce = match direct {
-            Some(direct) if direct.must_bounce(&memory) => {
-                let mut bounce = Bounce::new(len as usize, direct.memory_align.max(512))?;
-                if matches!(task, Task::Write { .. }) {
-                    // SAFETY: the memory is `piece`, guest memory of `len` bytes.
-                    unsafe { bounce.take(&memory) };
-                }
-                Some(bounce)
-            }
-            _ => None,
-        };
-        let way = if direct.is_some() {
-            Way::Direct
-        } else {
-            Way::Cached
-        };
-        // The memory stays: a worker's queues are drained before guest memory changes.
-        engine.begin(Part {
+        self.begin_part(Part {
             request: id,
             task,
-            way,
+            way: Way::Cached,
             offset: offset + done,
             memory,
-            bounce,
-        })?;
+            bounce: None,
+        })
+    }
+
+    /// Moves `rest` past the page cache by buffers of the alignment `align`.
+    fn bounce(
+        &mut self,
+        id: usize,
+        task: Task,
+        mut offset: u64,
+        mut rest: Buffers<'_>,
+        align: usize,
+    ) -> io::Result<()> {
+        while !rest.is_empty() {
+            let len = rest.len().min(LONGEST_BOUNCE);
+            let memory = self.iovecs(&take(&mut rest, len as u64)?);
+            let mut bounce = Bounce::new(len, align)?;
+            if matches!(task, Task::Write { .. }) {
+                // SAFETY: the memory is guest memory of `len` bytes.
+                unsafe { bounce.take(&memory) };
+            }
+            self.begin_part(Part {
+                request: id,
+                task,
+                way: Way::Direct,
+                offset,
+                memory,
+                bounce: Some(bounce),
+            })?;
+            offset += len as u64;
+        }
+        Ok(())
+    }
+
+    fn iovecs(&mut self, piece: &Buffers<'_>) -> Vec<libc::iovec> {
+        let mut memory = std::mem::take(&mut self.spare);
+        memory.clear();
+        memory.extend(piece.slices().iter().map(|slice| libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        }));
+        memory
+    }
+
+    /// Hands `part` to the engine once there is room in it. Its memory stays: a worker's
+    /// queues are drained before guest memory changes.
+    fn begin_part(&mut self, part: Part) -> io::Result<()> {
+        let id = part.request;
+        while let Some(engine) = &mut self.engine
+            && engine.is_full()
+        {
+            engine.wait()?;
+            self.collect();
+        }
+        let Some(engine) = &mut self.engine else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        engine.begin(part)?;
         self.requests.add_part(id);
         Ok(())
     }
 
-    /// A part of request `id` has ended.
+    /// A part of request `id` has ended: if it was the last, the request has, too.
     fn part_ended(&mut self, id: usize, result: io::Result<()>) {
-        if self.requests.part_ended(id, result) {
-            self.settle(id);
+        if !self.requests.part_ended(id, result) {
+            return;
         }
-    }
-
-    /// Nothing of request `id` is under way any more: writes its status.
-    fn settle(&mut self, id: usize) {
         let Some(active) = self.requests.remove(id) else {
             return;
         };
-        let (queue, head, written) = (active.queue, active.head, active.written);
-        if let Some(recorder) = self.drive.recorders.get(queue) {
+        if let Some(recorder) = self.drive.recorders.get(active.queue) {
             let ok = active.status() == VIRTIO_BLK_S_OK as u8;
             recorder.completed(active.kind, active.bytes, ok, active.begun.elapsed());
         }
         // SAFETY: guest memory stays until its queue is drained, and this one is not.
         unsafe { active.write_status() };
-        self.completed.push_back((queue, head, written));
+        self.completed.push_back(active);
+    }
+
+    /// Takes what the engine has ended; returns whether there was anything.
+    fn collect(&mut self) -> bool {
+        let mut any = false;
+        while let Some((id, result)) = self.engine.as_mut().and_then(Engine::ended) {
+            any = true;
+            self.part_ended(id, result);
+        }
+        any
     }
 
     /// Hands what is completed to the driver.
     fn push(&mut self, cx: &mut Context<'_>) {
         let memory = cx.memory;
         let mut batch = [(0, 0); TOGETHER];
-        while let Some(&(queue, ..)) = self.completed.front() {
+        while let Some(&Active { queue, .. }) = self.completed.front() {
+            let mut ring = cx.ring(queue);
             let mut count = 0;
             while count < TOGETHER
-                && let Some(&(of, head, written)) = self.completed.front()
-                && of == queue
+                && let Some(active) = self.completed.front()
+                && active.queue == queue
             {
-                batch[count] = (head, written);
+                batch[count] = (active.head, active.written);
                 count += 1;
+                if let (Some(ring), Some(why)) = (&mut ring, active.complaint()) {
+                    ring.complain(&why);
+                }
                 self.completed.pop_front();
             }
-            if let Some(ring) = cx.ring(queue) {
+            if let Some(ring) = ring {
                 ring.push_all(memory, &batch[..count]);
             }
         }
     }
 
-    /// Completes what the engine has ended; returns whether there was anything.
+    /// Completes what the engine has ended, and lets it go on with what was short; returns
+    /// whether there was anything.
     fn reap(&mut self, cx: &mut Context<'_>) -> bool {
-        let mut any = false;
-        while let Some((id, result)) = self.engine.as_mut().and_then(Engine::ended) {
-            any = true;
-            if let Err(error) = &result {
-                self.complain(cx, id, error);
-            }
-            self.part_ended(id, result);
-        }
+        let any = self.collect();
         self.push(cx);
+        self.submit(cx);
         any
     }
 
-    fn complain(&self, cx: &mut Context<'_>, id: usize, error: &io::Error) {
-        if let Some(Active {
-            queue, head, kind, ..
-        }) = self.requests.get(id)
-            && let Some(ring) = cx.ring(*queue)
-        {
-            ring.complain(&format_args!(
-                "queue {queue}: request {head} ({}): {error}",
-                kind.name()
-            ));
-        }
-    }
-
-    fn submit(&mut self) {
-        if let Some(engine) = &mut self.engine
-            && let Err(error) = engine.submit()
-        {
-            // The kernel is out of memory, say: what was begun is handed over later.
-            tracing::error!("io_uring: {error}");
+    fn submit(&mut self, cx: &mut Context<'_>) {
+        let Some(Err(error)) = self.engine.as_mut().map(Engine::submit) else {
+            return;
+        };
+        // The kernel is out of memory, say. Nothing else may happen that would make us
+        // try again.
+        std::thread::sleep(PAUSE);
+        for queue in 0..self.drive.recorders.len() {
+            if let Some(ring) = cx.ring(queue) {
+                ring.complain(&format_args!("queue {queue}: io_uring: {error}"));
+                ring.serve_again();
+            }
         }
     }
 }
 
-/// Does of a transfer what needs no wait, or all of it if `wait`; returns how many bytes
-/// are done. What is left is left in `memory`.
+/// Does of a transfer what needs no wait; returns how many bytes are done. What is left is
+/// left in `memory`. Of a write that replaces whole pages (`is_whole`) the page cache takes
+/// all; any other may have to read first, and a durable one waits for the medium.
 fn now(
     drive: &Drive,
     task: &Task,
     offset: u64,
     memory: &mut [libc::iovec],
-    wait: bool,
+    is_whole: bool,
 ) -> io::Result<u64> {
     let total: usize = memory.iter().map(|it| it.iov_len).sum();
     let (call, flags): (transfer::Vectored, _) = match task {
         Task::Read if drive.is_memory => (libc::preadv2, 0),
         Task::Read => (libc::preadv2, libc::RWF_NOWAIT),
-        Task::Write { durable: true } if wait => (libc::pwritev2, libc::RWF_DSYNC),
-        Task::Write { durable: false } if wait || drive.is_memory => (libc::pwritev2, 0),
+        Task::Write { .. } if drive.is_memory => (libc::pwritev2, 0),
+        Task::Write { durable: false } if is_whole => (libc::pwritev2, 0),
         Task::Write { .. } | Task::Flush => return Ok(0),
     };
     // SAFETY: the caller's pieces of guest memory.
@@ -325,6 +375,18 @@ fn now(
         }
         Err(error) => Err(error),
     }
+}
+
+/// Does all of a transfer, however long it takes.
+fn wait_for(drive: &Drive, task: &Task, offset: u64, memory: &mut [libc::iovec]) -> io::Result<()> {
+    let (call, flags): (transfer::Vectored, _) = match task {
+        Task::Read => (libc::preadv2, 0),
+        Task::Write { durable: true } => (libc::pwritev2, libc::RWF_DSYNC),
+        Task::Write { durable: false } => (libc::pwritev2, 0),
+        Task::Flush => return drive.flush(),
+    };
+    // SAFETY: the caller's pieces of guest memory.
+    unsafe { transfer(call, drive.image.file(), offset, memory, flags) }
 }
 
 /// Not in the page cache, or not a file that can tell.
@@ -413,7 +475,12 @@ impl Device for Disk {
         let memory = cx.memory;
         let geometry = self.drive.geometry();
         let begun = Instant::now();
+        let mut moved = 0;
         while let Some(ring) = cx.ring(queue) {
+            if moved >= BATCH {
+                ring.serve_again();
+                break;
+            }
             let Some(chain) = ring.pop(memory) else { break };
             let head = chain.head;
             let Some(request) = Request::parse(chain, &geometry) else {
@@ -423,6 +490,7 @@ impl Device for Disk {
                 ring.push(memory, head, 0);
                 continue;
             };
+            moved += request.bytes;
             let active = Active::new(queue, head, begun, &request);
             let id = self.requests.add(active);
             if let Some(recorder) = self.drive.recorders.get(queue) {
@@ -433,24 +501,18 @@ impl Device for Disk {
                 Err(Refusal::Unsupported) => Err(io::ErrorKind::Unsupported.into()),
                 Err(Refusal::Invalid(why)) => Err(io::Error::other(format!("refused: {why}"))),
             };
-            if let Err(error) = &result
-                && error.kind() != io::ErrorKind::Unsupported
-            {
-                self.complain(cx, id, error);
-            }
             // The request's own part: all that was done at once.
             self.part_ended(id, result);
             if self.completed.len() >= TOGETHER {
                 self.push(cx);
             }
         }
-        self.submit();
+        self.submit(cx);
         self.reap(cx);
     }
 
     fn ready(&mut self, _token: u64, cx: &mut Context<'_>) {
         self.reap(cx);
-        self.submit();
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> bool {
@@ -465,7 +527,7 @@ impl Device for Disk {
             };
             if let Err(error) = engine.wait() {
                 tracing::error!("io_uring: {error}");
-                std::thread::sleep(std::time::Duration::from_millis(1));
+                std::thread::sleep(PAUSE);
             }
             self.reap(cx);
         }

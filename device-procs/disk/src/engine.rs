@@ -9,16 +9,19 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 
 use io_uring::register::Restriction;
 use io_uring::squeue::Entry;
-use io_uring::{IoUring, cqueue, opcode, types};
+use io_uring::{EnterFlags, IoUring, cqueue, opcode, types};
 
 use crate::bounce::Bounce;
 use crate::transfer::skip;
 
 /// Transfers that are handed to the kernel at a time; more wait for room.
 const ENTRIES: u32 = 256;
-/// Transfers under way at a time; whoever wants more waits for one to end, so that what
-/// they take is bounded whatever a guest asks.
-const MAX_PARTS: usize = 1024;
+/// Transfers under way at a time, so that what they take is bounded whatever a guest asks.
+/// As many completions have room, so none of them waits in the kernel for a call that
+/// nobody makes.
+const MAX_PARTS: u32 = 1024;
+/// Bytes of [`Bounce`] under way at a time, for the same reason.
+const MAX_BOUNCED: usize = 16 << 20;
 /// Most pieces of memory in one transfer (readv(2)).
 const MAX_PIECES: usize = libc::UIO_MAXIOV as usize;
 
@@ -35,6 +38,7 @@ pub enum Way {
 }
 
 /// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Task {
     /// Fill memory.
     Read,
@@ -63,6 +67,12 @@ pub struct Part {
     pub bounce: Option<Bounce>,
 }
 
+impl Part {
+    fn bounced(&self) -> usize {
+        self.bounce.as_ref().map_or(0, Bounce::len)
+    }
+}
+
 /// A [`Part`] in progress.
 struct Running {
     part: Part,
@@ -84,8 +94,8 @@ pub struct Engine {
     running: Vec<Option<Running>>,
     free: Vec<usize>,
     ended: Vec<(usize, io::Result<()>)>,
-    /// The ring was told of none of these yet.
-    unsubmitted: usize,
+    /// Bytes of all bounces.
+    bounced: usize,
 }
 
 impl Engine {
@@ -97,10 +107,11 @@ impl Engine {
     pub fn new(cached: BorrowedFd<'_>, direct: Option<BorrowedFd<'_>>) -> io::Result<Self> {
         let build = |coop: bool| {
             let mut builder = IoUring::builder();
-            builder.setup_r_disabled().setup_cqsize(2 * ENTRIES);
+            builder.setup_r_disabled().setup_cqsize(MAX_PARTS);
             if coop {
-                // No interrupt of a processor for what its thread finds by itself (Linux 5.19).
-                builder.setup_coop_taskrun();
+                // No interrupt of a processor for what its thread finds by itself: at its
+                // next system call, or where `collect` looks (Linux 5.19).
+                builder.setup_coop_taskrun().setup_taskrun_flag();
             }
             builder.build(ENTRIES)
         };
@@ -122,7 +133,7 @@ impl Engine {
             running: Vec::new(),
             free: Vec::new(),
             ended: Vec::new(),
-            unsubmitted: 0,
+            bounced: 0,
         })
     }
 
@@ -144,14 +155,20 @@ impl Engine {
         unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
     }
 
+    /// Whether no other part may begin before one has ended.
+    pub fn is_full(&self) -> bool {
+        self.running.len() - self.free.len() >= MAX_PARTS as usize || self.bounced >= MAX_BOUNCED
+    }
+
     /// Begins `part`; [`Engine::submit`] hands it to the kernel at the latest.
     ///
     /// # Errors
-    /// The kernel's; the part is not begun then.
+    /// The kernel's, and when the engine is full; the part is not begun then.
     pub fn begin(&mut self, part: Part) -> io::Result<()> {
-        while self.running.len() - self.free.len() >= MAX_PARTS {
-            self.wait()?;
+        if self.is_full() {
+            return Err(io::ErrorKind::WouldBlock.into());
         }
+        let bounced = part.bounced();
         let index = self.free.pop().unwrap_or_else(|| {
             self.running.push(None);
             self.running.len() - 1
@@ -160,7 +177,9 @@ impl Engine {
         self.enqueue(index).inspect_err(|_| {
             self.running[index] = None;
             self.free.push(index);
-        })
+        })?;
+        self.bounced += bounced;
+        Ok(())
     }
 
     fn enqueue(&mut self, index: usize) -> io::Result<()> {
@@ -179,7 +198,6 @@ impl Engine {
         // lies in `running`, and whoever made it sees to the memory.
         unsafe { self.ring.submission().push(&entry) }
             .map_err(|_| io::Error::other("the io_uring takes nothing more"))?;
-        self.unsubmitted += 1;
         Ok(())
     }
 
@@ -188,12 +206,10 @@ impl Engine {
     /// # Errors
     /// The kernel's.
     pub fn submit(&mut self) -> io::Result<()> {
-        while self.unsubmitted > 0 {
+        while !self.ring.submission().is_empty() {
             match self.ring.submit() {
-                Ok(count) => self.unsubmitted = self.unsubmitted.saturating_sub(count),
+                Ok(_) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
-                // The completion queue is full: make room.
-                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => self.collect(),
                 Err(error) => return Err(error),
             }
         }
@@ -226,7 +242,8 @@ impl Engine {
     }
 
     /// The next of those that have ended: the number of its request, and how it went.
-    /// Makes no system call.
+    /// Makes no system call unless the kernel has something that only one delivers.
+    /// [`Engine::submit`] afterwards, for what must go on.
     pub fn ended(&mut self) -> Option<(usize, io::Result<()>)> {
         if self.ended.is_empty() {
             self.collect();
@@ -235,12 +252,26 @@ impl Engine {
     }
 
     fn collect(&mut self) {
+        let mut entered = false;
         loop {
             // One by one: going on with one that was short needs the ring.
-            let Some(entry) = self.ring.completion().next() else {
+            let entry = self.ring.completion().next();
+            if let Some(entry) = entry {
+                self.advance(&entry);
+                continue;
+            }
+            if entered || !self.ring.submission().taskrun() {
                 return;
+            }
+            // A thread that looks without system calls would not get it otherwise.
+            entered = true;
+            let flags = EnterFlags::GETEVENTS.bits();
+            // SAFETY: without an argument. A failure is no harm: it was a system call.
+            let _ = unsafe {
+                self.ring
+                    .submitter()
+                    .enter::<libc::sigset_t>(0, 0, flags, None)
             };
-            self.advance(&entry);
         }
     }
 
@@ -262,6 +293,7 @@ impl Engine {
     fn end(&mut self, index: usize, result: io::Result<()>) {
         if let Some(Running { part, .. }) = self.running[index].take() {
             self.free.push(index);
+            self.bounced -= part.bounced();
             self.ended.push((part.request, result));
         }
     }
@@ -343,3 +375,6 @@ impl AsFd for Engine {
         self.descriptor()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,8 +6,10 @@ use std::os::unix::process::CommandExt;
 
 use outrigger_tests::chaos::Random;
 use outrigger_tests::disk::{Request, SECTOR, pattern_of};
-use outrigger_tests::process::Launch;
+use outrigger_tests::guest::{EVENT_IDX, Guest};
+use outrigger_tests::process::{Launch, Process};
 use outrigger_tests::queue::Buffer;
+use outrigger_tests::ram::Ram;
 use virtio_bindings::virtio_blk::*;
 
 use crate::subject::{Disk, FLUSH, SIZE};
@@ -122,9 +124,12 @@ fn through_the_page_cache() {
 
 #[test]
 fn what_is_not_in_the_page_cache_is_read_all_the_same() {
-    let mut disk = Disk::new(&[]);
+    read_cold(&mut Disk::new(&[]));
+}
+
+fn read_cold(disk: &mut Disk) {
     for round in 0..20 {
-        chill(&disk);
+        chill(disk);
         for sector in [round * 64, 1999 - round * 32] {
             let (status, data) = disk.receive(VIRTIO_BLK_T_IN, sector, 16 * SECTOR);
             assert_eq!(status, VIRTIO_BLK_S_OK);
@@ -153,6 +158,7 @@ fn one_request_after_the_other_where_the_host_has_no_io_uring() {
         let mut disk = Disk::launch(launch, SIZE, &["--cache", mode], 1, FLUSH);
         let log = disk.process.log();
         assert!(log.contains("no io_uring"), "{log}");
+        read_cold(&mut disk);
         work(&mut disk, 200);
     }
 }
@@ -230,4 +236,75 @@ fn blocks_of_4096_bytes_are_all_or_nothing() {
     }
     let log = disk.process.log();
     assert!(log.contains("not made of whole blocks"), "{log}");
+}
+
+/// The most resident memory that a process ever had, in KiB.
+fn peak(process: &Process) -> u64 {
+    let text = process.status("", "VmHWM");
+    text.trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Sent again and again over the same few pages, at an address that the medium does not
+/// take: what the process has of it in memory stays little.
+#[test]
+fn a_huge_request_takes_little_memory() {
+    const PIECE: u32 = 2 << 20;
+    const PIECES: usize = 126;
+    if !has_direct() {
+        return;
+    }
+    let launch = Launch::new("device-disk");
+    let image = launch.directory().join("image");
+    let file = File::create(&image).unwrap();
+    file.set_len(u64::from(PIECE) * PIECES as u64).unwrap();
+    let process = launch
+        .args(["--blk-file".as_ref(), image.as_os_str()])
+        .args(["--cache", "none"])
+        .listening();
+    let mut guest = Guest::new(process.connect(), Ram::small());
+    guest.negotiate(FLUSH | EVENT_IDX);
+    guest.share_memory();
+    guest.add_queue(256);
+    let at = guest.ram.alloc(u64::from(PIECE) + 1) | 1;
+    let before = peak(&process);
+    for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {
+        let data = match kind {
+            VIRTIO_BLK_T_IN => Buffer::writable(at, PIECE),
+            _ => Buffer::readable(at, PIECE),
+        };
+        let request = Request::new(&guest.ram, kind, 0, &[data; PIECES]);
+        let status = request.run(&guest.ram, &mut guest.queues[0]);
+        assert_eq!(status, VIRTIO_BLK_S_OK);
+    }
+    let most = peak(&process) - before;
+    assert!(most < 64 << 10, "{most} KiB");
+}
+
+/// A worker that looks for work finds what the kernel did a part of, too.
+#[test]
+fn a_request_of_very_many_pieces_goes_on_while_its_worker_looks() {
+    const SIZE: u64 = 1 << 20;
+    const PIECES: usize = 1022;
+    let disk = Disk::new(&[]);
+    let launch = Launch::new("device-disk");
+    let process = launch
+        .args(["--blk-file".as_ref(), disk.image.as_os_str()])
+        .args(["--poll-us", "10000", "--read-only", "--lock", "off"])
+        .listening();
+    // Each piece lies in two regions.
+    let ram = Ram::new(&[(0, SIZE), (SIZE, SIZE)]);
+    assert_eq!(ram.alloc(512), SIZE);
+    let mut guest = Guest::new(process.connect(), ram);
+    guest.negotiate(EVENT_IDX);
+    guest.share_memory();
+    guest.add_queue(1024);
+    let data = [Buffer::writable(SIZE - 256, 512); PIECES];
+    for _ in 0..20 {
+        chill(&disk);
+        let request = Request::new(&guest.ram, VIRTIO_BLK_T_IN, 0, &data);
+        let status = request.run(&guest.ram, &mut guest.queues[0]);
+        assert_eq!(status, VIRTIO_BLK_S_OK);
+        let last = pattern_of((PIECES - 1) * SECTOR, SECTOR);
+        assert!(guest.ram.get(SIZE - 256, 512) == last);
+    }
 }
