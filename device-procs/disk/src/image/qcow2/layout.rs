@@ -17,6 +17,8 @@ use super::header::{Header, V2_LEN, pointers};
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bits of an L1 entry that must be 0.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+/// Bit of an L2 entry: its cluster is compressed.
+const COMPRESSED: u64 = 1 << 62;
 /// Bytes that are read of a table at a time.
 const PIECE: u64 = 1 << 20;
 
@@ -165,6 +167,60 @@ impl Layout {
             return (start..start + width as usize / 8, 0xff);
         }
         (start..start + 1, ((1u8 << width) - 1) << (bit % 8))
+    }
+
+    /// The first cluster in this range of the file that counts as free there.
+    pub fn first_free(&self, guard: &Guard, offset: u64, len: u64) -> io::Result<Option<u64>> {
+        let last = offset.saturating_add(len.saturating_sub(1)) >> self.bits;
+        let mut cluster = offset >> self.bits;
+        while cluster <= last {
+            let (index, at) = self.refcount_index(cluster);
+            let Some(block) = self.block(index) else {
+                return Ok(Some(cluster << self.bits));
+            };
+            let in_block = 1u64 << (self.bits + 3 - self.refcount_order);
+            let end = in_block.min(at + (last - cluster) + 1);
+            let start = self.refcount_bytes(at).0.start;
+            let mut refcounts = vec![0; self.refcount_bytes(end - 1).0.end - start];
+            guard.read_padded(
+                &mut [io::IoSliceMut::new(&mut refcounts)],
+                block + start as u64,
+            )?;
+            for entry in at..end {
+                let (bytes, mask) = self.refcount_bytes(entry);
+                let bytes = refcounts.get(bytes.start - start..bytes.end - start);
+                if !bytes.is_some_and(|bytes| bytes.iter().any(|byte| byte & mask != 0)) {
+                    return Ok(Some((cluster + (entry - at)) << self.bits));
+                }
+            }
+            cluster += end - at;
+        }
+        Ok(None)
+    }
+
+    /// Where in the file, offset and length, the cluster with the disk's byte `offset` is,
+    /// if it is a compressed one.
+    pub fn compressed(&self, guard: &Guard, offset: u64) -> io::Result<Option<(u64, u64)>> {
+        let entry = |at: u64| {
+            let mut word = [0; 8];
+            guard.read(&mut word, at)?;
+            io::Result::Ok(u64::from_be_bytes(word))
+        };
+        let l2_bits = self.bits - 3;
+        let at = self.l1.start + (offset >> (self.bits + l2_bits)) * 8;
+        let table = match self.l1.contains(&at) {
+            true => entry(at)? & OFFSET,
+            false => 0,
+        };
+        if table == 0 {
+            return Ok(None);
+        }
+        let index = (offset >> self.bits) & ((1 << l2_bits) - 1);
+        let entry = entry(table + index * 8)?;
+        let bits = 70 - self.bits; // of the offset; above it is the number of sectors
+        let start = entry & ((1 << bits) - 1) & !511;
+        let sectors = ((entry & (COMPRESSED - 1)) >> bits) + 1;
+        Ok((entry & COMPRESSED != 0).then_some((start, sectors * 512)))
     }
 
     /// Marks `cluster` as used in the file, unless it is. What imago has in memory says

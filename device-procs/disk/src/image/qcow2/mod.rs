@@ -18,7 +18,7 @@ mod tests;
 use std::fs::File;
 use std::io;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use device_core::chain::Buffers;
@@ -48,6 +48,8 @@ pub struct Qcow2Image {
     places: Places,
     /// Held by whoever changes the tables.
     turn: Mutex<()>,
+    /// What the tables say of new clusters is not in the file yet.
+    unsettled: AtomicBool,
     /// Held for writing while clusters that are mapped become zeros, and for reading from
     /// a look into the tables until [`Places`] knows of it.
     zeroing: RwLock<()>,
@@ -57,8 +59,9 @@ pub struct Qcow2Image {
 enum Mapped {
     /// Data at this offset; `ours` when it can be written there.
     Data { at: u64, ours: bool },
-    /// Zeros, whether the tables say so or say nothing.
-    Zero,
+    /// Zeros: the tables say so, and may keep a place for what is written there; or they
+    /// say nothing.
+    Zero { marked: bool },
     /// Anything else.
     Special,
 }
@@ -138,6 +141,7 @@ impl Qcow2Image {
             backing,
             places: Places::new(header.cluster_bits, capacity),
             turn: Mutex::new(()),
+            unsettled: AtomicBool::new(false),
             zeroing: RwLock::new(()),
         })
     }
@@ -165,23 +169,34 @@ impl Qcow2Image {
                 self.storage.check_existing(at, found)?;
                 Mapped::Data { at, ours }
             }
-            ShallowMapping::Zero { .. } => Mapped::Zero,
+            ShallowMapping::Zero { explicit, .. } => Mapped::Zero { marked: explicit },
+            ShallowMapping::Special { .. } => {
+                self.storage.check_compressed(offset)?;
+                Mapped::Special
+            }
             _ => Mapped::Special,
         };
         Ok((mapped, found))
     }
 
-    /// As [`Qcow2Image::look`], and remembers it.
-    fn find(&self, offset: u64, len: u64) -> io::Result<(Mapped, u64)> {
+    /// As [`Qcow2Image::look`], and remembers it; and whether that is in the file, too.
+    fn find(&self, offset: u64, len: u64) -> io::Result<(Mapped, u64, bool)> {
         let _unchanged = self.zeroing.read().unwrap_or_else(PoisonError::into_inner);
         let (mapped, found) = self.look(offset, len)?;
+        // This after that: what becomes known is marked as unsettled before.
+        let settled = !self.unsettled.load(Ordering::Acquire);
         if let Mapped::Data { at, ours } = mapped
             && (ours || self.geometry.read_only)
-            && self.has(at, found)?
+            && settled
         {
-            self.places.note(offset, at, found);
+            if !self.geometry.read_only {
+                self.storage.check_used(at, found)?;
+            }
+            if self.has(at, found)? {
+                self.places.note(offset, at, found);
+            }
         }
-        Ok((mapped, found))
+        Ok((mapped, found, settled))
     }
 
     /// Whether the file is long enough for this range. The last cluster need not be there
@@ -196,7 +211,9 @@ impl Qcow2Image {
     fn settle(&self) -> io::Result<()> {
         self.access
             .flush()
-            .inspect_err(|error| self.guard().give_up(error))
+            .inspect_err(|error| self.guard().give_up(error))?;
+        self.unsettled.store(false, Ordering::Release);
+        Ok(())
     }
 
     /// Gives each piece of a range a place of its own, if it has none, and has `fill` write
@@ -207,11 +224,19 @@ impl Qcow2Image {
         mut len: u64,
         mut fill: impl FnMut(u64, u64) -> io::Result<()>,
     ) -> io::Result<()> {
+        let cluster = 1u64 << self.bits;
         while len > 0 {
-            let mapping = self.access.prepare_data_mapping(offset, len, true)?;
+            let (mapped, mut piece) = self.look(offset, len)?;
+            if let Mapped::Zero { marked: true } = mapped {
+                // One by one: behind another one imago moves it from the place it has, and
+                // a transfer may still be under way there.
+                piece = piece.min(cluster - (offset & (cluster - 1)));
+            }
+            let mapping = self.access.prepare_data_mapping(offset, piece, true)?;
             let (at, done) = (mapping.offset(), mapping.length());
             self.storage.check_data(at, done)?;
             fill(at, done)?;
+            self.unsettled.store(true, Ordering::Release);
             self.access.commit_data_mapping(mapping)?;
             offset += done;
             len -= done;
@@ -263,7 +288,7 @@ impl Qcow2Image {
         let mut freed = Vec::new();
         while at < end {
             let (mapped, mut len) = self.look(at, end - at)?;
-            if !matches!(mapped, Mapped::Zero) {
+            if !matches!(mapped, Mapped::Zero { .. }) {
                 let _alone = self.zeroing.write().unwrap_or_else(PoisonError::into_inner);
                 self.places.forget(at, len);
                 let (start, done) = self.access.inner().ensure_zero_mapping(at, len)?;
@@ -289,7 +314,7 @@ impl Qcow2Image {
         while at < end {
             let (mapped, len) = self.look(at, end - at)?;
             match mapped {
-                Mapped::Zero => {}
+                Mapped::Zero { .. } => {}
                 Mapped::Data { at, ours: true } => self.guard().zero(at, len, unmap)?,
                 _ => self.allocate(at, len, |at, len| self.guard().zero(at, len, unmap))?,
             }
@@ -328,10 +353,10 @@ impl Image for Qcow2Image {
         if let Some((offset, len)) = self.places.find(offset, len) {
             return Ok(Extent::Data { offset, len });
         }
-        let (mapped, len) = self.find(offset, len)?;
+        let (mapped, len, _) = self.find(offset, len)?;
         Ok(match mapped {
             Mapped::Data { at, .. } if self.has(at, len)? => Extent::Data { offset: at, len },
-            Mapped::Zero => Extent::Zero { len },
+            Mapped::Zero { .. } => Extent::Zero { len },
             Mapped::Data { .. } | Mapped::Special => Extent::Special { len },
         })
     }
@@ -342,7 +367,8 @@ impl Image for Qcow2Image {
             return Ok(Extent::Data { offset, len });
         }
         Ok(match self.find(offset, len)? {
-            (Mapped::Data { at, ours: true }, len) => Extent::Data { offset: at, len },
+            // What is written must be found even if this process is killed right after.
+            (Mapped::Data { at, ours: true }, len, true) => Extent::Data { offset: at, len },
             // All of it, so that the tables are written once for all.
             _ => Extent::Special { len },
         })
@@ -406,6 +432,7 @@ impl Image for Qcow2Image {
         // SAFETY: all that imago had to write is in the file, for `settle` follows every
         // change; or there was an error, and the file is what counts.
         unsafe { self.access.inner().invalidate_cache() }?;
+        self.unsettled.store(false, Ordering::Release);
         self.capacity.store(capacity(&header)?, Ordering::Release);
         Ok(())
     }

@@ -66,6 +66,38 @@ impl Storage {
         Ok(())
     }
 
+    /// Whether the bytes at `offset` of the disk, which are compressed, are where the disk's
+    /// bytes can be: that is free once they are written.
+    ///
+    /// # Errors
+    /// As there; and the medium's.
+    pub fn check_compressed(&self, offset: u64) -> io::Result<()> {
+        let layout = self.0.layout.read().unwrap_or_else(PoisonError::into_inner);
+        let range = match layout.as_ref() {
+            Some(layout) => layout.compressed(&self.0.guard, offset)?,
+            None => None,
+        };
+        drop(layout);
+        range.map_or(Ok(()), |(at, len)| self.check_data(at, len))
+    }
+
+    /// Whether these bytes, which are the disk's, count as used: else something else, and
+    /// that may be a table, will lie there soon.
+    ///
+    /// # Errors
+    /// One that says that they do not; and the medium's.
+    pub fn check_used(&self, offset: u64, len: u64) -> io::Result<()> {
+        let layout = self.0.layout.read().unwrap_or_else(PoisonError::into_inner);
+        let free = match layout.as_ref() {
+            Some(layout) => layout.first_free(&self.0.guard, offset, len)?,
+            None => None,
+        };
+        free.map_or(Ok(()), |at| {
+            let what = format!("a table has data at {at:#x}, which counts as free");
+            Err(damaged(&what))
+        })
+    }
+
     /// As [`Storage::check_data`], of bytes that were written before.
     ///
     /// # Errors

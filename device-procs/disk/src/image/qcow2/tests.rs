@@ -1,7 +1,8 @@
 //! Against QEMU, a model in memory, sudden ends, and tables that are none.
 
-use super::super::testing::{Random, Workshop, exercise, open_at, pattern};
-use super::super::{Backing, Format};
+use super::super::testing::{Disk, Random, Workshop, exercise, open_at, pattern};
+use super::super::{Backing, Extent, Format, Image, Origin};
+use super::Qcow2Image;
 
 const SIZE: usize = 8 << 20;
 
@@ -308,4 +309,123 @@ fn what_is_below_is_locked() {
     let why = open("disk", Format::Qcow2).err().unwrap().to_string();
     assert!(why.contains("base: it is locked"), "{why}");
     drop(base);
+}
+
+/// What was written to a disk that is made of clusters of `1 << bits` is at `offset`.
+fn place(disk: &Disk, offset: u64) -> u64 {
+    match disk.image.place(offset, 512).unwrap() {
+        Extent::Data { offset, .. } => offset,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A transfer may be under way where a cluster was, so that place is nobody else's.
+#[test]
+fn clusters_keep_their_places() {
+    let shop = Workshop::new();
+    shop.create("disk", "qcow2", "cluster_size=4k", "8M");
+    let disk = shop.open("disk", Format::Qcow2, false).unwrap();
+    disk.write(4096, &[1; 4096]).unwrap();
+    let then = place(&disk, 4096);
+    disk.image.discard(4096, 4096).unwrap();
+    // One that has no place yet, and those behind it.
+    disk.write(0, &[2; 12288]).unwrap();
+    for cluster in 3..20 {
+        disk.write(cluster * 4096, &[3; 4096]).unwrap();
+        assert_ne!(place(&disk, cluster * 4096), then);
+    }
+    assert_eq!(place(&disk, 4096), then);
+    let mut model = vec![0; SIZE];
+    model[..12288].fill(2);
+    model[12288..20 * 4096].fill(3);
+    drop(disk);
+    shop.agree("disk", "qcow2", &model);
+}
+
+/// A cluster that another queue has just made a place for, but not said so in the file,
+/// is not written to past it: after a kill nobody would find that.
+#[test]
+fn what_is_not_in_the_file_yet_is_no_place() {
+    let shop = Workshop::new();
+    shop.create("disk", "qcow2", "", "8M");
+    let path = shop.path("disk");
+    let file = super::super::open_file(&path, false).unwrap();
+    let origin = Origin {
+        name: "disk",
+        directory: None,
+        backing: Backing::Deny,
+        lock: false,
+        depth: 0,
+    };
+    let image = Qcow2Image::open(file, &origin, false).unwrap();
+    let fill = |at, len| image.guard().zero(at, len, false);
+    image.allocate(0, 512, fill).unwrap();
+    let special = |offset| matches!(image.place(offset, 512), Ok(Extent::Special { .. }));
+    for _ in 0..2 {
+        assert!(special(512));
+        image.map(512, 512).unwrap();
+    }
+    image.settle().unwrap();
+    assert!(!special(512) && !special(0));
+}
+
+/// The image's entry `index` of the table at `at`.
+fn entry(image: &[u8], at: u64, index: usize) -> u64 {
+    let mut word = [0; 8];
+    word.copy_from_slice(&image[at as usize + index * 8..][..8]);
+    u64::from_be_bytes(word)
+}
+
+/// Tables that say that the disk's bytes are where a table is, or soon will be, do not get
+/// a guest's bytes into that table.
+#[test]
+fn no_table_is_a_place_for_data() {
+    const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+    let shop = Workshop::new();
+    shop.raw("base", &pattern(SIZE));
+    let options = "cluster_size=4k,backing_file=base,backing_fmt=raw";
+    shop.create("disk", "qcow2", options, "8M");
+    let disk = shop.open("disk", Format::Qcow2, false).unwrap();
+    for at in [0, 2 << 20] {
+        disk.write(at, &[1; 4096]).unwrap();
+    }
+    drop(disk);
+    let good = std::fs::read(shop.path("disk")).unwrap();
+    let l1 = entry(&good, 40, 0);
+    let (first, second) = (entry(&good, l1, 0) & OFFSET, entry(&good, l1, 1) & OFFSET);
+    let table = |image: &[u8]| image[second as usize..][..4096].to_vec();
+    let put = |at: u64, value: &[u8]| {
+        let mut image = good.clone();
+        image[at as usize..][..value.len()].copy_from_slice(value);
+        std::fs::write(shop.path("disk"), image).unwrap();
+        shop.open("disk", Format::Qcow2, false).unwrap()
+    };
+
+    // A table as something compressed, whose place is free once it is written anew; or as
+    // data that is shared.
+    for bits in [1 << 62, 0] {
+        let disk = put(first + 8, &(bits | second).to_be_bytes());
+        for range in [4096..8192, 4608..5120, 0..16384] {
+            let bytes = vec![2; range.end - range.start];
+            let why = disk.write(range.start as u64, &bytes).unwrap_err();
+            assert!(why.to_string().contains("where tables are"), "{why}");
+        }
+        if bits != 0 {
+            disk.image.discard(4096, 4096).unwrap_err();
+        }
+        disk.write(20480, &[2; 512]).unwrap();
+        drop(disk);
+        let now = std::fs::read(shop.path("disk")).unwrap();
+        assert!(table(&now) == table(&good));
+    }
+
+    // Data that counts as free, so that a table would be put there.
+    let data = entry(&good, first, 0) & OFFSET;
+    let block = entry(&good, entry(&good, 48, 0), 0);
+    let disk = put(block + data / 4096 * 2, &[0; 2]);
+    let why = disk.write(0, &[2; 512]).unwrap_err();
+    assert!(why.to_string().contains("counts as free"), "{why}");
+    disk.read(4096, 4096).unwrap();
+    disk.write(4 << 20, &[2; 512]).unwrap();
+    disk.write(0, &[2; 512]).unwrap_err();
 }
