@@ -66,6 +66,9 @@ pub struct Ring {
     err: Option<OwnedFd>,
     /// What is in flight, if the front end keeps a table of it.
     tracker: Option<Tracker>,
+    /// Popped, and to go back unused at the end of the batch: until then what was popped
+    /// before may be put back, and these with it.
+    refused: Vec<(u16, Origin)>,
     /// Must be served although no event says so.
     pub(crate) pending: bool,
     budget: u32,
@@ -104,6 +107,7 @@ impl Ring {
             call: None,
             err: None,
             tracker: None,
+            refused: Vec::new(),
             pending: false,
             budget: 0,
             starved: false,
@@ -228,6 +232,7 @@ impl Ring {
         self.state = State::Started;
         self.pending = true;
         (self.pushed, self.starved) = (false, false);
+        self.refused.clear();
         self.complaints = 0;
         self.in_work = 0;
         self.resumed = self.next_used != 0;
@@ -346,6 +351,9 @@ impl Ring {
 
     /// After a batch: the interrupt, if the driver wants one or may have missed one.
     pub(crate) fn finish(&mut self) {
+        let refused = std::mem::take(&mut self.refused);
+        let empty: Vec<(u16, u32)> = refused.iter().map(|&(head, _)| (head, 0)).collect();
+        self.complete(&empty);
         let new = self.next_used;
         let Some(split) = self.running() else { return };
         let wanted = self.unannounced || self.pushed && split.wants_interrupt(self.announced, new);
@@ -373,7 +381,7 @@ impl Ring {
     }
 
     /// The next request, or `None` when there is none now. A chain that no
-    /// driver may build goes back with nothing written, and the next is tried.
+    /// driver may build is refused, and the next is tried.
     pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Option<Chain<'m>> {
         while self.is_running() {
             if self.budget == 0 {
@@ -388,7 +396,7 @@ impl Ring {
                 Ok(chain) => return Some(chain),
                 Err(error) => {
                     self.complain(&error);
-                    self.push(memory, head, 0);
+                    self.refused.push((head, origin));
                 }
             }
         }
@@ -454,6 +462,12 @@ impl Ring {
         Ok(Some(head))
     }
 
+    /// The device has no use for `chain`: it goes back with nothing written at the end of
+    /// the batch, unless it is put back before.
+    pub fn refuse(&mut self, chain: &Chain<'_>) {
+        self.refused.push((chain.head, chain.origin));
+    }
+
     /// Puts `chain`, and all that was popped after it, back, as if it had never
     /// been taken. None of it may have been pushed.
     pub fn unpop(&mut self, chain: &Chain<'_>) {
@@ -461,6 +475,9 @@ impl Ring {
         if self.tracker.is_none() {
             if let Origin::Available(position) = chain.origin {
                 let count = self.next_avail.wrapping_sub(position);
+                self.refused.retain(|&(_, origin)| {
+                    !matches!(origin, Origin::Available(at) if at.wrapping_sub(position) < count)
+                });
                 self.in_work = self.in_work.saturating_sub(count);
                 self.next_avail = position;
             }
@@ -470,6 +487,7 @@ impl Ring {
             match tracker.take_back() {
                 Ok(Some(last)) => {
                     self.in_work = self.in_work.saturating_sub(1);
+                    self.refused.retain(|refused| *refused != last);
                     if let (_, Origin::Available(position)) = last {
                         self.next_avail = position;
                     }
@@ -498,6 +516,10 @@ impl Ring {
     /// Completes several requests, which the driver gets to see all at once. One that was
     /// in work when the ring broke goes nowhere.
     pub fn push_all(&mut self, _memory: &GuestMemory, completed: &[(u16, u32)]) {
+        self.complete(completed);
+    }
+
+    fn complete(&mut self, completed: &[(u16, u32)]) {
         if !self.is_running() || completed.is_empty() {
             return;
         }

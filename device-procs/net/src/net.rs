@@ -133,7 +133,8 @@ impl Net {
                         &mut self.dropped.runts,
                         "a receive buffer has no room for a header",
                     );
-                    ring.push(memory, chain.head, 0);
+                    // Not at once: those before it may be put back.
+                    ring.refuse(&chain);
                     continue;
                 }
                 room += chain.writable.len();

@@ -280,3 +280,61 @@ fn a_driver_has_no_more_in_work_than_entries() {
     assert_eq!(pair.ours.next_used, pair.theirs.next_used());
     pair.must_be_the_same();
 }
+
+/// A good request, one that no driver may build, and one that the device refuses: the
+/// first is put back, and so are those behind it, until it is really used.
+#[test]
+fn what_is_refused_behind_a_request_that_is_put_back_is_completed_once() {
+    let table = table();
+    let memory = Arc::clone(table.memory());
+    let put = |at: u64, value: u16| memory.write_obj(value, GuestAddress(at)).unwrap();
+    let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+    for inflight in [false, true] {
+        for head in 0..4 {
+            let far = if head == 1 { 1 << 40 } else { 0x3000 };
+            let words = [far, 16u64];
+            (memory.write_obj(words, GuestAddress(16 * u64::from(head)))).unwrap();
+            put(AVAILABLE + 4 + 2 * u64::from(head), head);
+        }
+        put(AVAILABLE + 2, 4);
+        put(USED + 2, 0);
+        let mut ring = Ring::new(0, 4).unwrap();
+        let addresses = RingAddresses {
+            descriptors: 0,
+            available: AVAILABLE,
+            used: USED,
+        };
+        ring.set_addresses(addresses, &table).unwrap();
+        ring.place(&table).unwrap();
+        let shape = crate::inflight::Shape { queues: 1, size: 4 };
+        let (file, len) = crate::inflight::create(shape, 1, 4).unwrap();
+        let tracked = Arc::new(Table::map(shape, file, 0, len, 1, 4).unwrap());
+        let tracked = inflight.then_some(&tracked);
+        ring.start(eventfd(0, flags).unwrap(), tracked);
+        ring.set_enabled(true);
+        for _ in 0..3 {
+            ring.begin();
+            let first = ring.pop(&memory).unwrap();
+            let second = ring.pop(&memory).unwrap();
+            assert_eq!((first.head, second.head), (0, 2));
+            ring.refuse(&second);
+            ring.unpop(&first);
+            ring.finish();
+            assert_eq!((ring.next_avail, ring.next_used), (0, 0));
+        }
+        ring.begin();
+        let first = ring.pop(&memory).unwrap();
+        let second = ring.pop(&memory).unwrap();
+        ring.refuse(&second);
+        ring.push(&memory, first.head, 0);
+        // What was before it stays refused.
+        let third = ring.pop(&memory).unwrap();
+        ring.unpop(&third);
+        ring.finish();
+        assert_eq!((ring.next_avail, ring.next_used, ring.in_work), (3, 3, 0));
+        let used = |at: u64| memory.read_obj::<u32>(GuestAddress(USED + 4 + 8 * at));
+        let mut heads = [0, 1, 2].map(|at| used(at).unwrap());
+        heads.sort_unstable();
+        assert_eq!(heads, [0, 1, 2]);
+    }
+}

@@ -133,8 +133,10 @@ impl State {
                 break;
             }
             self.device.kicked(index, &mut cx);
-            // One that does not want them leaves them to the next process.
+            // One that does not want them leaves them to the next process; and what it took
+            // before the ring broke is in work.
             if cx.ring(index).is_none_or(|ring| ring.left_overs() == left) {
+                self.device.drain(index, &mut cx);
                 break;
             }
         }

@@ -368,6 +368,35 @@ fn a_stop_takes_left_overs_that_come_in_several_turns() {
     assert_eq!(third.used_index(0), 6);
 }
 
+/// What a stop takes of the left-overs is in work when the driver breaks the ring, and must
+/// not be any more when the ring is gone and its memory with it.
+#[test]
+fn left_overs_of_a_ring_that_breaks_while_it_stops_are_completed() {
+    let shape = Shape {
+        queues: 2,
+        size: SIZE,
+    };
+    let (file, len) = create(shape, 2, SIZE).unwrap();
+    let table = || {
+        let file = file.try_clone().unwrap();
+        Arc::new(Table::map(shape, file, 0, len, 2, SIZE).unwrap())
+    };
+    let first = World::new(SIZE.into());
+    first.offer(0, 2);
+    first.start_with(0, Some(&table())).unwrap();
+    first.batch();
+    let second = World {
+        table: first.table.clone(),
+        ..World::new(SIZE.into())
+    };
+    second.control(|state, poller| state.set_memory(&second.table, poller));
+    second.start_with(0, Some(&table())).unwrap();
+    second.offer(0, 2 + SIZE + 1);
+    // `stopped` looks that nothing is in work.
+    second.stop(0);
+    assert_eq!(second.told(), ["starting 0", "stopped 0"]);
+}
+
 #[test]
 fn doorbells_stay_off_until_a_last_look() {
     let world = World::new(SIZE.into());
