@@ -3,6 +3,7 @@
 mod backing;
 pub mod create;
 mod guard;
+mod inflate;
 mod qcow;
 mod qcow2;
 mod raw;

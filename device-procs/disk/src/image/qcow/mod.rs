@@ -18,11 +18,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use device_core::chain::Buffers;
 use imago::FormatAccess;
 use imago::io_buffers::IoVectorMut;
-use miniz_oxide::inflate::TINFLStatus;
-use miniz_oxide::inflate::core::inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
-use miniz_oxide::inflate::core::{DecompressorOxide, decompress};
 
-use super::guard::{Guard, damaged};
+use super::guard::Guard;
+use super::inflate::inflate;
 use super::qcow2::storage::Storage;
 use super::{Extent, Geometry, Image, Origin, SECTOR, backing};
 use header::Header;
@@ -94,7 +92,7 @@ impl QcowImage {
             },
             Entry::Data(at) => self.guard.read_padded(&mut [IoSliceMut::new(bytes)], at),
             Entry::Compressed(at, len) => {
-                let cluster = self.inflate(at, len)?;
+                let cluster = inflate(&self.guard, at, len, self.cluster as usize)?;
                 let within = (offset & (self.cluster - 1)) as usize;
                 let piece = cluster
                     .get(within..)
@@ -103,30 +101,6 @@ impl QcowImage {
                 Ok(())
             }
         }
-    }
-
-    /// The cluster that is compressed in `len` bytes of the file at `at`: a deflate stream
-    /// without a header.
-    fn inflate(&self, at: u64, len: usize) -> io::Result<Vec<u8>> {
-        let mut compressed = vec![0; len];
-        let mut buffers = [IoSliceMut::new(&mut compressed)];
-        self.guard.read_padded(&mut buffers, at)?;
-        let mut cluster = vec![0; self.cluster as usize];
-        let (status, _, count) = decompress(
-            &mut DecompressorOxide::new(),
-            &compressed,
-            &mut cluster,
-            0,
-            TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF,
-        );
-        // That there could be more does not matter once the cluster is full.
-        let sound = matches!(status, TINFLStatus::Done | TINFLStatus::HasMoreOutput);
-        if !sound || count != cluster.len() {
-            return Err(damaged(&format!(
-                "a compressed cluster at {at:#x} is not one"
-            )));
-        }
-        Ok(cluster)
     }
 
     /// Puts a range, of which `entry` is true and which belongs to one L2 table, at the end

@@ -140,6 +140,12 @@ impl Layout {
         self.take(offset >> self.bits)
     }
 
+    /// Size of a cluster, and where in one the disk's byte `offset` is.
+    pub fn cluster(&self, offset: u64) -> (usize, usize) {
+        let size = 1 << self.bits;
+        (size, offset as usize & (size - 1))
+    }
+
     /// Whether one of the tables is within this range of the file.
     pub fn has_table(&self, offset: u64, len: u64) -> bool {
         let last = offset.saturating_add(len.saturating_sub(1));
@@ -218,9 +224,10 @@ impl Layout {
         let index = (offset >> self.bits) & ((1 << l2_bits) - 1);
         let entry = entry(table + index * 8)?;
         let bits = 70 - self.bits; // of the offset; above it is the number of sectors
-        let start = entry & ((1 << bits) - 1) & !511;
+        let start = entry & ((1 << bits) - 1);
         let sectors = ((entry & (COMPRESSED - 1)) >> bits) + 1;
-        Ok((entry & COMPRESSED != 0).then_some((start, sectors * 512)))
+        let len = sectors * 512 - start % 512;
+        Ok((entry & COMPRESSED != 0).then_some((start, len)))
     }
 
     /// Marks `cluster` as used in the file, unless it is. What imago has in memory says

@@ -8,6 +8,7 @@
 //! becomes free. Clusters may be lost by a kill (`qemu-img check` calls them leaked), but
 //! nothing else.
 
+mod compressed;
 pub mod header;
 mod layout;
 mod places;
@@ -23,7 +24,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use device_core::chain::Buffers;
 use imago::format::PreallocateMode;
-use imago::io_buffers::IoVectorMut;
 use imago::qcow2::Qcow2;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, ShallowMapping};
 
@@ -154,6 +154,12 @@ impl Qcow2Image {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Bytes from `offset` to the end of its cluster.
+    fn rest(&self, offset: u64) -> u64 {
+        let cluster = 1 << self.bits;
+        cluster - (offset & (cluster - 1))
+    }
+
     /// What the tables say of the range that begins at `offset`, and for how much of it.
     fn look(&self, offset: u64, len: u64) -> io::Result<(Mapped, u64)> {
         let (mapping, found) = self.access.get_shallow_mapping(offset, len)?;
@@ -171,7 +177,11 @@ impl Qcow2Image {
             }
             ShallowMapping::Zero { explicit, .. } => Mapped::Zero { marked: explicit },
             ShallowMapping::Special { .. } => {
-                self.storage.check_compressed(offset)?;
+                let mut at = offset;
+                while at < offset.saturating_add(found) {
+                    self.storage.check_compressed(at)?;
+                    at += self.rest(at);
+                }
                 Mapped::Special
             }
             _ => Mapped::Special,
@@ -224,13 +234,15 @@ impl Qcow2Image {
         mut len: u64,
         mut fill: impl FnMut(u64, u64) -> io::Result<()>,
     ) -> io::Result<()> {
-        let cluster = 1u64 << self.bits;
         while len > 0 {
             let (mapped, mut piece) = self.look(offset, len)?;
             if let Mapped::Zero { marked: true } = mapped {
                 // One by one: behind another one imago moves it from the place it has, and
                 // a transfer may still be under way there.
-                piece = piece.min(cluster - (offset & (cluster - 1)));
+                piece = piece.min(self.rest(offset));
+            }
+            if let Mapped::Special = mapped {
+                self.check_around(offset, piece)?;
             }
             let mapping = self.access.prepare_data_mapping(offset, piece, true)?;
             let (at, done) = (mapping.offset(), mapping.length());
@@ -240,6 +252,20 @@ impl Qcow2Image {
             self.access.commit_data_mapping(mapping)?;
             offset += done;
             len -= done;
+        }
+        Ok(())
+    }
+
+    /// Looks at what imago copies when a range is written: the rest of its first and its
+    /// last cluster.
+    fn check_around(&self, offset: u64, len: u64) -> io::Result<()> {
+        let cluster = 1u64 << self.bits;
+        for at in [offset, offset.saturating_add(len)] {
+            if !at.is_multiple_of(cluster) {
+                let first = at & !(cluster - 1);
+                let len = cluster.min(self.access.size().saturating_sub(first));
+                compressed::check(&self.access, first, len)?;
+            }
         }
         Ok(())
     }
@@ -375,8 +401,7 @@ impl Image for Qcow2Image {
     }
 
     fn read(&self, offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {
-        let (vector, _guards) = IoVectorMut::from_volatile_slice(buffers.slices());
-        self.access.readv(vector, offset)
+        compressed::read(&self.access, offset, buffers)
     }
 
     fn write(&self, offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {

@@ -9,6 +9,7 @@ use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 
 use super::super::guard::{Guard, beyond, damaged};
+use super::super::inflate::inflate;
 use super::header::Header;
 use super::layout::Layout;
 
@@ -79,6 +80,24 @@ impl Storage {
         };
         drop(layout);
         range.map_or(Ok(()), |(at, len)| self.check_data(at, len))
+    }
+
+    /// The cluster with the disk's byte `offset`, if the file says that it is compressed, and
+    /// where in it that is.
+    ///
+    /// # Errors
+    /// The medium's; or that it is damaged.
+    pub fn inflate(&self, offset: u64) -> io::Result<Option<(usize, Vec<u8>)>> {
+        let layout = self.0.layout.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(layout) = layout.as_ref() else {
+            return Ok(None);
+        };
+        let Some((at, len)) = layout.compressed(&self.0.guard, offset)? else {
+            return Ok(None);
+        };
+        let (size, within) = layout.cluster(offset);
+        let cluster = inflate(&self.0.guard, at, len as usize, size)?;
+        Ok(Some((within, cluster)))
     }
 
     /// Whether these bytes, which are the disk's, count as used: else something else, and

@@ -429,3 +429,48 @@ fn no_table_is_a_place_for_data() {
     disk.write(4 << 20, &[2; 512]).unwrap();
     disk.write(0, &[2; 512]).unwrap_err();
 }
+
+/// A deflate stream that refers to what was before its beginning is not one: else a guest
+/// sees what memory we happen to have.
+#[test]
+fn a_compressed_cluster_has_a_beginning() {
+    let shop = Workshop::new();
+    let content = pattern(64 << 10);
+    shop.raw("raw", &content);
+    let convert = "convert -c -f raw -O qcow2 -o cluster_size=4k raw";
+    let convert: Vec<&str> = convert.split(' ').collect();
+    shop.qemu_img(&[&convert[..], &["disk"]].concat());
+    let mut image = std::fs::read(shop.path("disk")).unwrap();
+    let table = entry(&image, entry(&image, 40, 0), 0) & 0x00ff_ffff_ffff_fe00;
+    let at = (entry(&image, table, 1) & ((1 << 58) - 1)) as usize;
+    // The last block, with fixed codes: often 258 bytes from 4096 bytes before.
+    let mut bits = vec![1u8, 1, 0];
+    for _ in 0..16 {
+        bits.extend([1, 1, 0, 0, 0, 1, 0, 1]);
+        bits.extend([1, 0, 1, 1, 1]);
+        bits.extend([1; 10]);
+    }
+    for (byte, bits) in image[at..].iter_mut().zip(bits.chunks(8)) {
+        *byte = bits.iter().rev().fold(0, |byte, bit| byte << 1 | bit);
+    }
+    std::fs::write(shop.path("disk"), &image).unwrap();
+    let above = "cluster_size=8k,backing_file=disk,backing_fmt=qcow2";
+    shop.create("above", "qcow2", above, "64k");
+    for name in ["above", "disk"] {
+        let disk = shop.open(name, Format::Qcow2, false).unwrap();
+        for (range, sound) in [
+            (4096..4608, false),
+            (4096..8192, false),
+            (0..16384, false),
+            (8192..16384, true),
+        ] {
+            let read = disk.read(range.start, (range.end - range.start) as usize);
+            assert_eq!(read.is_ok(), sound, "{name}: {range:?}");
+        }
+        let why = disk.write(4608, &[1; 512]).unwrap_err().to_string();
+        assert!(why.contains("a compressed cluster at"), "{why}");
+        // All of it replaced.
+        disk.write(0, &[2; 8192]).unwrap();
+        assert!(disk.read(0, 16384).unwrap() == [&[2; 8192], &content[8192..16384]].concat());
+    }
+}
