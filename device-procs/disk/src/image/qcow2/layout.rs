@@ -33,6 +33,8 @@ pub struct Layout {
     blocks: Vec<u64>,
     /// Clusters with header or tables of the disk as it is (not of its snapshots).
     taken: HashSet<u64>,
+    /// Room for a table.
+    spare: Vec<u8>,
 }
 
 impl Layout {
@@ -49,6 +51,7 @@ impl Layout {
             refcounts: range(header.refcounts),
             blocks: Vec::new(),
             taken: HashSet::from([0]),
+            spare: Vec::new(),
         };
         layout.take_range(layout.l1.clone())?;
         layout.take_range(layout.refcounts.clone())?;
@@ -281,11 +284,37 @@ impl Layout {
                 *block = entry & OFFSET;
             }
         } else if self.taken.contains(&(offset >> self.bits)) {
-            guard.write_table(buffers, offset)?;
+            self.write_changes(guard, buffers, offset)?;
         } else {
             guard.write(buffers, offset)?;
         }
         Ok(())
+    }
+
+    /// Writes of a table what is not in the file yet. imago writes all of it for each entry,
+    /// which costs more than to read it, and much more once it must get to the medium.
+    fn write_changes(
+        &mut self,
+        guard: &Guard,
+        buffers: &mut [IoSlice<'_>],
+        offset: u64,
+    ) -> io::Result<()> {
+        const PIECE: usize = 512;
+        let [new] = &*buffers else {
+            return guard.write_table(buffers, offset);
+        };
+        self.spare.resize(new.len(), 0);
+        guard.read_padded(&mut [io::IoSliceMut::new(&mut self.spare)], offset)?;
+        let mut pieces = new.chunks(PIECE).zip(self.spare.chunks(PIECE));
+        let differ = |(new, old): (&[u8], &[u8])| new != old;
+        let Some(first) = pieces.position(differ) else {
+            return Ok(());
+        };
+        let mut pieces = new.chunks(PIECE).zip(self.spare.chunks(PIECE));
+        let last = pieces.rposition(differ).unwrap_or(first);
+        let range = first * PIECE..new.len().min((last + 1) * PIECE);
+        let offset = offset + range.start as u64;
+        guard.write_table(&mut [IoSlice::new(&new[range])], offset)
     }
 
     /// Marks what the entries `new`, to be written at `offset`, point to; returns what
