@@ -1,5 +1,6 @@
 //! `device-disk create`.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
 use crate::shop::{Shop, connect, end};
@@ -48,6 +49,10 @@ fn images_are_made_whole_or_not_at_all() {
     assert!(std::fs::read(shop.path("e")).unwrap() == std::fs::read(shop.path("theirs")).unwrap());
 
     let before = files(&shop);
+    let too_long = format!(
+        "x --format qcow --size 1M --backing {}a --backing-format raw",
+        "./".repeat(512)
+    );
     for (command, code, why) in [
         ("a --format qcow2 --size 1M", 1, "--force"),
         ("/ --format raw --size 1M", 1, "/"),
@@ -113,6 +118,12 @@ fn images_are_made_whole_or_not_at_all() {
             1,
             "no qcow2",
         ),
+        (
+            "sub/g --format qcow2 --size 1M --backing ./g --backing-format qcow2 --force",
+            1,
+            "on itself",
+        ),
+        (&too_long, 1, "1023 bytes"),
     ] {
         let output = shop.run(&format!("device-disk create {command}"));
         let said = String::from_utf8_lossy(&output.stderr);
@@ -128,7 +139,11 @@ fn images_are_made_whole_or_not_at_all() {
     assert!(said.contains("locked"), "{said}");
     assert_eq!(files(&shop), before);
     end(&process);
+    let private = std::fs::Permissions::from_mode(0o600);
+    std::fs::set_permissions(shop.path("a"), private).unwrap();
     shop.works("device-disk create a --format qcow2 --size 3M --force");
+    let mode = std::fs::metadata(shop.path("a")).unwrap().permissions();
+    assert_eq!(mode.mode() & 0o777, 0o600);
     shop.agrees("a", "qcow2", &[0; 3 << 20], false);
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -14,6 +15,9 @@ use super::qcow::header::Header;
 use super::qcow2::storage::Storage;
 use super::{Backing, Format, Origin, SECTOR, backing, open_file};
 use crate::lock;
+
+/// Longest name of another file that QEMU, and we, read in an image.
+const MAX_NAME: usize = 1023;
 
 /// What image to make.
 #[derive(Args, Clone, Debug)]
@@ -104,6 +108,13 @@ impl Options {
                 _ => Some(format),
             };
             drop(backing::open(name, said, &origin)?);
+            if is_same(&self.directory().join(name), &self.file) {
+                return refused("--backing: an image cannot lie on itself");
+            }
+            if name.len() > MAX_NAME {
+                let why = format!("--backing: a name has at most {MAX_NAME} bytes");
+                return refused(&why);
+            }
         }
         Ok(())
     }
@@ -125,15 +136,18 @@ impl Options {
         let Some(name) = self.file.file_name() else {
             return Err(io::ErrorKind::IsADirectory.into());
         };
-        match self.file.symlink_metadata() {
+        let replaced = match self.file.symlink_metadata() {
             Ok(metadata) if !metadata.is_file() => {
                 return Err(io::Error::other("there is something that is no file"));
             }
             Ok(_) if !self.force => return Err(there_already()),
-            Ok(_) => lock::take(&open_file(&self.file, false)?, lock::Use::Grow)?,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Ok(metadata) => {
+                lock::take(&open_file(&self.file, false)?, lock::Use::Grow)?;
+                Some(metadata)
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(error) => return Err(error),
-        }
+        };
         let mut hidden = std::ffi::OsString::from(".");
         hidden.push(name);
         hidden.push(format!(".{}.new", std::process::id()));
@@ -143,6 +157,10 @@ impl Options {
             .write(true)
             .create_new(true)
             .open(&new.0)?;
+        if let Some(replaced) = replaced {
+            // Who could not read the old one must not read this one.
+            file.set_permissions(replaced.permissions())?;
+        }
         self.fill(file.try_clone()?)?;
         file.sync_all()?;
         if self.force {
@@ -176,6 +194,11 @@ impl Options {
             }
         }
     }
+}
+
+fn is_same(one: &Path, other: &Path) -> bool {
+    let id = |path: &Path| path.metadata().map(|it| (it.dev(), it.ino())).ok();
+    id(one).is_some_and(|one| id(other) == Some(one))
 }
 
 fn there_already() -> io::Error {

@@ -11,6 +11,8 @@ pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 /// Length of a version 2 header, and of the part that all versions have.
 pub const V2_LEN: usize = 72;
 const V3_LEN: usize = 104;
+/// Where the size of the disk is.
+pub const SIZE: usize = 24;
 /// Where the autoclear bits are.
 pub const AUTOCLEAR: u64 = 88;
 /// QEMU's limit for an L1 table, and what imago takes of either table.
@@ -112,7 +114,7 @@ fn parse(bytes: &[u8], len: u64, writable: bool) -> Result<Header, String> {
         version,
         cluster_bits,
         refcount_order: 4,
-        size: be64(bytes, 24),
+        size: be64(bytes, SIZE),
         l1: (be64(bytes, 40), be32(bytes, 36).into()),
         refcounts: (be64(bytes, 48), 0),
         backing: None,

@@ -11,7 +11,7 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 
 use super::super::guard::{Guard, beyond, damaged};
-use super::header::{Header, V2_LEN, pointers};
+use super::header::{Header, SIZE, V2_LEN, pointers};
 
 /// Bits of a table's entry that hold an offset in the file.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
@@ -27,12 +27,16 @@ const PIECE: u64 = 1 << 20;
 pub struct Layout {
     bits: u32,
     refcount_order: u32,
+    /// Size of the disk, as the file has it.
+    size: u64,
     l1: Range<u64>,
     refcounts: Range<u64>,
     /// What the refcount table says: where the refcount blocks are, or 0.
     blocks: Vec<u64>,
     /// Clusters with header or tables of the disk as it is (not of its snapshots).
     taken: HashSet<u64>,
+    /// Room for a table.
+    spare: Vec<u8>,
 }
 
 impl Layout {
@@ -45,10 +49,12 @@ impl Layout {
         let mut layout = Layout {
             bits: header.cluster_bits,
             refcount_order: header.refcount_order,
+            size: header.size,
             l1: range(header.l1),
             refcounts: range(header.refcounts),
             blocks: Vec::new(),
             taken: HashSet::from([0]),
+            spare: Vec::new(),
         };
         layout.take_range(layout.l1.clone())?;
         layout.take_range(layout.refcounts.clone())?;
@@ -264,7 +270,7 @@ impl Layout {
         offset: u64,
     ) -> io::Result<()> {
         if offset < 1 << self.bits {
-            return self.write_header(guard, &joined(buffers), offset);
+            return self.write_header(guard, &mut joined(buffers), offset);
         }
         if self.l1.contains(&offset) {
             let bytes = joined(buffers);
@@ -281,11 +287,37 @@ impl Layout {
                 *block = entry & OFFSET;
             }
         } else if self.taken.contains(&(offset >> self.bits)) {
-            guard.write_table(buffers, offset)?;
+            self.write_changes(guard, buffers, offset)?;
         } else {
             guard.write(buffers, offset)?;
         }
         Ok(())
+    }
+
+    /// Writes of a table what is not in the file yet. imago writes all of it for each entry,
+    /// which costs more than to read it, and much more once it must get to the medium.
+    fn write_changes(
+        &mut self,
+        guard: &Guard,
+        buffers: &mut [IoSlice<'_>],
+        offset: u64,
+    ) -> io::Result<()> {
+        const PIECE: usize = 512;
+        let [new] = &*buffers else {
+            return guard.write_table(buffers, offset);
+        };
+        self.spare.resize(new.len(), 0);
+        guard.read_padded(&mut [io::IoSliceMut::new(&mut self.spare)], offset)?;
+        let mut pieces = new.chunks(PIECE).zip(self.spare.chunks(PIECE));
+        let differ = |(new, old): (&[u8], &[u8])| new != old;
+        let Some(first) = pieces.position(differ) else {
+            return Ok(());
+        };
+        let mut pieces = new.chunks(PIECE).zip(self.spare.chunks(PIECE));
+        let last = pieces.rposition(differ).unwrap_or(first);
+        let range = first * PIECE..new.len().min((last + 1) * PIECE);
+        let offset = offset + range.start as u64;
+        guard.write_table(&mut [IoSlice::new(&new[range])], offset)
     }
 
     /// Marks what the entries `new`, to be written at `offset`, point to; returns what
@@ -312,13 +344,25 @@ impl Layout {
         }
     }
 
+    /// Writes the size of the disk. imago does so before its tables are in the file, so what
+    /// it writes there does not count.
+    ///
+    /// # Errors
+    /// The medium's; the image is read-only then.
+    pub fn set_size(&mut self, guard: &Guard, size: u64) -> io::Result<()> {
+        guard.write_table(&mut [IoSlice::new(&size.to_be_bytes())], SIZE as u64)?;
+        self.size = size;
+        Ok(())
+    }
+
     /// imago writes the version 2 part, with new places for the tables.
-    fn write_header(&mut self, guard: &Guard, bytes: &[u8], offset: u64) -> io::Result<()> {
+    fn write_header(&mut self, guard: &Guard, bytes: &mut [u8], offset: u64) -> io::Result<()> {
         if offset != 0 || bytes.len() != V2_LEN {
             let error = damaged("something else was to be written over its header");
             guard.give_up(&error);
             return Err(error);
         }
+        bytes[SIZE..SIZE + 8].copy_from_slice(&self.size.to_be_bytes());
         let ((l1, entries), (refcounts, clusters)) = pointers(bytes);
         let l1 = l1..l1.saturating_add(entries * 8);
         let refcounts = refcounts..refcounts.saturating_add(clusters << self.bits);

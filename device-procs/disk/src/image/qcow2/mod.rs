@@ -444,6 +444,7 @@ impl Image for Qcow2Image {
         };
         let result = self.access.resize_grow(capacity, mode);
         self.end(result)?;
+        self.storage.set_size(capacity)?;
         self.capacity.store(capacity, Ordering::Release);
         Ok(())
     }

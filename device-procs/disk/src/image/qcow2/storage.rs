@@ -54,6 +54,20 @@ impl Storage {
         Ok(())
     }
 
+    /// Writes the size of the disk, once the tables for it are in the file.
+    ///
+    /// # Errors
+    /// The medium's; the image is read-only then.
+    pub fn set_size(&self, size: u64) -> io::Result<()> {
+        let mut layout = self
+            .0
+            .layout
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let layout = layout.as_mut().ok_or(io::ErrorKind::InvalidInput)?;
+        layout.set_size(&self.0.guard, size)
+    }
+
     /// Whether the disk's bytes can be in this range of the file.
     ///
     /// # Errors

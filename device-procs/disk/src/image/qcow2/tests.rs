@@ -474,3 +474,42 @@ fn a_compressed_cluster_has_a_beginning() {
         assert!(disk.read(0, 16384).unwrap() == [&[2; 8192], &content[8192..16384]].concat());
     }
 }
+
+/// What lies below and is larger does not come to light where the disk grows, wherever the
+/// process that made it grow was killed.
+#[test]
+fn what_is_below_stays_there_when_the_disk_grows() {
+    const LARGER: u64 = 512 << 10;
+    let shop = Workshop::new();
+    shop.raw("base", &[9; 1 << 20]);
+    let options = "cluster_size=4k,backing_file=base,backing_fmt=raw";
+    for written in [false, true] {
+        for lives in 0.. {
+            shop.create("disk", "qcow2", options, "65k");
+            let heir = shop.open_again("disk", Format::Qcow2).unwrap();
+            let disk = shop.open_again("disk", Format::Qcow2).unwrap();
+            if written {
+                // The rest of its cluster, beyond the end, comes from below.
+                disk.write(64 << 10, &[9; 512]).unwrap();
+            }
+            disk.image.guard_of().unwrap().faults.die_after(lives);
+            let grown = disk.image.grow(LARGER).is_ok();
+            drop(disk);
+            shop.is_sound("disk", Format::Qcow2);
+            heir.image.reload().unwrap();
+            let capacity = heir.image.geometry().capacity;
+            assert!(capacity == LARGER || capacity == 65 << 10 && !grown);
+            for size in [capacity, LARGER] {
+                heir.image.grow(size).unwrap();
+                let now = heir.read(0, size as usize).unwrap();
+                let (old, new) = now.split_at(65 << 10);
+                assert!(old.iter().all(|&byte| byte == 9), "{lives}");
+                assert!(new.iter().all(|&byte| byte == 0), "{lives}");
+            }
+            if grown {
+                assert!(lives > 5);
+                break;
+            }
+        }
+    }
+}
