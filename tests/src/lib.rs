@@ -35,6 +35,7 @@ pub mod ram;
 pub mod raw;
 pub mod runner;
 pub mod scripted;
+pub mod slow_file;
 
 use std::time::{Duration, Instant};
 

@@ -2,5 +2,6 @@
 
 mod cache;
 mod faults;
+mod hang_up;
 mod requests;
 mod subject;

@@ -1,0 +1,61 @@
+//! A front end takes the end of its connection for a sign that nobody touches the guest's
+//! memory any more.
+
+use std::time::Duration;
+
+use outrigger_tests::DEADLINE;
+use outrigger_tests::disk::{Request, SECTOR};
+use outrigger_tests::guest::{EVENT_IDX, Guest};
+use outrigger_tests::process::{Launch, readable_within};
+use outrigger_tests::queue::Buffer;
+use outrigger_tests::ram::Ram;
+use outrigger_tests::slow_file::{CONTENT, SLOW, SlowFile};
+use rustix::process::Signal;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
+
+const BYTES: usize = 4096;
+
+fn read(guest: &mut Guest, queue: usize, at: u64, sector: u64) {
+    guest.ram.set(at, &[0xcc; BYTES]);
+    let data = [Buffer::writable(at, BYTES as u32)];
+    let request = Request::new(&guest.ram, VIRTIO_BLK_T_IN, sector, &data);
+    guest.queues[queue].add(&request.buffers);
+    guest.queues[queue].kick();
+}
+
+/// The medium works on by itself when the process is dead, and then writes to guest memory.
+#[test]
+fn comes_after_the_last_transfer_whatever_becomes_of_the_process() {
+    for queues in [1, 2] {
+        let Some(slow) = SlowFile::new() else { return };
+        let count = queues.to_string();
+        let process = Launch::new("device-disk")
+            .pass("--blk-fd", slow.file.try_clone().unwrap().into())
+            .args(["--format", "raw", "--read-only", "--cache", "none"])
+            .args(["--queues", &count])
+            .listening();
+        let mut guest = Guest::new(process.connect(), Ram::small());
+        guest.negotiate(EVENT_IDX);
+        guest.share_memory();
+        for _ in 0..queues {
+            guest.add_queue(64);
+        }
+        // It works.
+        let at = guest.ram.alloc(2 * BYTES as u64).next_multiple_of(4096);
+        let last = queues - 1;
+        read(&mut guest, last, at, 0);
+        guest.queues[last].wait();
+        assert!(guest.ram.get(at, BYTES) == [CONTENT; BYTES]);
+
+        read(&mut guest, last, at, SLOW / SECTOR as u64);
+        let held = slow.wait();
+        process.signal(Signal::KILL);
+        process.wait();
+        let hung_up = |time| readable_within(&guest.stream, time);
+        assert!(!hung_up(Duration::from_millis(500)), "{queues} queues");
+        assert!(guest.ram.get(at, BYTES) == [0xcc; BYTES]);
+        held.release();
+        assert!(hung_up(DEADLINE), "{queues} queues");
+        assert!(guest.ram.get(at, BYTES) == [CONTENT; BYTES]);
+    }
+}
