@@ -76,7 +76,7 @@ impl Console {
                 return;
             }
             chain.writable.copy_from(&buf[..len]);
-            ring.push(memory, chain.head, len as u32);
+            ring.push(chain.head, len as u32);
         }
     }
 
@@ -114,7 +114,7 @@ impl Console {
                 allowance = allowance.saturating_sub(len);
             }
             self.sent = 0;
-            ring.push(memory, chain.head, 0);
+            ring.push(chain.head, 0);
         }
     }
 
@@ -138,7 +138,7 @@ impl Console {
         rest.copy_to(&mut bytes);
         self.backlog.keep(&bytes);
         self.sent = 0;
-        ring.push(memory, chain.head, 0);
+        ring.push(chain.head, 0);
     }
 
     /// Writes some of `bytes`, or keeps them if nobody is there; `None` when there

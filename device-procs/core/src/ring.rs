@@ -509,13 +509,13 @@ impl Ring {
 
     /// Completes the request with head `head`, into whose writable buffers
     /// `written` bytes went.
-    pub fn push(&mut self, memory: &GuestMemory, head: u16, written: u32) {
-        self.push_all(memory, &[(head, written)]);
+    pub fn push(&mut self, head: u16, written: u32) {
+        self.push_all(&[(head, written)]);
     }
 
     /// Completes several requests, which the driver gets to see all at once. One that was
     /// in work when the ring broke goes nowhere.
-    pub fn push_all(&mut self, _memory: &GuestMemory, completed: &[(u16, u32)]) {
+    pub fn push_all(&mut self, completed: &[(u16, u32)]) {
         self.complete(completed);
     }
 

@@ -300,7 +300,6 @@ impl Disk {
 
     /// Hands what is completed to the driver.
     fn push(&mut self, cx: &mut Context<'_>) {
-        let memory = cx.memory;
         let mut batch = [(0, 0); TOGETHER];
         while let Some(&Active { queue, .. }) = self.completed.front() {
             let mut ring = cx.ring(queue);
@@ -317,7 +316,7 @@ impl Disk {
                 self.completed.pop_front();
             }
             if let Some(ring) = ring {
-                ring.push_all(memory, &batch[..count]);
+                ring.push_all(&batch[..count]);
             }
         }
     }
@@ -487,7 +486,7 @@ impl Device for Disk {
                 ring.complain(&format_args!(
                     "queue {queue}: request {head} has no status byte"
                 ));
-                ring.push(memory, head, 0);
+                ring.push(head, 0);
                 continue;
             };
             moved += request.bytes;

@@ -93,7 +93,7 @@ impl Net {
                     &mut self.dropped.short,
                     "a frame shorter than its header was dropped",
                 );
-                ring.push(memory, chain.head, 0);
+                ring.push(chain.head, 0);
                 continue;
             }
             // SAFETY: the pieces are guest memory, mapped for as long as `chain`
@@ -110,7 +110,7 @@ impl Net {
                     &format!("{} refused a frame: {error}", self.tap.name()),
                 ),
             }
-            ring.push(memory, chain.head, 0);
+            ring.push(chain.head, 0);
         }
     }
 
@@ -156,7 +156,7 @@ impl Net {
             match unsafe { self.tap.read(&iovecs) } {
                 Ok(len) if len <= room && self.acceptable(&chains[0]) => {
                     let used = share_out(&mut chains, len);
-                    ring.push_all(memory, &used);
+                    ring.push_all(&used);
                     continue;
                 }
                 Ok(len) if len > room => count(

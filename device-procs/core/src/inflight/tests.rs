@@ -156,7 +156,7 @@ impl World {
                 let at = random.below(taken.len() as u64) as usize;
                 batch.push((taken.swap_remove(at), 0));
             }
-            ring.push_all(memory, &batch);
+            ring.push_all(&batch);
             ring.finish();
             assert!(ring.is_running());
         }
@@ -184,7 +184,7 @@ fn drain(ring: &mut Ring, memory: &crate::GuestMemory) {
             break;
         };
         let head = chain.head;
-        ring.push(memory, head, 0);
+        ring.push(head, 0);
         ring.finish();
     }
 }
@@ -221,9 +221,9 @@ fn two_deaths_in_a_row_lose_nothing() {
         let heads: Vec<u16> = (0..5).map_while(|_| Some(ring.pop(memory)?.head)).collect();
         let batch = |some: &[u16]| some.iter().map(|&head| (head, 0)).collect::<Vec<_>>();
         if let [first, second, third, rest @ ..] = &heads[..] {
-            ring.push_all(memory, &batch(&[*second, *third]));
-            ring.push_all(memory, &batch(rest));
-            ring.push(memory, *first, 0);
+            ring.push_all(&batch(&[*second, *third]));
+            ring.push_all(&batch(rest));
+            ring.push(*first, 0);
         }
         ring.finish();
     };
@@ -263,7 +263,7 @@ fn requests_are_done_again_in_the_order_in_which_they_were_taken() {
     for _ in 0..3 {
         ring.pop(&memory).unwrap();
     }
-    ring.push(&memory, 2, 0);
+    ring.push(2, 0);
     drop(ring);
 
     let mut ring = world.start();
@@ -277,7 +277,7 @@ fn requests_are_done_again_in_the_order_in_which_they_were_taken() {
     ring.unpop(&first);
     for head in [6, 3, 0] {
         assert_eq!(ring.pop(&memory).unwrap().head, head);
-        ring.push(&memory, head, 0);
+        ring.push(head, 0);
     }
     assert!(ring.pop(&memory).is_none() && ring.is_running());
     assert_eq!(ring.left_overs(), 0);

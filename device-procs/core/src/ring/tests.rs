@@ -167,7 +167,7 @@ impl Pair {
                 .unwrap();
             batch.push((head, written));
         }
-        self.ours.push_all(&self.memory, &batch);
+        self.ours.push_all(&batch);
         self.pushed |= count > 0;
     }
 
@@ -276,7 +276,7 @@ fn a_driver_has_no_more_in_work_than_entries() {
     assert!(pair.ours.pop(&pair.memory).is_none());
     assert!(!pair.ours.is_running());
     // It was broken, so it gets nothing more.
-    pair.ours.push(&pair.memory, chains[0], 0);
+    pair.ours.push(chains[0], 0);
     assert_eq!(pair.ours.next_used, pair.theirs.next_used());
     pair.must_be_the_same();
 }
@@ -326,7 +326,7 @@ fn what_is_refused_behind_a_request_that_is_put_back_is_completed_once() {
         let first = ring.pop(&memory).unwrap();
         let second = ring.pop(&memory).unwrap();
         ring.refuse(&second);
-        ring.push(&memory, first.head, 0);
+        ring.push(first.head, 0);
         // What was before it stays refused.
         let third = ring.pop(&memory).unwrap();
         ring.unpop(&third);

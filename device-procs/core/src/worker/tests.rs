@@ -84,11 +84,10 @@ impl Device for Recorder {
     }
 
     fn drain(&mut self, queue: usize, cx: &mut Context<'_>) {
-        let memory = cx.memory;
         let done = self.in_work.extract_if(.., |&mut (of, _)| of == queue);
         let done: Vec<(u16, u32)> = done.map(|(_, head)| (head, 0)).collect();
         if let Some(ring) = cx.ring(queue) {
-            ring.push_all(memory, &done);
+            ring.push_all(&done);
         }
     }
 
@@ -309,7 +308,7 @@ fn a_ring_that_broke_gets_nothing_and_starts_anew() {
     world.control(|state, _| {
         assert!(!state.ring(0).unwrap().is_running());
         let memory = Arc::clone(&state.memory);
-        state.ring(0).unwrap().push(&memory, 0, 0);
+        state.ring(0).unwrap().push(0, 0);
     });
     assert_eq!(world.told(), ["starting 0"]);
     assert_eq!(world.used_index(0), 0);
