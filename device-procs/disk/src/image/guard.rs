@@ -340,6 +340,8 @@ pub mod faults {
     struct State {
         /// So many writes are done, and none after them, as if the process was killed.
         lives: Option<u64>,
+        /// So many writes are done, then one is not.
+        once: Option<u64>,
         /// Writes that begin here fail with this number.
         failing: Option<(Range<u64>, i32)>,
     }
@@ -350,6 +352,11 @@ pub mod faults {
             self.0.lock().unwrap().lives = Some(writes);
         }
 
+        /// After `writes` more, one fails; returns how many were still to come before that one.
+        pub fn fail_once_after(&self, writes: Option<u64>) -> Option<u64> {
+            std::mem::replace(&mut self.0.lock().unwrap().once, writes)
+        }
+
         /// Writes to offsets in `range` fail with `errno`; 0 mends it.
         pub fn fail(&self, range: Range<u64>, errno: i32) {
             self.0.lock().unwrap().failing = (errno != 0).then_some((range, errno));
@@ -357,6 +364,12 @@ pub mod faults {
 
         pub(super) fn strike(&self, offset: u64) -> io::Result<()> {
             let mut state = self.0.lock().unwrap();
+            if let Some(left) = state.once {
+                state.once = left.checked_sub(1);
+                if left == 0 {
+                    return Err(io::Error::from_raw_os_error(libc::EIO));
+                }
+            }
             if let Some(lives) = &mut state.lives {
                 *lives = lives.checked_sub(1).ok_or(io::ErrorKind::Interrupted)?;
             }

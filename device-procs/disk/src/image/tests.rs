@@ -506,3 +506,54 @@ fn a_shortened_file_gives_errors() {
         assert!(file.write_at(&[0], 0).is_ok());
     }
 }
+
+/// One write in the file fails, each in turn, and all others are done.
+#[test]
+fn a_single_failure_costs_no_more_than_its_request() {
+    for (index, subject) in Subject::all().into_iter().enumerate() {
+        let seed = 700 + index as u64;
+        println!("seed {seed}");
+        let original = std::fs::read(subject.shop.path("disk")).unwrap();
+        let steps = changes(&mut Random::new(seed), times(12) as usize);
+        // The more of them there are.
+        let every = [5, 13, 19, 29][index];
+        let every = if times(1) > 1 { 1 } else { every };
+        let (mut failures, mut went_on) = (0, 0);
+        for writes in (0..).step_by(every) {
+            std::fs::write(subject.shop.path("disk"), &original).unwrap();
+            let disk = subject.open();
+            let guard = disk.image.guard_of().unwrap();
+            guard.faults.fail_once_after(Some(writes));
+            let mut model = subject.content.clone();
+            let mut failed = 0;
+            for step in &steps {
+                match step.run(&disk) {
+                    Ok(_) => apply(step, &mut model, &disk),
+                    Err(_) => {
+                        failed += 1;
+                        model = compare_around(&disk, &model, step);
+                    }
+                }
+            }
+            let was_reached = guard.faults.fail_once_after(None).is_none();
+            compare(&disk, &model);
+            let usable = guard.usable().is_ok();
+            if usable {
+                assert!(failed <= 1, "{writes}: {failed}");
+                exercise(&disk, &mut model, &mut Random::new(writes), 10);
+                drop(disk);
+                subject.shop.agree("disk", subject.name(), &model);
+            } else {
+                drop(disk);
+                subject.shop.is_sound("disk", subject.format);
+            }
+            if !was_reached {
+                break;
+            }
+            failures += 1;
+            went_on += u64::from(usable);
+        }
+        println!("{failures} failures, {went_on} went on");
+        assert!(failures > 5 && went_on > 1, "{failures}, {went_on}");
+    }
+}
