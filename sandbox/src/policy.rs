@@ -4,8 +4,9 @@
 //! Before adding a call, look at whether the work can be done before
 //! [`crate::seal`]. What no table here may ever allow: a way to name an object
 //! that is not open yet (open, socket), another program or process (execve,
-//! clone, ptrace, kill), executable memory, and io_uring, whose operations seccomp
-//! does not see.
+//! clone, ptrace, kill), executable memory, and making an io_uring, whose operations
+//! seccomp does not see. A process that made one before, restricted to what its table
+//! would allow it anyway, may enter it (docs/sandbox.md).
 
 use libc::c_long;
 

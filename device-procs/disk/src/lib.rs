@@ -18,6 +18,8 @@ mod image;
 mod live;
 mod lock;
 mod request;
+#[cfg(test)]
+mod sealed;
 mod stats;
 mod transfer;
 
@@ -146,9 +148,6 @@ fn serial(text: &str) -> Result<String, String> {
 const SYSCALLS: &[Rule] = &[
     Rule::any(libc::SYS_preadv2),
     Rule::any(libc::SYS_pwritev2),
-    // The tables of an image.
-    Rule::any(libc::SYS_preadv),
-    Rule::any(libc::SYS_pwritev),
     // Zeroes, where the file system cannot make them itself.
     Rule::any(libc::SYS_pwrite64),
     Rule::any(libc::SYS_fdatasync),

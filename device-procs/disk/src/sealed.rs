@@ -1,0 +1,115 @@
+//! What the program's own table of system calls lets a sealed process do with its engine,
+//! and what kills it. Each probe is this test started anew, for most end by a signal.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+
+use outrigger_sandbox::{BASE, Mode, Policy, seal};
+
+use crate::SYSCALLS;
+use crate::engine::{Engine, Part, REGISTER_FILES_UPDATE, Task, Way};
+
+/// Names the probe.
+const PROBE: &str = "OUTRIGGER_TEST_SEALED";
+
+static POLICY: Policy = Policy {
+    process: "device-disk",
+    syscalls: &[BASE, SYSCALLS],
+    keep_network: false,
+    max_files: 64,
+};
+
+type Probe = fn(&mut Engine) -> bool;
+
+/// True: it went well, and nothing is wrong with the process.
+const ALLOWED: &[(&str, Probe)] = &[
+    ("flush", |engine| {
+        let flush = Part {
+            request: 7,
+            task: Task::Flush,
+            way: Way::Cached,
+            offset: 0,
+            memory: vec![],
+            bounce: None,
+        };
+        engine.begin(flush).is_ok()
+            && engine.wait().is_ok()
+            && matches!(engine.ended(), Some((7, Ok(()))))
+    }),
+    ("hold", |engine| {
+        let some = std::io::stdin();
+        engine.hold(Some(some.as_fd())).is_ok() && engine.hold(None).is_ok()
+    }),
+];
+
+const KILLED: &[(&str, Probe)] = &[
+    ("make another ring", |_| {
+        let parameters = [0u64; 15];
+        let at = parameters.as_ptr() as usize;
+        call(libc::SYS_io_uring_setup, [8, at, 0, 0])
+    }),
+    ("register buffers", |engine| {
+        const BUFFERS: usize = 0;
+        register(engine, BUFFERS)
+    }),
+    ("register restrictions", |engine| {
+        const RESTRICTIONS: usize = 11;
+        register(engine, RESTRICTIONS)
+    }),
+    ("a registered ring's number", |engine| {
+        const USE_REGISTERED_RING: usize = 1 << 31;
+        register(engine, USE_REGISTERED_RING | REGISTER_FILES_UPDATE as usize)
+    }),
+    ("read by an older call", |engine| {
+        let fd = engine.as_fd().as_raw_fd() as usize;
+        call(libc::SYS_preadv, [fd, 0, 0, 0])
+    }),
+    ("another ioctl", |engine| {
+        let fd = engine.as_fd().as_raw_fd() as usize;
+        call(libc::SYS_ioctl, [fd, libc::FIONREAD as usize, 0, 0])
+    }),
+];
+
+fn register(engine: &Engine, what: usize) -> bool {
+    let fd = engine.as_fd().as_raw_fd() as usize;
+    call(libc::SYS_io_uring_register, [fd, what, 0, 0])
+}
+
+fn call(number: i64, [a, b, c, d]: [usize; 4]) -> bool {
+    // SAFETY: the pointers are null or to memory that lives.
+    unsafe { libc::syscall(number, a, b, c, d) == 0 }
+}
+
+#[test]
+fn a_sealed_process_can_use_its_engine_and_no_more() {
+    let all = || ALLOWED.iter().chain(KILLED);
+    if let Ok(name) = std::env::var(PROBE) {
+        let (_, probe) = all().find(|it| it.0 == name).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let mut engine = Engine::new(file.as_fd(), None).unwrap();
+        seal(&POLICY, Mode::Enforce).unwrap();
+        let code = if probe(&mut engine) { 0 } else { 1 };
+        // SAFETY: nothing is to be cleaned up, for which there may be no system call.
+        unsafe { libc::_exit(code) }
+    }
+    for (name, _) in all() {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "sealed::a_sealed_process_can_use_its_engine_and_no_more",
+            ])
+            .env(PROBE, name)
+            .output()
+            .unwrap();
+        let signal = KILLED
+            .iter()
+            .any(|it| it.0 == *name)
+            .then_some(libc::SIGSYS);
+        assert_eq!(output.status.signal(), signal, "{name}: {output:?}");
+        assert!(
+            signal.is_some() || output.status.success(),
+            "{name}: {output:?}"
+        );
+    }
+}
