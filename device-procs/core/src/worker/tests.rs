@@ -307,7 +307,6 @@ fn a_ring_that_broke_gets_nothing_and_starts_anew() {
     world.batch();
     world.control(|state, _| {
         assert!(!state.ring(0).unwrap().is_running());
-        let memory = Arc::clone(&state.memory);
         state.ring(0).unwrap().push(0, 0);
     });
     assert_eq!(world.told(), ["starting 0"]);
