@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use device_core::GuestMemory;
 use device_core::chain::Buffers;
@@ -220,15 +221,20 @@ impl Workshop {
 
     /// Runs qemu-img in the directory; returns what it says.
     pub fn qemu_img(&self, args: &[&str]) -> String {
-        let output = Command::new("qemu-img")
-            .args(args)
-            .current_dir(self.0.path())
-            .output()
-            .unwrap_or_else(|e| panic!("qemu-img: {e}; ./test.sh installs it"));
-        let said = [output.stdout, output.stderr].concat();
-        let said = String::from_utf8_lossy(&said).into_owned();
-        assert!(output.status.success(), "qemu-img {args:?}: {said}");
-        said
+        patiently(|| {
+            let output = Command::new("qemu-img")
+                .args(args)
+                .current_dir(self.0.path())
+                .output()
+                .unwrap_or_else(|e| panic!("qemu-img: {e}; ./test.sh installs it"));
+            let said = [output.stdout, output.stderr].concat();
+            let said = String::from_utf8_lossy(&said).into_owned();
+            if said.contains("Failed to get") {
+                return Err(format!("qemu-img {args:?}: {said}"));
+            }
+            assert!(output.status.success(), "qemu-img {args:?}: {said}");
+            Ok(said)
+        })
     }
 
     /// Makes an image.
@@ -307,6 +313,20 @@ pub fn open_at(
         lock::take(&file, to)?;
     }
     open(file, format, read_only, &origin).map(|image| Disk::new(image.into()))
+}
+
+/// Tries once more what may find a lock of an image that is closed: a process that another
+/// test's thread is just starting has it open, and thereby locked, until it is another
+/// program.
+pub fn patiently<T, E: std::fmt::Debug>(mut what: impl FnMut() -> Result<T, E>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    loop {
+        match what() {
+            Ok(done) => return done,
+            Err(error) => assert!(Instant::now() < deadline, "{error:?}"),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Bytes of which no two sectors are alike.

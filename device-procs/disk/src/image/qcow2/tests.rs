@@ -1,6 +1,6 @@
 //! Against QEMU, a model in memory, sudden ends, and tables that are none.
 
-use super::super::testing::{Disk, Random, Workshop, exercise, open_at, pattern};
+use super::super::testing::{Disk, Random, Workshop, exercise, open_at, patiently, pattern};
 use super::super::{Backing, Extent, Format, Image, Origin};
 use super::Qcow2Image;
 
@@ -305,7 +305,7 @@ fn what_is_below_is_locked() {
     let why = open("base", Format::Raw).err().unwrap().to_string();
     assert!(why.contains("locked"), "{why}");
     drop(disk);
-    let base = open("base", Format::Raw).unwrap();
+    let base = patiently(|| open("base", Format::Raw));
     let why = open("disk", Format::Qcow2).err().unwrap().to_string();
     assert!(why.contains("base: it is locked"), "{why}");
     drop(base);
