@@ -1,7 +1,7 @@
 //! The device's configuration space, shared by whoever changes it and the
 //! control thread, which serves it and tells the front end of changes.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -49,7 +49,11 @@ impl ConfigSpace {
         let mut message = [0u8; 12];
         message[..4].copy_from_slice(&CONFIG_CHANGE_MSG.to_le_bytes());
         message[4..8].copy_from_slice(&HEADER_VERSION.to_le_bytes());
-        if let Some(Err(error)) = inner.channel.as_mut().map(|c| c.write_all(&message)) {
+        // One that has no room is full of news that the front end has not read; when it
+        // does, it finds this, too.
+        if let Some(Err(error)) = inner.channel.as_mut().map(|c| c.write_all(&message))
+            && error.kind() != ErrorKind::WouldBlock
+        {
             tracing::warn!("configuration change not announced: {error}");
             inner.channel = None;
         }
@@ -94,6 +98,30 @@ mod tests {
         assert_eq!(space.read(1, 4).unwrap(), [2, 3, 0, 0]);
         assert!(space.read(250, 7).is_err());
         assert!(space.read(u32::MAX, 1).is_err());
+    }
+
+    #[test]
+    fn a_front_end_that_reads_late_is_told_of_changes_all_the_same() {
+        let space = ConfigSpace::new(vec![0]);
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let probe = ours.try_clone().unwrap();
+        space.set_channel(Some(ours));
+        let mut changes = 0u32;
+        // Until nothing fits any more, and once more then.
+        while (&probe).write(&[0; 12]).is_ok() {
+            changes += 1;
+        }
+        space.update(changes.to_le_bytes().to_vec());
+        theirs.set_nonblocking(true).unwrap();
+        let mut buffer = [0; 4096];
+        while theirs.read(&mut buffer).is_ok() {}
+        space.update(vec![1]);
+        theirs.set_nonblocking(false).unwrap();
+        drop(probe);
+        space.set_channel(None);
+        let mut got = Vec::new();
+        theirs.read_to_end(&mut got).unwrap();
+        assert_eq!(got, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::ExitCode;
@@ -160,8 +161,9 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
             .unwrap_or_else(PoisonError::into_inner)
             .close();
         // Only now: a front end takes an open socket for a sign that somebody may still
-        // write to its memory.
-        drop(front_end);
+        // write to its memory. Whoever else has it open, such as the kernel, which lets go
+        // of it when it likes, does not any more.
+        let _ = front_end.shutdown(Shutdown::Both);
     }
     signals::finish();
     Ok(())

@@ -56,7 +56,10 @@ pub fn exit_on_signal(
 fn leave(workers: &[Worker]) -> ! {
     // Nested, so that all workers stand still when the process ends.
     match workers.split_first() {
-        Some((first, rest)) => first.control(|_, _| leave(rest)),
+        Some((first, rest)) => first.control(|state, poller| {
+            state.quiesce(poller);
+            leave(rest)
+        }),
         None => {
             finish();
             std::process::exit(0)

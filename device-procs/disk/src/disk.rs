@@ -143,7 +143,9 @@ impl Disk {
             };
             offset += len;
         }
-        match special && durable {
+        // What was written is nowhere as long as the tables that point there may be lost, be
+        // it another request that has changed them.
+        match durable && (special || drive.image.has_tables()) {
             true => self.flush(id),
             false => Ok(()),
         }

@@ -118,9 +118,10 @@ impl Drive {
         queues: u16,
     ) -> io::Result<Self> {
         let file = image.file();
-        // A descriptor that must not wait is one that an io_uring cannot work with.
+        // A descriptor that must not wait is one that an io_uring cannot work with; one that
+        // was inherited may go past the page cache, where only `Direct` knows what to heed.
         let flags = rustix::fs::fcntl_getfl(file)?;
-        rustix::fs::fcntl_setfl(file, flags - OFlags::NONBLOCK)?;
+        rustix::fs::fcntl_setfl(file, flags - OFlags::NONBLOCK - OFlags::DIRECT)?;
         let direct = match cache {
             Cache::None => Some(Direct::new(file).map_err(|error| {
                 let why = format!("there is no way past the page cache (--cache none): {error}");

@@ -1,6 +1,8 @@
 //! A front end takes the end of its connection for a sign that nobody touches the guest's
 //! memory any more.
 
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use outrigger_tests::DEADLINE;
@@ -21,6 +23,49 @@ fn read(guest: &mut Guest, queue: usize, at: u64, sector: u64) {
     let request = Request::new(&guest.ram, VIRTIO_BLK_T_IN, sector, &data);
     guest.queues[queue].add(&request.buffers);
     guest.queues[queue].kick();
+}
+
+/// SIGTERM leaves nothing in work: a front end without a table of what is in flight could not
+/// know of it.
+#[test]
+fn comes_after_the_requests_in_work_when_the_process_is_asked_to_end() {
+    let Some(slow) = SlowFile::new() else { return };
+    let process = Launch::new("device-disk")
+        .pass("--blk-fd", slow.file.try_clone().unwrap().into())
+        .args(["--format", "raw", "--read-only", "--cache", "none"])
+        .listening();
+    let mut guest = Guest::boot(process.connect(), EVENT_IDX, 1);
+    let at = guest.ram.alloc(2 * BYTES as u64).next_multiple_of(4096);
+    read(&mut guest, 0, at, SLOW / SECTOR as u64);
+    let held = slow.wait();
+    process.signal(Signal::TERM);
+    assert!(!readable_within(&guest.stream, Duration::from_millis(300)));
+    held.release();
+    assert!(process.wait().success());
+    assert!(guest.queues[0].take().is_some());
+    assert!(guest.ram.get(at, BYTES) == [CONTENT; BYTES]);
+}
+
+/// An inherited file may be open to go past the page cache, where nobody holds on to the
+/// connection: it does not.
+#[test]
+fn comes_after_the_last_transfer_of_a_file_that_was_open_past_the_page_cache() {
+    let Some(slow) = SlowFile::new() else { return };
+    let mut options = std::fs::File::options();
+    options.read(true).custom_flags(libc::O_DIRECT);
+    let direct = options.open(format!("/proc/self/fd/{}", slow.file.as_raw_fd()));
+    let process = Launch::new("device-disk")
+        .pass("--blk-fd", direct.unwrap().into())
+        .args(["--format", "raw", "--read-only"])
+        .listening();
+    let mut guest = Guest::boot(process.connect(), EVENT_IDX, 1);
+    let at = guest.ram.alloc(2 * BYTES as u64).next_multiple_of(4096);
+    read(&mut guest, 0, at, SLOW / SECTOR as u64);
+    let held = slow.wait();
+    process.signal(Signal::KILL);
+    assert!(!readable_within(&guest.stream, Duration::from_millis(300)));
+    held.release();
+    assert!(readable_within(&guest.stream, DEADLINE));
 }
 
 /// The medium works on by itself when the process is dead, and then writes to guest memory.

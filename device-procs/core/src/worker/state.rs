@@ -170,11 +170,16 @@ impl State {
         self.device.negotiated(features);
     }
 
-    /// Puts another memory table in place once nothing uses the old one.
-    pub fn set_memory(&mut self, table: &MemoryTable, poller: &Poller) {
+    /// Completes all that is in work.
+    pub fn quiesce(&mut self, poller: &Poller) {
         for index in 0..self.rings.len() {
             self.drain(index, poller);
         }
+    }
+
+    /// Puts another memory table in place once nothing uses the old one.
+    pub fn set_memory(&mut self, table: &MemoryTable, poller: &Poller) {
+        self.quiesce(poller);
         self.memory = Arc::clone(table.memory());
         for ring in self.rings.iter_mut().flatten() {
             ring.replace_memory(table);

@@ -239,6 +239,12 @@ pub trait Image: Send + Sync {
     /// The file that extents refer to.
     fn file(&self) -> BorrowedFd<'_>;
 
+    /// Whether it takes more than the data in the file to find them again: tables, which
+    /// only a flush puts onto the medium.
+    fn has_tables(&self) -> bool {
+        true
+    }
+
     /// Where the bytes from `offset` on are read, `len` of them or fewer (and not none).
     ///
     /// # Errors

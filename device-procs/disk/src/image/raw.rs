@@ -157,6 +157,10 @@ impl Image for RawImage {
         self.file.as_fd()
     }
 
+    fn has_tables(&self) -> bool {
+        false
+    }
+
     fn map(&self, offset: u64, len: u64) -> io::Result<Extent> {
         let left = self.len.load(Ordering::Acquire).saturating_sub(offset);
         Ok(match len.min(left) {
