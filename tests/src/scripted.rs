@@ -6,7 +6,6 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
@@ -45,8 +44,6 @@ pub enum Answer {
     Channel(Vec<u8>),
     /// Nothing, and nothing to any message after it.
     Silence,
-    /// A proper answer; what came along goes there.
-    Take(Sender<Vec<OwnedFd>>),
     /// The end of the connection.
     Close,
 }
@@ -82,9 +79,6 @@ fn run(mut stream: UnixStream, script: impl Fn(u32) -> Answer) -> std::io::Resul
     loop {
         let (request, flags, payload, fds) = receive(&mut stream)?;
         match script(request) {
-            Answer::Take(taker) => {
-                let _ = taker.send(fds);
-            }
             Answer::Proper if request == request::SET_BACKEND_REQ_FD => {
                 channel = fds.into_iter().next().map(UnixStream::from);
             }

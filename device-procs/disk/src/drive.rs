@@ -174,9 +174,12 @@ impl Drive {
 
     /// Size and limits.
     pub fn geometry(&self) -> Geometry {
+        let geometry = self.image.geometry();
         Geometry {
+            // What a medium that has grown has beyond its last whole block is no use.
+            capacity: geometry.capacity - geometry.capacity % u64::from(self.block),
             logical_block: self.block,
-            ..self.image.geometry()
+            ..geometry
         }
     }
 

@@ -277,7 +277,11 @@ fn workers(drive: &Arc<Drive>, queues: usize) -> Vec<Box<dyn Device>> {
         if queue == 0
             && let Err(error) = &engine
         {
-            tracing::warn!("no io_uring ({error}): a queue waits for each of its requests");
+            let cache = match direct {
+                Some(_) => ", and goes through the page cache",
+                None => "",
+            };
+            tracing::warn!("no io_uring ({error}): a queue waits for each of its requests{cache}");
         }
         workers.push(Box::new(Disk::new(Arc::clone(drive), engine.ok())));
     }

@@ -218,9 +218,7 @@ impl Rings {
         self.inflight = inflight;
     }
 
-    /// Starts the rings that do not run, where they were stopped, and rings their
-    /// doorbells: some processes (of crate vhost-user-backend 0.10) listen from
-    /// SET_VRING_KICK on and forget what they hear before SET_VRING_ENABLE.
+    /// Starts the rings that do not run, where they were stopped.
     ///
     /// # Errors
     /// The session's. Some may run then.
@@ -229,7 +227,6 @@ impl Rings {
             // A driver that was refused adds to nothing.
             return Ok(());
         }
-        let mut started = Vec::new();
         for ring in self.active.iter_mut().filter(|ring| !ring.runs) {
             let index = ring.setup.index;
             let (Some(kick), Some(call)) = (self.device.kick(index), self.device.call(index))
@@ -244,10 +241,7 @@ impl Rings {
                 kick,
                 call,
             })?;
-            started.push(kick);
         }
-        session.sync()?;
-        started.into_iter().for_each(eventfd::signal);
         self.owed = false;
         Ok(())
     }

@@ -442,28 +442,18 @@ impl Session {
         self.call(&step("SET_VRING_CALL"), |f| {
             f.set_vring_call(index, start.call)
         })?;
-        self.call(&step("SET_VRING_KICK"), |f| {
-            f.set_vring_kick(index, start.kick)
-        })?;
+        // In this order: a ring works once it is both. Some processes listen to the doorbell
+        // from the second message on and forget what they hear of a ring that is not enabled
+        // (crate vhost-user-backend 0.10), or read no other message for as long as the driver
+        // has work for them (QEMU's vhost-user-blk).
         if self.offered & PROTOCOL_FEATURES != 0 {
             self.call(&step("SET_VRING_ENABLE"), |f| {
                 f.set_vring_enable(index, true)
             })?;
         }
-        Ok(())
-    }
-
-    /// Returns when the process has done all that it was told so far. One without
-    /// REPLY_ACK answers nothing else, but this it must answer, and messages are
-    /// handled in their order.
-    ///
-    /// # Errors
-    /// When the process does not answer properly.
-    pub fn sync(&mut self) -> Result<(), Error> {
-        if !self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
-            self.call("GET_FEATURES", |f| f.get_features())?;
-        }
-        Ok(())
+        self.call(&step("SET_VRING_KICK"), |f| {
+            f.set_vring_kick(index, start.kick)
+        })
     }
 
     /// Stops one queue; returns the available index to go on from.
