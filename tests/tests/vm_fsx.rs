@@ -13,7 +13,7 @@ use outrigger_tests::process::Launch;
 
 /// Operations on each disk.
 fn operations() -> u32 {
-    if long() { 1500 } else { 80 }
+    if long() { 4000 } else { 80 }
 }
 
 /// The long run takes so long at most.
