@@ -23,6 +23,7 @@ const BLKZEROOUT: u64 = 0x127f;
 const BLKFLSBUF: u64 = 0x1261;
 const O_DIRECT: i32 = 0x4000;
 
+// SAFETY: ioctl(2), as it is called here.
 unsafe extern "C" {
     fn ioctl(fd: i32, request: u64, argument: *const [u64; 2]) -> i32;
 }

@@ -277,7 +277,7 @@ impl Thread {
     /// The whole handshake; returns how many requests are done again.
     fn take_over(&mut self, session: &mut Session) -> Result<u64, Error> {
         self.slot.considers(session);
-        let info = session.shake_hands(&self.spec)?;
+        let mut info = session.shake_hands(&self.spec)?;
         suit::check(&self.info, self.device.accepted(), &info)
             .map_err(|why| self.error("reconnecting", why))?;
         let replayed = self.rings.count_inflight();
@@ -285,7 +285,7 @@ impl Thread {
             let why = format!("it cannot finish {replayed} requests: it has no INFLIGHT_SHMFD");
             return Err(self.error("reconnecting", why));
         }
-        let inflight = self.rings.introduce(session, true)?;
+        let inflight = self.rings.introduce(session, &mut info, true)?;
         // From its first request on, whatever becomes of it.
         self.rings.keep(inflight);
         self.rings.rewind();

@@ -11,8 +11,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::inflight::Inflight;
 use super::session::{QueueStart, Session};
-use crate::pci::virtio::VirtioPci;
 use crate::pci::virtio::backend::QueueSetup;
+use crate::pci::virtio::{DeviceInfo, VirtioPci};
 use crate::vm::memory::Ram;
 use crate::{Error, eventfd};
 
@@ -172,12 +172,17 @@ impl Rings {
 
     /// Tells a process of the driver and its memory, if there is a driver, and what it wrote
     /// to the configuration space; what its predecessor had in work, too, if that is `lost`
-    /// or has not begun. Starts nothing. Returns the table that the process tracks its work
-    /// in.
+    /// or has not begun. Starts nothing. `info` is of the process, and as it is afterwards.
+    /// Returns the table that the process tracks its work in.
     ///
     /// # Errors
     /// The session's.
-    pub fn introduce(&self, session: &mut Session, lost: bool) -> Result<Option<Inflight>, Error> {
+    pub fn introduce(
+        &self,
+        session: &mut Session,
+        info: &mut DeviceInfo,
+        lost: bool,
+    ) -> Result<Option<Inflight>, Error> {
         let lost = lost || self.owed;
         let Some(features) = self.features else {
             return Ok(None);
@@ -193,6 +198,9 @@ impl Rings {
                 Err(Error::Refused { .. }) => {}
                 result => result?,
             }
+        }
+        if !self.written.is_empty() {
+            info.config = session.read_config()?;
         }
         Ok(inflight)
     }

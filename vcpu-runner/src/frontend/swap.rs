@@ -132,10 +132,10 @@ impl Thread {
         let socket = self.connect_to(path)?;
         let mut session = Session::new(&self.spec, socket, &self.watchdog)?;
         self.slot.considers(&session);
-        let info = session.shake_hands(&self.spec)?;
+        let mut info = session.shake_hands(&self.spec)?;
         suit::check(&self.info, self.device.accepted(), &info)
             .map_err(|why| self.error("swap", why))?;
-        let inflight = self.rings.introduce(&mut session, false)?;
+        let inflight = self.rings.introduce(&mut session, &mut info, false)?;
         Ok(Ready {
             session,
             inflight,

@@ -230,14 +230,15 @@ impl Thread {
                 Ok(())
             }
             Request::WriteConfig { offset, data } => {
-                self.rings.note_written(offset, &data);
                 let Link::Up(session) = &mut self.link else {
+                    self.rings.note_written(offset, &data);
                     return Ok(());
                 };
-                let written = session.write_config(offset, &data);
-                if let Err(error) = written {
-                    // The driver wrote what the device does not take.
-                    tracing::debug!("{error}");
+                match session.write_config(offset, &data) {
+                    // The driver wrote what the device does not take: nor will the next one.
+                    Err(error @ Error::Refused { .. }) => tracing::debug!("{error}"),
+                    // A process that is gone is found out by the next message.
+                    _ => self.rings.note_written(offset, &data),
                 }
                 let config = session.read_config()?;
                 self.configured(config);
@@ -291,7 +292,7 @@ impl Thread {
         }
         self.rings.set_up(features, queues)?;
         if let Link::Up(session) = &mut self.link {
-            let inflight = self.rings.introduce(session, false)?;
+            let inflight = self.rings.introduce(session, &mut self.info, false)?;
             self.rings.keep(inflight);
         }
         self.start_rings()?;

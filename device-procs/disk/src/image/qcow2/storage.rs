@@ -154,10 +154,12 @@ impl imago::Storage for Storage {
         self.0.guard.look_again()
     }
 
+    // SAFETY: as the trait says.
     unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
         self.0.guard.read_padded(&mut bufv.into_inner(), offset)
     }
 
+    // SAFETY: as the trait says.
     unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {
         let mut buffers = bufv.into_inner();
         let mut layout = self
@@ -171,6 +173,7 @@ impl imago::Storage for Storage {
         }
     }
 
+    // SAFETY: as the trait says.
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
         // It zeroes data only.
         self.check_data(offset, length)?;
@@ -185,6 +188,7 @@ impl imago::Storage for Storage {
         Ok(rustix::fs::fdatasync(self.0.guard.file())?)
     }
 
+    // SAFETY: as the trait says.
     unsafe fn invalidate_cache(&self) -> io::Result<()> {
         Ok(())
     }
