@@ -5,6 +5,9 @@
 pub mod channel;
 pub mod control;
 pub mod device;
+pub mod error_code;
 pub mod exit;
 pub mod memory;
 pub mod trap;
+
+pub use error_code::ErrorCode;
