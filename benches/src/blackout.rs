@@ -6,7 +6,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use outrigger_protocol::control::Event;
+use outrigger_protocol::control::MachineEvent;
 use outrigger_tests::chaos::guest::{Prepared, READY};
 use outrigger_tests::chaos::victim::Victim;
 use outrigger_tests::chaos::{Random, Report, cycles, cycles_per_ms};
@@ -130,9 +130,9 @@ fn restarts(queues: u16, each: u16) -> (Times, Times) {
     (longest(&chaos.finish(), begun, &moments), told)
 }
 
-fn outage(event: &Event) -> Option<f64> {
+fn outage(event: &MachineEvent) -> Option<f64> {
     match event {
-        Event::DeviceRunning { outage_us, .. } => Some(*outage_us as f64 / 1e3),
+        MachineEvent::DeviceRunning { outage_us, .. } => Some(*outage_us as f64 / 1e3),
         _ => None,
     }
 }

@@ -18,7 +18,7 @@ pub enum LogFormat {
 ///
 /// # Errors
 /// When the filter does not parse.
-pub fn start(format: LogFormat, filter: &str) -> Result<(), String> {
+pub fn init(format: LogFormat, filter: &str) -> Result<(), String> {
     let filter = EnvFilter::try_new(filter).map_err(|e| format!("--log-level {filter}: {e}"))?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -4,7 +4,7 @@
 use clap::Parser;
 use clap::error::ErrorKind;
 
-use crate::complain;
+use crate::report_error;
 
 /// Exit code for a command line that makes no sense.
 pub const USAGE: u8 = 2;
@@ -27,7 +27,7 @@ pub fn parse<T: Parser>() -> T {
             }
             _ => one_line(&error.render().to_string()),
         };
-        complain(T::command().get_name(), line);
+        report_error(T::command().get_name(), line);
         std::process::exit(USAGE.into())
     })
 }

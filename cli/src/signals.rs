@@ -15,7 +15,7 @@ pub fn is_ignored(signal: libc::c_int) -> bool {
 
 /// The set of signals that end a program in order: SIGTERM, SIGHUP, and SIGINT
 /// unless it was ignored at the start.
-pub fn ending() -> libc::sigset_t {
+pub fn termination_set() -> libc::sigset_t {
     let mut set = MaybeUninit::uninit();
     // SAFETY: sigemptyset initialises the set, sigaddset changes it.
     unsafe {

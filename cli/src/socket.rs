@@ -51,12 +51,12 @@ const LOCK_DEADLINE: Duration = Duration::from_secs(5);
 /// # Errors
 /// bind(2)'s own; a path that somebody serves, that names
 /// a file of another kind or lies in no directory is called so.
-pub fn bind(path: &Path) -> io::Result<(UnixListener, Bound)> {
+pub fn bind(path: &Path) -> io::Result<(UnixListener, BoundSocket)> {
     let (directory, name) = directory(path)?;
     // Looking and replacing are not one step, nor are bind(2) and listen(2).
     let _locked = lock(&directory)?;
     let listener = bind_locked(path)?;
-    let bound = Bound {
+    let bound = BoundSocket {
         identity: identity(&directory, &name)?,
         directory,
         name,
@@ -90,21 +90,21 @@ fn bind_locked(path: &Path) -> io::Result<UnixListener> {
 /// opened while that was allowed.
 #[must_use]
 #[derive(Debug)]
-pub struct Bound {
+pub struct BoundSocket {
     directory: OwnedFd,
     name: OsString,
     identity: (u64, u64),
     kept: bool,
 }
 
-impl Bound {
+impl BoundSocket {
     /// The socket stays, for whoever comes next to replace.
     pub fn keep(mut self) {
         self.kept = true;
     }
 }
 
-impl Drop for Bound {
+impl Drop for BoundSocket {
     fn drop(&mut self) {
         if !self.kept
             && identity(&self.directory, &self.name).is_ok_and(|there| there == self.identity)

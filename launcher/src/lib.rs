@@ -210,7 +210,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            outrigger_cli::complain("outrigger", &error);
+            outrigger_cli::report_error("outrigger", &error);
             ExitCode::from(if error.is::<outrigger_cli::Usage>() {
                 exit::USAGE
             } else {

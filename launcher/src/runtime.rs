@@ -6,7 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use outrigger_cli::socket::{self, Bound};
+use outrigger_cli::socket::{self, BoundSocket};
 use tempfile::TempDir;
 
 /// Longest name of a directory in which all that is made has a path short enough for
@@ -26,7 +26,7 @@ pub struct Endpoint {
     pub listener: UnixListener,
     /// Where it is.
     pub path: PathBuf,
-    _bound: Bound,
+    _bound: BoundSocket,
 }
 
 impl Runtime {

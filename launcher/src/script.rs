@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 
-use outrigger_cli::USER_LEFT;
+use outrigger_cli::CONSOLE_QUIT;
 use outrigger_protocol::exit;
 
 use crate::config::Machine;
@@ -33,7 +33,7 @@ end() {
         status=0
         wait "$pid" || status=$?
         # Whoever leaves the console by Ctrl-A x wishes the machine to end.
-        if [ "$status" = @USER_LEFT@ ] && [ "$code" = @DEVICE_LOST@ ]; then code=0; fi
+        if [ "$status" = @CONSOLE_QUIT@ ] && [ "$code" = @DEVICE_LOST@ ]; then code=0; fi
     done
     rm -rf "$dir"
     exit "$code"
@@ -95,7 +95,7 @@ pub fn print(machine: &Machine, plan: &Plan) -> std::io::Result<()> {
 fn script(machine: &Machine, plan: &Plan) -> Vec<u8> {
     let mut text = HEAD
         .replace("@READY@", &READY.as_secs().to_string())
-        .replace("@USER_LEFT@", &USER_LEFT.to_string())
+        .replace("@CONSOLE_QUIT@", &CONSOLE_QUIT.to_string())
         .replace("@DEVICE_LOST@", &exit::DEVICE_LOST.to_string())
         .into_bytes();
     for device in &plan.devices {

@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     match write(&options.directory) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            outrigger_cli::complain("outrigger-manual", error);
+            outrigger_cli::report_error("outrigger-manual", error);
             ExitCode::FAILURE
         }
     }

@@ -1,5 +1,5 @@
 //! The control socket and the event stream of `vcpu-runner`: JSON, one object a
-//! line. A client sends a [`Command`] and gets one [`Reply`]; events go to the
+//! line. A client sends a [`ControlCommand`] and gets one [`ControlReply`]; events go to the
 //! file descriptor or file given with `--events`.
 
 use std::path::PathBuf;
@@ -15,7 +15,7 @@ pub const MAX_LINE: usize = 64 * 1024;
 /// serde refuse unknown keys.)
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Command {
+pub enum ControlCommand {
     /// What the machine is doing.
     Status {},
     /// Stops the vCPUs and the devices' rings; answered when all stand still.
@@ -49,7 +49,7 @@ pub enum Command {
         id: String,
     },
     /// Makes a disk larger under the running guest. As the next two, the launcher's: it
-    /// hands it on to the device's process ([`device::Command`]).
+    /// hands it on to the device's process ([`device::DeviceCommand`]).
     Resize {
         /// The device.
         id: String,
@@ -84,7 +84,7 @@ pub enum MachineState {
 /// States of a device slot.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
-pub enum SlotState {
+pub enum DeviceState {
     /// No process yet.
     Absent,
     /// Shaking hands.
@@ -99,7 +99,7 @@ pub enum SlotState {
     Lost,
 }
 
-/// One device in [`Status`].
+/// One device in [`MachineStatus`].
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub struct DeviceStatus {
     /// The name given on the command line.
@@ -107,7 +107,7 @@ pub struct DeviceStatus {
     /// The virtio device number (virtio 1.2 section 5).
     pub virtio_id: u16,
     /// Where the slot stands.
-    pub state: SlotState,
+    pub state: DeviceState,
     /// Whether the guest's driver has said DRIVER_OK.
     pub driver_ok: bool,
     /// Rings that are running.
@@ -121,9 +121,9 @@ pub struct DeviceStatus {
     pub swaps: u64,
 }
 
-/// Answer to [`Command::Status`].
+/// Answer to [`ControlCommand::Status`].
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
-pub struct Status {
+pub struct MachineStatus {
     /// The machine's state.
     pub state: MachineState,
     /// Number of vCPUs.
@@ -136,47 +136,47 @@ pub struct Status {
     pub devices: Vec<DeviceStatus>,
     /// The platform process, if there is one: running or lost.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub platform: Option<SlotState>,
+    pub platform: Option<DeviceState>,
 }
 
 /// Answer to a command: `{"ok":true}`, with `status` where asked for, or
 /// `{"ok":false,"error":"…"}`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
-pub struct Reply {
+pub struct ControlReply {
     /// Whether the command was carried out.
     pub ok: bool,
     /// Why not.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,
-    /// Answer to [`Command::Status`].
+    /// Answer to [`ControlCommand::Status`].
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub status: Option<Status>,
-    /// Answer to [`Command::Swap`] and [`Command::Restart`]: for how many
+    pub status: Option<MachineStatus>,
+    /// Answer to [`ControlCommand::Swap`] and [`ControlCommand::Restart`]: for how many
     /// microseconds no process worked on the device's rings.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub outage_us: Option<u64>,
-    /// Answer to [`Command::Resize`]: the size in bytes that the guest sees now.
+    /// Answer to [`ControlCommand::Resize`]: the size in bytes that the guest sees now.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub capacity: Option<u64>,
-    /// Answer to [`Command::Stats`].
+    /// Answer to [`ControlCommand::Stats`].
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub stats: Option<device::Stats>,
+    pub stats: Option<device::DeviceStats>,
 }
 
-impl Reply {
+impl ControlReply {
     /// Done.
     pub fn ok() -> Self {
-        Reply {
+        ControlReply {
             ok: true,
-            ..Reply::default()
+            ..ControlReply::default()
         }
     }
 
     /// Not done, and why.
     pub fn error(text: impl Into<String>) -> Self {
-        Reply {
+        ControlReply {
             error: Some(text.into()),
-            ..Reply::default()
+            ..ControlReply::default()
         }
     }
 }
@@ -184,7 +184,7 @@ impl Reply {
 /// What happened, for example `{"event":"device-lost","id":"disk0","reason":"…"}`.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(tag = "event", rename_all = "kebab-case")]
-pub enum Event {
+pub enum MachineEvent {
     /// All devices are connected and the vCPUs start.
     Started {
         /// Number of vCPUs.
@@ -276,15 +276,15 @@ mod tests {
 
     #[test]
     fn commands_are_what_the_documentation_says() {
-        let command: Command = serde_json::from_str(r#"{"command":"pause"}"#).unwrap();
-        assert_eq!(command, Command::Pause {});
-        assert!(serde_json::from_str::<Command>(r#"{"command":"pause","x":1}"#).is_err());
-        assert!(serde_json::from_str::<Command>(r#"{"command":"explode"}"#).is_err());
+        let command: ControlCommand = serde_json::from_str(r#"{"command":"pause"}"#).unwrap();
+        assert_eq!(command, ControlCommand::Pause {});
+        assert!(serde_json::from_str::<ControlCommand>(r#"{"command":"pause","x":1}"#).is_err());
+        assert!(serde_json::from_str::<ControlCommand>(r#"{"command":"explode"}"#).is_err());
     }
 
     #[test]
     fn events_carry_their_name() {
-        let event = Event::GuestExit { code: 3 };
+        let event = MachineEvent::GuestExit { code: 3 };
         assert_eq!(
             serde_json::to_string(&event).unwrap(),
             r#"{"event":"guest-exit","code":3}"#

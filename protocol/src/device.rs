@@ -1,5 +1,5 @@
 //! The control socket of a device process: JSON, one object a line. A client sends a
-//! [`Command`] and gets one [`Reply`].
+//! [`DeviceCommand`] and gets one [`DeviceReply`].
 
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +10,7 @@ pub const MAX_LINE: usize = 4096;
 /// braces make serde refuse unknown keys.)
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Command {
+pub enum DeviceCommand {
     /// What has been done so far.
     Stats {},
     /// Puts everything that was written onto the medium.
@@ -26,41 +26,41 @@ pub enum Command {
 /// Answer to a command: `{"ok":true}`, with what was asked for, or
 /// `{"ok":false,"error":"…"}`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
-pub struct Reply {
+pub struct DeviceReply {
     /// Whether the command was carried out.
     pub ok: bool,
     /// Why not.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,
-    /// Answer to [`Command::Resize`]: the size in bytes that the guest sees now.
+    /// Answer to [`DeviceCommand::Resize`]: the size in bytes that the guest sees now.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub capacity: Option<u64>,
-    /// Answer to [`Command::Stats`].
+    /// Answer to [`DeviceCommand::Stats`].
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub stats: Option<Stats>,
+    pub stats: Option<DeviceStats>,
 }
 
-impl Reply {
+impl DeviceReply {
     /// Done.
     pub fn ok() -> Self {
-        Reply {
+        DeviceReply {
             ok: true,
-            ..Reply::default()
+            ..DeviceReply::default()
         }
     }
 
     /// Not done, and why.
     pub fn error(text: impl Into<String>) -> Self {
-        Reply {
+        DeviceReply {
             error: Some(text.into()),
-            ..Reply::default()
+            ..DeviceReply::default()
         }
     }
 }
 
 /// What a process has done since it started.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
-pub struct Stats {
+pub struct DeviceStats {
     /// The queues, in the order of their numbers.
     pub queues: Vec<QueueStats>,
 }
@@ -69,13 +69,13 @@ pub struct Stats {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct QueueStats {
     /// Requests that are complete, by what they asked for.
-    pub requests: Requests,
+    pub requests: RequestStats,
     /// Requests that were taken and are not complete yet.
     pub in_flight: u64,
     /// The most that there were at a time.
     pub in_flight_max: u64,
     /// How long requests took, from when they were taken until they were complete.
-    pub latency: Latency,
+    pub latency: LatencyStats,
     /// Processor time of the queue's worker thread in microseconds.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub cpu_us: Option<u64>,
@@ -83,24 +83,24 @@ pub struct QueueStats {
 
 /// Requests by kind (virtio 1.2 section 5.2.6).
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, Eq)]
-pub struct Requests {
+pub struct RequestStats {
     /// VIRTIO_BLK_T_IN.
-    pub read: Count,
+    pub read: OperationStats,
     /// VIRTIO_BLK_T_OUT.
-    pub write: Count,
+    pub write: OperationStats,
     /// VIRTIO_BLK_T_FLUSH.
-    pub flush: Count,
+    pub flush: OperationStats,
     /// VIRTIO_BLK_T_DISCARD.
-    pub discard: Count,
+    pub discard: OperationStats,
     /// VIRTIO_BLK_T_WRITE_ZEROES.
-    pub write_zeroes: Count,
+    pub write_zeroes: OperationStats,
     /// All else, and what makes no sense.
-    pub other: Count,
+    pub other: OperationStats,
 }
 
-impl Requests {
+impl RequestStats {
     /// Each kind and its name here.
-    pub fn kinds(&self) -> [(&'static str, &Count); 6] {
+    pub fn kinds(&self) -> [(&'static str, &OperationStats); 6] {
         [
             ("read", &self.read),
             ("write", &self.write),
@@ -114,7 +114,7 @@ impl Requests {
 
 /// Requests of one kind.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, PartialEq, Eq)]
-pub struct Count {
+pub struct OperationStats {
     /// How many.
     pub count: u64,
     /// Bytes that they moved, gave back or zeroed; of those that succeeded.
@@ -125,7 +125,7 @@ pub struct Count {
 
 /// Times in microseconds. Percentiles are upper bounds, less than 1 % too high.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
-pub struct Latency {
+pub struct LatencyStats {
     /// How many were measured.
     pub samples: u64,
     /// Half of them took no longer.
@@ -145,15 +145,21 @@ mod tests {
     #[test]
     fn commands_are_what_the_documentation_says() {
         for (text, command) in [
-            (r#"{"command":"stats"}"#, Command::Stats {}),
-            (r#"{"command":"flush"}"#, Command::Flush {}),
-            (r#"{"command":"resize"}"#, Command::Resize { size: None }),
+            (r#"{"command":"stats"}"#, DeviceCommand::Stats {}),
+            (r#"{"command":"flush"}"#, DeviceCommand::Flush {}),
+            (
+                r#"{"command":"resize"}"#,
+                DeviceCommand::Resize { size: None },
+            ),
             (
                 r#"{"command":"resize","size":1024}"#,
-                Command::Resize { size: Some(1024) },
+                DeviceCommand::Resize { size: Some(1024) },
             ),
         ] {
-            assert_eq!(serde_json::from_str::<Command>(text).unwrap(), command);
+            assert_eq!(
+                serde_json::from_str::<DeviceCommand>(text).unwrap(),
+                command
+            );
             assert_eq!(serde_json::to_string(&command).unwrap(), text);
         }
         for text in [
@@ -163,14 +169,20 @@ mod tests {
             r#"{"command":"explode"}"#,
             "{}",
         ] {
-            assert!(serde_json::from_str::<Command>(text).is_err(), "{text}");
+            assert!(
+                serde_json::from_str::<DeviceCommand>(text).is_err(),
+                "{text}"
+            );
         }
     }
 
     #[test]
     fn answers_say_no_more_than_was_asked() {
-        let text = |reply: &Reply| serde_json::to_string(reply).unwrap();
-        assert_eq!(text(&Reply::ok()), r#"{"ok":true}"#);
-        assert_eq!(text(&Reply::error("no")), r#"{"ok":false,"error":"no"}"#);
+        let text = |reply: &DeviceReply| serde_json::to_string(reply).unwrap();
+        assert_eq!(text(&DeviceReply::ok()), r#"{"ok":true}"#);
+        assert_eq!(
+            text(&DeviceReply::error("no")),
+            r#"{"ok":false,"error":"no"}"#
+        );
     }
 }

@@ -6,8 +6,8 @@
 //!
 //! | offset | size | what |
 //! |---|---|---|
-//! | 0 | 4 KiB | [`Header`] |
-//! | 4 KiB | 4 KiB | one 64-byte [`Slot`] per vCPU |
+//! | 0 | 4 KiB | [`TrapHeader`] |
+//! | 4 KiB | 4 KiB | one 64-byte [`TrapSlot`] per vCPU |
 //! | 8 KiB | 24 KiB | the platform's own registers, opaque to the runner |
 //!
 //! A vCPU waits in its trap, so one slot per vCPU is exactly enough. Reads wait
@@ -40,7 +40,7 @@ pub const STATE_SIZE: usize = REGION_SIZE - STATE_OFFSET;
 
 /// The first page of the region.
 #[repr(C)]
-pub struct Header {
+pub struct TrapHeader {
     /// [`MAGIC`].
     pub magic: AtomicU32,
     /// [`VERSION`].
@@ -79,7 +79,7 @@ pub struct Access {
 
 /// One vCPU's request and its answer; a cache line of its own.
 #[repr(C, align(64))]
-pub struct Slot {
+pub struct TrapSlot {
     /// Number of the newest request; written by the vCPU when it publishes.
     seq: AtomicU32,
     /// Number of the newest request carried out; written by the platform.
@@ -96,11 +96,11 @@ pub struct Slot {
     write: AtomicU8,
 }
 
-const _: () = assert!(size_of::<Slot>() == 64);
-const _: () = assert!(size_of::<Header>() <= SLOTS_OFFSET);
-const _: () = assert!(SLOTS_OFFSET + MAX_VCPUS * size_of::<Slot>() <= STATE_OFFSET);
+const _: () = assert!(size_of::<TrapSlot>() == 64);
+const _: () = assert!(size_of::<TrapHeader>() <= SLOTS_OFFSET);
+const _: () = assert!(SLOTS_OFFSET + MAX_VCPUS * size_of::<TrapSlot>() <= STATE_OFFSET);
 
-impl Slot {
+impl TrapSlot {
     /// Whether the newest request has been carried out.
     pub fn is_done(&self) -> bool {
         self.done.load(Ordering::Acquire) == self.seq.load(Ordering::Relaxed)
@@ -108,8 +108,8 @@ impl Slot {
 
     /// vCPU side: publishes `access`. The slot must be done.
     ///
-    /// Afterwards the caller rings the doorbell if [`Header::asleep`] is set.
-    pub fn publish(&self, header: &Header, access: &Access) {
+    /// Afterwards the caller rings the doorbell if [`TrapHeader::asleep`] is set.
+    pub fn publish(&self, header: &TrapHeader, access: &Access) {
         self.address.store(access.address, Ordering::Relaxed);
         self.size.store(access.size, Ordering::Relaxed);
         self.space.store(access.space as u8, Ordering::Relaxed);
@@ -121,7 +121,7 @@ impl Slot {
         self.ticket.store(ticket, Ordering::Relaxed);
         let seq = self.seq.load(Ordering::Relaxed).wrapping_add(1);
         self.seq.store(seq, Ordering::Release);
-        // Pairs with the fence in `Header::prepare_sleep`: either we see that
+        // Pairs with the fence in `TrapHeader::prepare_sleep`: either we see that
         // the platform sleeps, or it sees our request.
         fence(Ordering::SeqCst);
     }
@@ -132,7 +132,7 @@ impl Slot {
     }
 
     /// vCPU side: the futex word and its value to sleep on. Check
-    /// [`Slot::is_done`] and any stop request *after* this and before sleeping.
+    /// [`TrapSlot::is_done`] and any stop request *after* this and before sleeping.
     pub fn prepare_wait(&self) -> (&AtomicU32, u32) {
         self.waiting.store(1, Ordering::Relaxed);
         let seen = self.wake.load(Ordering::Acquire);
@@ -155,7 +155,7 @@ impl Slot {
 
     /// Platform side: the open request with its ticket and number, if any.
     /// `None` also for a request that makes no sense (it is the runner's bug).
-    pub fn open_request(&self) -> Option<Request> {
+    pub fn open_request(&self) -> Option<TrapRequest> {
         let seq = self.seq.load(Ordering::Acquire);
         if seq == self.done.load(Ordering::Relaxed) {
             return None;
@@ -165,7 +165,7 @@ impl Slot {
             _ => Space::Memory,
         };
         let data = self.data.load(Ordering::Relaxed);
-        Some(Request {
+        Some(TrapRequest {
             seq,
             ticket: self.ticket.load(Ordering::Relaxed),
             access: Access {
@@ -188,7 +188,7 @@ impl Slot {
 
 /// An open request as the platform sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Request {
+pub struct TrapRequest {
     /// Its number in its slot.
     pub seq: u32,
     /// Its place in the order of all vCPUs' accesses.
@@ -197,7 +197,7 @@ pub struct Request {
     pub access: Access,
 }
 
-impl Header {
+impl TrapHeader {
     /// Platform side: announces sleep. Look at all slots again afterwards.
     pub fn prepare_sleep(&self) {
         self.asleep.store(1, Ordering::Relaxed);
@@ -214,7 +214,7 @@ impl Header {
 ///
 /// A second look is needed when the first one finds anything: the request that
 /// preceded it may have been published in a slot already passed.
-pub fn first_open(slots: &[Slot]) -> Option<(usize, Request)> {
+pub fn first_open(slots: &[TrapSlot]) -> Option<(usize, TrapRequest)> {
     let scan = || {
         slots
             .iter()
@@ -286,7 +286,7 @@ mod tests {
 
     #[test]
     fn a_request_stays_open_until_it_is_completed() {
-        let (header, slot) = (zeroed::<Header>(), zeroed::<Slot>());
+        let (header, slot) = (zeroed::<TrapHeader>(), zeroed::<TrapSlot>());
         assert!(slot.is_done() && slot.open_request().is_none());
         slot.publish(&header, &read(0x3f8));
         assert!(!slot.is_done());
@@ -301,8 +301,8 @@ mod tests {
 
     #[test]
     fn requests_are_taken_in_ticket_order() {
-        let header = zeroed::<Header>();
-        let slots: Box<[Slot; 3]> = zeroed();
+        let header = zeroed::<TrapHeader>();
+        let slots: Box<[TrapSlot; 3]> = zeroed();
         slots[2].publish(&header, &read(1));
         slots[0].publish(&header, &read(2));
         let (i, request) = first_open(&slots[..]).unwrap();
@@ -313,7 +313,7 @@ mod tests {
 
     #[test]
     fn a_sleeper_is_reported_to_whoever_wakes() {
-        let slot = zeroed::<Slot>();
+        let slot = zeroed::<TrapSlot>();
         assert!(slot.bump().is_none());
         let (word, seen) = slot.prepare_wait();
         assert_eq!(word.load(Ordering::Relaxed), seen);

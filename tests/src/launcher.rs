@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use outrigger_protocol::control::{SlotState, Status};
+use outrigger_protocol::control::{DeviceState, MachineStatus};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{DEADLINE, binaries, wait_until};
@@ -174,12 +174,12 @@ impl Launcher {
     }
 
     /// The machine's status, by [`Launcher::ctl`].
-    pub fn status(&self) -> Status {
+    pub fn status(&self) -> MachineStatus {
         serde_json::from_str(&self.do_ctl(&["status", "--json"])).unwrap()
     }
 
     /// The state of one of its devices.
-    pub fn state(&self, id: &str) -> SlotState {
+    pub fn state(&self, id: &str) -> DeviceState {
         let devices = self.status().devices;
         devices.iter().find(|it| it.id == id).unwrap().state
     }

@@ -8,7 +8,7 @@ use std::process::{Command, ExitStatus};
 use std::sync::OnceLock;
 use std::time::Duration;
 
-use outrigger_protocol::control::{Event, Reply};
+use outrigger_protocol::control::{ControlReply, MachineEvent};
 
 use crate::process::{LIFETIME, Launch, Process};
 use crate::{binaries, wait_until};
@@ -318,7 +318,7 @@ impl Running {
     }
 
     /// Events so far.
-    pub fn events(&self) -> Vec<Event> {
+    pub fn events(&self) -> Vec<MachineEvent> {
         let path = self.directory.path().join("events");
         let text = std::fs::read_to_string(path).unwrap_or_default();
         // The last line may be in the making.
@@ -330,17 +330,17 @@ impl Running {
     }
 
     /// Waits for an event.
-    pub fn wait_event(&self, what: &str, wanted: impl Fn(&Event) -> bool) {
+    pub fn wait_event(&self, what: &str, wanted: impl Fn(&MachineEvent) -> bool) {
         wait_until(what, || self.events().iter().any(&wanted));
     }
 
     /// Sends a command to the control socket and returns the answer.
-    pub fn control(&self, command: &str) -> Reply {
+    pub fn control(&self, command: &str) -> ControlReply {
         self.control_line(&format!("{{\"command\":\"{command}\"}}"))
     }
 
     /// Sends a line to the control socket and returns the answer.
-    pub fn control_line(&self, line: &str) -> Reply {
+    pub fn control_line(&self, line: &str) -> ControlReply {
         let answer = self.try_control_line(line).unwrap();
         serde_json::from_str(&answer).unwrap_or_else(|e| panic!("{line}: {answer:?}: {e}"))
     }

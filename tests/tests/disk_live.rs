@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use outrigger_protocol::device::{MAX_LINE, QueueStats, Reply};
+use outrigger_protocol::device::{DeviceReply, MAX_LINE, QueueStats};
 use outrigger_tests::binaries::binary;
 use outrigger_tests::disk::{Request, SECTOR, pattern_of};
 use outrigger_tests::driver::Driver;
@@ -30,7 +30,7 @@ impl Client {
         Client(BufReader::new(stream))
     }
 
-    fn ask(&mut self, line: &str) -> Reply {
+    fn ask(&mut self, line: &str) -> DeviceReply {
         writeln!(self.0.get_mut(), "{line}").unwrap();
         let mut answer = String::new();
         self.0.read_line(&mut answer).unwrap();
@@ -43,7 +43,7 @@ impl Client {
         reply.stats.unwrap().queues
     }
 
-    fn resize(&mut self, size: u64) -> Reply {
+    fn resize(&mut self, size: u64) -> DeviceReply {
         self.ask(&format!(r#"{{"command":"resize","size":{size}}}"#))
     }
 

@@ -9,7 +9,7 @@
 use std::time::Duration;
 
 use device_core::fault;
-use outrigger_protocol::control::Event;
+use outrigger_protocol::control::MachineEvent;
 use outrigger_tests::chaos::guest::{Chaos, Prepared};
 use outrigger_tests::chaos::victim::Victim;
 use outrigger_tests::chaos::{Random, Report, long};
@@ -53,8 +53,8 @@ fn check_events(chaos: &Chaos) -> (usize, u64) {
     let mut replays = 0;
     for event in chaos.events() {
         match event {
-            Event::DeviceLost { tracked, .. } => assert!(tracked, "{}", chaos.situation()),
-            Event::DeviceRunning { replayed, .. } => replays += replayed,
+            MachineEvent::DeviceLost { tracked, .. } => assert!(tracked, "{}", chaos.situation()),
+            MachineEvent::DeviceRunning { replayed, .. } => replays += replayed,
             _ => {}
         }
     }
@@ -214,7 +214,7 @@ fn a_disk_with_four_queues_dies_at_each_point() {
 }
 
 fn returns(machine: &Running) -> u64 {
-    let back = |event: &&Event| matches!(event, Event::DeviceRunning { .. });
+    let back = |event: &&MachineEvent| matches!(event, MachineEvent::DeviceRunning { .. });
     machine.events().iter().filter(back).count() as u64
 }
 

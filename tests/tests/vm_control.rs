@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use outrigger_protocol::control::{Event, MachineState, SlotState};
+use outrigger_protocol::control::{DeviceState, MachineEvent, MachineState};
 use outrigger_tests::machine::{Machine, skip_kvm};
 use outrigger_tests::wait_until;
 use rustix::process::Signal;
@@ -22,7 +22,7 @@ fn status_tells_what_there_is() {
     );
     assert_eq!(status.devices.len(), 1);
     assert_eq!(status.devices[0].id, "disk0");
-    assert_eq!(status.devices[0].state, SlotState::Running);
+    assert_eq!(status.devices[0].state, DeviceState::Running);
     assert!(!status.devices[0].driver_ok);
 }
 
@@ -38,7 +38,7 @@ fn a_paused_machine_stands_still_and_goes_on() {
         assert!(machine.control("pause").ok, "pausing twice is no error");
         let status = machine.control("status").status.unwrap();
         assert_eq!(status.state, MachineState::Paused);
-        assert_eq!(status.devices[0].state, SlotState::Paused);
+        assert_eq!(status.devices[0].state, DeviceState::Paused);
         let before = machine.runner.ticks();
         std::thread::sleep(Duration::from_millis(300));
         assert!(machine.runner.ticks() <= before + 1, "it uses no CPU");
@@ -49,8 +49,14 @@ fn a_paused_machine_stands_still_and_goes_on() {
     assert!(machine.control("stop").ok);
     machine.expect(0);
     let events = machine.events();
-    let paused = events.iter().filter(|e| **e == Event::Paused).count();
-    let resumed = events.iter().filter(|e| **e == Event::Resumed).count();
+    let paused = events
+        .iter()
+        .filter(|e| **e == MachineEvent::Paused)
+        .count();
+    let resumed = events
+        .iter()
+        .filter(|e| **e == MachineEvent::Resumed)
+        .count();
     assert_eq!((paused, resumed), (3, 3));
 }
 
@@ -63,7 +69,7 @@ fn io_goes_on_where_a_pause_stopped_it() {
         .args(["--memory", "64M"])
         .disk(64 << 20)
         .start();
-    machine.wait_event("driver-ok", |e| matches!(e, Event::DriverOk { .. }));
+    machine.wait_event("driver-ok", |e| matches!(e, MachineEvent::DriverOk { .. }));
     let mut pauses = 0;
     while machine.runner.is_running() && pauses < 20 {
         if !machine.try_control("pause") || !machine.try_control("resume") {
@@ -92,7 +98,7 @@ fn reset_by_command_boots_again_also_when_paused() {
         });
         let status = machine.control("status").status.unwrap();
         assert_eq!(status.state, MachineState::Running);
-        assert_eq!(status.devices[0].state, SlotState::Running);
+        assert_eq!(status.devices[0].state, DeviceState::Running);
     }
     assert_eq!(machine.control("status").status.unwrap().resets, 4);
 }
@@ -153,7 +159,9 @@ fn sigterm_ends_the_machine_in_order() {
     machine.wait_serial("idle");
     machine.runner.signal(Signal::TERM);
     machine.expect(0);
-    machine.wait_event("stopped", |e| matches!(e, Event::Stopped { code: 0, .. }));
+    machine.wait_event("stopped", |e| {
+        matches!(e, MachineEvent::Stopped { code: 0, .. })
+    });
 }
 
 #[test]
@@ -175,7 +183,7 @@ fn a_device_that_dies_ends_the_machine_with_its_name_if_so_wished() {
     );
     machine.wait_event(
         "device-lost",
-        |e| matches!(e, Event::DeviceLost { id, .. } if id == "disk0"),
+        |e| matches!(e, MachineEvent::DeviceLost { id, .. } if id == "disk0"),
     );
 }
 
@@ -188,7 +196,7 @@ fn a_stopped_device_does_not_hold_up_pause_and_stop() {
         .args(["--memory", "64M", "--on-loss", "stop"])
         .disk(64 << 20)
         .start();
-    machine.wait_event("driver-ok", |e| matches!(e, Event::DriverOk { .. }));
+    machine.wait_event("driver-ok", |e| matches!(e, MachineEvent::DriverOk { .. }));
     machine.process("disk0").signal(Signal::STOP);
     // The device is cut off after its deadline, and that ends the machine.
     machine.try_control("pause");

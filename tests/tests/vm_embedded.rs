@@ -1,6 +1,6 @@
 //! Machines that boot the embedded guest, with real device processes.
 
-use outrigger_protocol::control::Event;
+use outrigger_protocol::control::MachineEvent;
 use outrigger_tests::loops::Loop;
 use outrigger_tests::machine::{Machine, skip_kvm};
 
@@ -26,7 +26,7 @@ fn the_main_job_uses_disk_net_and_console() {
     for id in ["disk0", "net0", "console0"] {
         machine.wait_event(
             "driver-ok",
-            |event| matches!(event, Event::DriverOk { id: got, .. } if got == id),
+            |event| matches!(event, MachineEvent::DriverOk { id: got, .. } if got == id),
         );
     }
     // What the guest wrote is in the image.
@@ -150,7 +150,7 @@ fn sixty_four_vcpus_start() {
     machine.expect(0);
     let threads = machine.events();
     assert!(
-        threads.contains(&Event::Started { vcpus: 64 }),
+        threads.contains(&MachineEvent::Started { vcpus: 64 }),
         "{threads:?}"
     );
 }
@@ -190,7 +190,9 @@ fn the_exit_port_gives_the_exit_code() {
     }
     let machine = Machine::embedded("job=fail code=9").start();
     machine.expect(4);
-    machine.wait_event("guest-exit", |event| *event == Event::GuestExit { code: 9 });
+    machine.wait_event("guest-exit", |event| {
+        *event == MachineEvent::GuestExit { code: 9 }
+    });
 }
 
 #[test]
@@ -319,7 +321,7 @@ fn thirty_two_devices_are_found() {
     let machine = machine.start();
     machine.wait_event(
         "the last device's driver",
-        |event| matches!(event, Event::DriverOk { id, .. } if id == "d31"),
+        |event| matches!(event, MachineEvent::DriverOk { id, .. } if id == "d31"),
     );
     machine.expect(0);
     let serial = machine.serial();
@@ -340,7 +342,9 @@ fn a_machine_without_platform_runs() {
         .without_platform()
         .disk(64 * MIB)
         .start();
-    machine.wait_event("driver-ok", |event| matches!(event, Event::DriverOk { .. }));
+    machine.wait_event("driver-ok", |event| {
+        matches!(event, MachineEvent::DriverOk { .. })
+    });
     assert!(machine.control("stop").ok);
     machine.expect(0);
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use outrigger_protocol::control::{Event, MachineState, SlotState};
+use outrigger_protocol::control::{DeviceState, MachineEvent, MachineState};
 use outrigger_tests::launcher::{Launcher, programs, terminal};
 use outrigger_tests::machine::{embedded_guest, skip_kvm};
 use outrigger_tests::process::Launch;
@@ -56,7 +56,7 @@ fn expect_refused(launcher: &Launcher, arguments: &[&str], parts: &[&str]) {
         let processes = launcher.processes();
         processes.iter().filter(|it| it.1 == "device-disk").count() == 1
     });
-    assert_eq!(launcher.state("disk0"), SlotState::Running);
+    assert_eq!(launcher.state("disk0"), DeviceState::Running);
 }
 
 #[test]
@@ -117,7 +117,7 @@ fn events_are_told_as_they_come_until_the_end() {
     launcher.wait_successor("device-disk", old);
     wait_until("it runs", || {
         let disk = &launcher.status().devices[0];
-        disk.losses == 1 && disk.state == SlotState::Running
+        disk.losses == 1 && disk.state == DeviceState::Running
     });
     launcher.do_ctl(&["restart", "disk0"]);
     launcher.do_ctl(&["stop"]);
@@ -128,14 +128,14 @@ fn events_are_told_as_they_come_until_the_end() {
     );
     assert!(json.status.success() && text.status.success());
     let json = String::from_utf8(json.stdout).unwrap();
-    let events: Vec<Event> = json
+    let events: Vec<MachineEvent> = json
         .lines()
         .map(|l| serde_json::from_str(l).unwrap())
         .collect();
-    let has = |wanted: fn(&Event) -> bool| assert!(events.iter().any(wanted), "{events:?}");
-    has(|it| matches!(it, Event::DeviceLost { tracked: true, .. }));
-    has(|it| matches!(it, Event::DeviceRunning { .. }));
-    has(|it| matches!(it, Event::DeviceSwapped { .. }));
+    let has = |wanted: fn(&MachineEvent) -> bool| assert!(events.iter().any(wanted), "{events:?}");
+    has(|it| matches!(it, MachineEvent::DeviceLost { tracked: true, .. }));
+    has(|it| matches!(it, MachineEvent::DeviceRunning { .. }));
+    has(|it| matches!(it, MachineEvent::DeviceSwapped { .. }));
     let text = String::from_utf8(text.stdout).unwrap();
     assert!(text.starts_with("running, 1 vCPU"), "{text}");
     assert!(
@@ -245,7 +245,9 @@ fn a_stopped_process_is_swapped_away() {
     // The first attempt finds that it does not answer.
     let _ = launcher.ctl(&["restart", "disk0"]);
     launcher.wait_successor("device-disk", old);
-    wait_until("it runs", || launcher.state("disk0") == SlotState::Running);
+    wait_until("it runs", || {
+        launcher.state("disk0") == DeviceState::Running
+    });
     assert!(start.elapsed() < Duration::from_secs(25));
     expect_end(&mut launcher, 0);
     assert!(launcher.read("serial").contains("guest: pass"));
@@ -343,7 +345,7 @@ fn kill_and_type(launcher: &Launcher, keyboard: &mut File, word: &str) {
     launcher.wait_successor("device-console", old);
     wait_until("it runs", || {
         let console = &launcher.status().devices[1];
-        console.losses == 1 && console.state == SlotState::Running
+        console.losses == 1 && console.state == DeviceState::Running
     });
     write!(keyboard, "{word}\r").unwrap();
     launcher.wait_file("stdout", word);

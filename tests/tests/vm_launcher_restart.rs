@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use outrigger_protocol::control::SlotState;
+use outrigger_protocol::control::DeviceState;
 use outrigger_tests::launcher::{Launcher, programs};
 use outrigger_tests::machine::{embedded_guest, skip_kvm};
 use outrigger_tests::wait_until;
@@ -184,7 +184,9 @@ fn who_dies_again_and_again_is_given_up_and_can_be_had_back() {
     wait_until("it came at once", || {
         launcher.read("stderr").matches("started again as").count() == 2
     });
-    wait_until("it runs", || launcher.state("disk0") == SlotState::Running);
+    wait_until("it runs", || {
+        launcher.state("disk0") == DeviceState::Running
+    });
     launcher.do_ctl(&["stop"]);
     expect_end(&mut launcher, 0);
 }
@@ -197,10 +199,10 @@ fn never_means_never_and_the_loss_is_the_runners_to_judge() {
     let mut waits = launch("job=idle", &["--restart", "never"]);
     waits.wait_file("serial", "idle");
     waits.signal("device-disk", Signal::KILL);
-    wait_until("it is lost", || waits.state("disk0") == SlotState::Lost);
+    wait_until("it is lost", || waits.state("disk0") == DeviceState::Lost);
     assert!(waits.read("stderr").contains("not started again"));
     waits.do_ctl(&["restart", "disk0"]);
-    assert_eq!(waits.state("disk0"), SlotState::Running);
+    assert_eq!(waits.state("disk0"), DeviceState::Running);
     waits.do_ctl(&["stop"]);
     expect_end(&mut waits, 0);
 

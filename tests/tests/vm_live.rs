@@ -6,7 +6,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
-use outrigger_protocol::device::Stats;
+use outrigger_protocol::device::DeviceStats;
 use outrigger_tests::launcher::Launcher;
 use outrigger_tests::linux::{PATIENCE, guest};
 use outrigger_tests::machine::{embedded_guest, skip_kvm};
@@ -38,7 +38,7 @@ fn busy(more: &[&str]) -> Launcher {
     launcher
 }
 
-fn stats(launcher: &Launcher) -> BTreeMap<String, Stats> {
+fn stats(launcher: &Launcher) -> BTreeMap<String, DeviceStats> {
     serde_json::from_str(&launcher.do_ctl(&["stats", "--json"])).unwrap()
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use outrigger_protocol::control::{Event, SlotState};
+use outrigger_protocol::control::{DeviceState, MachineEvent};
 use outrigger_tests::machine::{Machine, Running, skip_kvm};
 use outrigger_tests::process::{Launch, Process};
 use outrigger_tests::scripted::{self, Answer};
@@ -35,7 +35,7 @@ fn reading(count: u32, more: &[&str]) -> Running {
     let socket = machine.directory().join("disk.sock");
     let process = disk(&image, &socket, []);
     let machine = machine.served("disk0", "block", process, &socket).start();
-    machine.wait_event("driver-ok", |e| matches!(e, Event::DriverOk { .. }));
+    machine.wait_event("driver-ok", |e| matches!(e, MachineEvent::DriverOk { .. }));
     machine
 }
 
@@ -47,16 +47,16 @@ fn image(machine: &Running) -> PathBuf {
     machine.directory().join("disk.img")
 }
 
-fn state(machine: &Running) -> SlotState {
+fn state(machine: &Running) -> DeviceState {
     machine.control("status").status.unwrap().devices[0].state
 }
 
 fn is_lost(machine: &Running) {
-    wait_until("the device is lost", || state(machine) == SlotState::Lost);
+    wait_until("the device is lost", || state(machine) == DeviceState::Lost);
 }
 
 fn is_running(machine: &Running) {
-    wait_until("the device runs", || state(machine) == SlotState::Running);
+    wait_until("the device runs", || state(machine) == DeviceState::Running);
 }
 
 fn kill(machine: &mut Running, successor: impl FnOnce(&Path, &Path) -> Process) {
@@ -89,7 +89,7 @@ fn a_lost_disk_is_waited_for_and_comes_back() {
     is_lost(&machine);
     // Meanwhile the machine does as it is told.
     assert!(machine.control("pause").ok && machine.control("resume").ok);
-    assert_eq!(state(&machine), SlotState::Lost);
+    assert_eq!(state(&machine), DeviceState::Lost);
     let next = disk(&image(&machine), &socket(&machine), []);
     machine.replace("disk0", next);
     is_running(&machine);
@@ -99,10 +99,13 @@ fn a_lost_disk_is_waited_for_and_comes_back() {
     }
     machine.passes();
     let events = machine.events();
-    let count = |wanted: fn(&Event) -> bool| events.iter().filter(|e| wanted(e)).count();
-    assert_eq!(count(|e| matches!(e, Event::DeviceLost { .. })), 6);
-    assert_eq!(count(|e| matches!(e, Event::DeviceReconnecting { .. })), 6);
-    let back = |e: &Event| matches!(e, Event::DeviceRunning { outage_us, .. } if *outage_us > 0);
+    let count = |wanted: fn(&MachineEvent) -> bool| events.iter().filter(|e| wanted(e)).count();
+    assert_eq!(count(|e| matches!(e, MachineEvent::DeviceLost { .. })), 6);
+    assert_eq!(
+        count(|e| matches!(e, MachineEvent::DeviceReconnecting { .. })),
+        6
+    );
+    let back = |e: &MachineEvent| matches!(e, MachineEvent::DeviceRunning { outage_us, .. } if *outage_us > 0);
     assert_eq!(count(back), 6, "{events:?}");
 }
 
@@ -115,7 +118,7 @@ fn a_disk_lost_while_the_machine_is_paused_or_reset_comes_back() {
     assert!(machine.control("pause").ok);
     kill(&mut machine, |image, socket| disk(image, socket, []));
     wait_until("it is back, and stands still", || {
-        state(&machine) == SlotState::Paused
+        state(&machine) == DeviceState::Paused
     });
     assert!(machine.control("resume").ok);
     machine.process("disk0").signal(Signal::KILL);
@@ -141,9 +144,9 @@ fn what_does_not_suit_is_refused_and_the_next_one_taken() {
     kill(&mut machine, |_, socket| disk(&small, socket, []));
     machine.wait_event(
         "refused",
-        |e| matches!(e, Event::DeviceRefused { reason, .. } if reason.contains("capacity")),
+        |e| matches!(e, MachineEvent::DeviceRefused { reason, .. } if reason.contains("capacity")),
     );
-    assert_eq!(state(&machine), SlotState::Lost);
+    assert_eq!(state(&machine), DeviceState::Lost);
     kill(&mut machine, |image, socket| disk(image, socket, []));
     machine.passes();
 }
@@ -187,7 +190,7 @@ fn a_stopped_disk_has_a_deadline_and_its_successor_waits_for_its_end() {
     let mut answer = String::new();
     BufReader::new(pausing).read_line(&mut answer).unwrap();
     assert!(answer.contains("true"), "{answer}");
-    assert_eq!(state(&machine), SlotState::Lost);
+    assert_eq!(state(&machine), DeviceState::Lost);
     assert!(machine.control("resume").ok);
     // It could wake up at any time, so nobody takes its place while it is there.
     let other = machine.directory().join("other.sock");
@@ -208,7 +211,7 @@ fn a_stopped_disk_has_a_deadline_and_its_successor_waits_for_its_end() {
         refused.contains("is there still: end it first"),
         "{refused}"
     );
-    assert_eq!(state(&machine), SlotState::Lost);
+    assert_eq!(state(&machine), DeviceState::Lost);
     machine.process("disk0").signal(Signal::CONT);
     is_running(&machine);
     assert!(machine.control("reset").ok);
@@ -255,9 +258,13 @@ fn a_disk_is_swapped_and_stays_when_the_other_does_not_suit() {
     machine.passes();
     drop((second, small, read_only));
     let events = machine.events();
-    let swaps = |e: &&Event| matches!(e, Event::DeviceSwapped { .. });
+    let swaps = |e: &&MachineEvent| matches!(e, MachineEvent::DeviceSwapped { .. });
     assert_eq!(events.iter().filter(swaps).count(), 10);
-    assert!(!events.iter().any(|e| matches!(e, Event::DeviceLost { .. })));
+    assert!(
+        !events
+            .iter()
+            .any(|e| matches!(e, MachineEvent::DeviceLost { .. }))
+    );
 }
 
 #[test]
@@ -276,11 +283,14 @@ fn whoever_watches_is_told() {
     deaf.write_all(b"{\"command\":\"watch\"}\n").unwrap();
     kill(&mut machine, |image, socket| disk(image, socket, []));
     let mut seen = Vec::new();
-    while !matches!(seen.last(), Some(Event::DeviceRunning { .. })) {
+    while !matches!(seen.last(), Some(MachineEvent::DeviceRunning { .. })) {
         let line = lines.next().unwrap().unwrap();
-        seen.push(serde_json::from_str::<Event>(&line).unwrap());
+        seen.push(serde_json::from_str::<MachineEvent>(&line).unwrap());
     }
-    assert!(matches!(seen[0], Event::DeviceLost { .. }), "{seen:?}");
+    assert!(
+        matches!(seen[0], MachineEvent::DeviceLost { .. }),
+        "{seen:?}"
+    );
     // Answers come in between.
     stream.write_all(b"{\"command\":\"stop\"}\n").unwrap();
     let rest: Vec<String> = lines.map_while(Result::ok).collect();
@@ -332,7 +342,7 @@ fn a_process_that_comes_and_is_slow_holds_nobody_up() {
         Answer::Proper
     });
     machine.wait_event("somebody comes", |e| {
-        matches!(e, Event::DeviceReconnecting { .. })
+        matches!(e, MachineEvent::DeviceReconnecting { .. })
     });
     let asked = Instant::now();
     assert!(machine.control("pause").ok && machine.control("resume").ok);

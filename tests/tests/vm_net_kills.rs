@@ -5,7 +5,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use outrigger_protocol::control::Event;
+use outrigger_protocol::control::MachineEvent;
 use outrigger_tests::launcher::Launcher;
 use outrigger_tests::linux::{self, guest, linux, wait_end, wait_serial};
 use outrigger_tests::machine::skip_kvm;
@@ -77,8 +77,8 @@ fn a_download_goes_on_over_the_deaths_of_device_net() {
     assert!(kills >= 5, "{kills}");
 }
 
-fn is_back(event: &Event) -> bool {
-    matches!(event, Event::DeviceRunning { id, .. } if id == "net0")
+fn is_back(event: &MachineEvent) -> bool {
+    matches!(event, MachineEvent::DeviceRunning { id, .. } if id == "net0")
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use outrigger_protocol::control::Event;
+use outrigger_protocol::control::MachineEvent;
 use outrigger_tests::machine::{Machine, skip_kvm};
 use outrigger_tests::wait_until;
 use rustix::process::Signal;
@@ -34,7 +34,7 @@ fn the_platform_is_killed_again_and_again_and_the_serial_log_has_no_hole() {
     let lost = machine
         .events()
         .iter()
-        .filter(|e| matches!(e, Event::DeviceLost { id, .. } if id == "platform"))
+        .filter(|e| matches!(e, MachineEvent::DeviceLost { id, .. } if id == "platform"))
         .count();
     assert_eq!(lost, kills);
 }

@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use outrigger_protocol::control::{Event, SlotState};
+use outrigger_protocol::control::{DeviceState, MachineEvent};
 use outrigger_tests::chaos::guest::{Chaos, Prepared};
 use outrigger_tests::chaos::victim::Victim;
 use outrigger_tests::chaos::{Random, long};
@@ -50,7 +50,7 @@ fn to_and_fro(chaos: &Chaos, victims: &[Victim; 2], random: &mut Random) -> Vec<
 
 /// The machine never lost its disk.
 fn check_no_losses(chaos: &Chaos) {
-    let losses = chaos.count(|event| matches!(event, Event::DeviceLost { .. }));
+    let losses = chaos.count(|event| matches!(event, MachineEvent::DeviceLost { .. }));
     assert_eq!(losses, 0, "{}", chaos.situation());
 }
 
@@ -193,10 +193,10 @@ fn who_does_not_suit_or_dies_on_the_way_leaves_the_old_one() {
         if what != "silent" {
             slowest = slowest.max(asked.elapsed());
         }
-        assert_eq!(chaos.state(), SlotState::Running, "{round} {what}");
+        assert_eq!(chaos.state(), DeviceState::Running, "{round} {what}");
     }
     chaos.wait("each refusal is told", |chaos| {
-        chaos.count(|event| matches!(event, Event::DeviceSwapRefused { .. })) == refusals
+        chaos.count(|event| matches!(event, MachineEvent::DeviceSwapRefused { .. })) == refusals
     });
     check_no_losses(&chaos);
     assert!(victim.process().is_running());
@@ -253,7 +253,7 @@ fn a_paused_machine_goes_on_with_another_process() {
         if round % 2 == 0 {
             chaos.swap(&victims[round / 2 % 2].socket()).unwrap();
         }
-        assert_eq!(chaos.state(), SlotState::Paused);
+        assert_eq!(chaos.state(), DeviceState::Paused);
         chaos.order("resume");
     }
     check_no_losses(&chaos);

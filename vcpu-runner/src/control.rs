@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 use outrigger_cli::fd::set_nonblocking;
-use outrigger_cli::socket::{self, Bound};
-use outrigger_protocol::control::{Command, MAX_LINE, Reply, Status};
+use outrigger_cli::socket::{self, BoundSocket};
+use outrigger_protocol::control::{ControlCommand, ControlReply, MAX_LINE, MachineStatus};
 use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -34,7 +34,7 @@ const MAX_EVENTS: usize = 1024;
 /// A command and where its answer goes.
 pub struct Order {
     /// What to do: neither status nor watch, which are this thread's own.
-    pub command: Command,
+    pub command: ControlCommand,
     /// Takes the answer.
     pub answer: Answer,
     /// Ends when the answer has gone out, for whoever is about to exit.
@@ -44,13 +44,13 @@ pub struct Order {
 /// Takes the answer to one command.
 pub struct Answer {
     number: u64,
-    answers: Sender<(u64, Reply)>,
+    answers: Sender<(u64, ControlReply)>,
     wake: Arc<EventFd>,
 }
 
 impl Answer {
     /// Answers. A client that has gone needs none.
-    pub fn send(self, reply: Reply) {
+    pub fn send(self, reply: ControlReply) {
         let _ = self.answers.send((self.number, reply));
         eventfd::signal(&self.wake);
     }
@@ -98,9 +98,9 @@ impl Watchers {
 pub fn start(
     path: &Path,
     removes: bool,
-    status: impl Fn() -> Status + Send + 'static,
+    status: impl Fn() -> MachineStatus + Send + 'static,
     orders: impl Fn(Order) + Send + 'static,
-) -> Result<(Option<Bound>, Watchers), Error> {
+) -> Result<(Option<BoundSocket>, Watchers), Error> {
     let what = format!("--control {}", path.display());
     let (listener, bound) = socket::bind(path).map_err(Error::io(what.clone()))?;
     set_nonblocking(&listener).map_err(Error::io(what))?;
@@ -138,9 +138,9 @@ struct Server {
     numbers: u64,
     wake: Arc<EventFd>,
     told: Receiver<Told>,
-    answers: Sender<(u64, Reply)>,
-    given: Receiver<(u64, Reply)>,
-    status: Box<dyn Fn() -> Status + Send>,
+    answers: Sender<(u64, ControlReply)>,
+    given: Receiver<(u64, ControlReply)>,
+    status: Box<dyn Fn() -> MachineStatus + Send>,
     orders: Box<dyn Fn(Order) + Send>,
 }
 
@@ -257,7 +257,7 @@ impl Server {
                 .as_ref()
                 .is_some_and(|waits| waits.until <= now)
             {
-                client.answer(&Reply::error("no answer from the machine"));
+                client.answer(&ControlReply::error("no answer from the machine"));
             }
         }
     }
@@ -277,7 +277,7 @@ impl Server {
         }
         let client = &mut self.clients[index];
         if client.input.len() > MAX_LINE {
-            client.answer(&Reply::error(format!(
+            client.answer(&ControlReply::error(format!(
                 "a line is longer than {MAX_LINE} bytes"
             )));
             let _ = client.send();
@@ -290,15 +290,15 @@ impl Server {
         let client = &mut self.clients[index];
         let command = match serde_json::from_slice(line) {
             Ok(command) => command,
-            Err(error) => return client.answer(&Reply::error(error.to_string())),
+            Err(error) => return client.answer(&ControlReply::error(error.to_string())),
         };
         match command {
-            Command::Status {} => client.answer(&Reply {
+            ControlCommand::Status {} => client.answer(&ControlReply {
                 status: Some((self.status)()),
-                ..Reply::ok()
+                ..ControlReply::ok()
             }),
-            Command::Watch {} => {
-                client.answer(&Reply::ok());
+            ControlCommand::Watch {} => {
+                client.answer(&ControlReply::ok());
                 client.watches = true;
             }
             command => {
@@ -349,7 +349,7 @@ impl Client {
         }
     }
 
-    fn answer(&mut self, reply: &Reply) {
+    fn answer(&mut self, reply: &ControlReply) {
         if let Ok(line) = serde_json::to_vec(reply) {
             self.output.extend(line);
             self.output.push(b'\n');

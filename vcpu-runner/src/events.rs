@@ -6,7 +6,7 @@ use std::os::fd::RawFd;
 use std::sync::{Mutex, PoisonError};
 
 use outrigger_cli::fd;
-use outrigger_protocol::control::Event;
+use outrigger_protocol::control::MachineEvent;
 
 use crate::Error;
 use crate::control::Watchers;
@@ -62,7 +62,7 @@ impl Events {
     }
 
     /// Reports `event`, here and in the log.
-    pub fn emit(&self, event: &Event) {
+    pub fn emit(&self, event: &MachineEvent) {
         tracing::debug!("{event:?}");
         let Ok(mut line) = serde_json::to_vec(event) else {
             return;

@@ -6,8 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
-use outrigger_cli::socket::Bound;
-use outrigger_protocol::control::{Command, Event, MachineState, Reply, SlotState};
+use outrigger_cli::socket::BoundSocket;
+use outrigger_protocol::control::{
+    ControlCommand, ControlReply, DeviceState, MachineEvent, MachineState,
+};
 use outrigger_protocol::exit;
 
 use crate::boot::{BootSource, cpuid};
@@ -80,7 +82,7 @@ pub struct Machine {
     /// When a lost platform ends the machine.
     platform_limit: Option<Instant>,
     /// Kept for its end.
-    control_socket: Option<Bound>,
+    control_socket: Option<BoundSocket>,
     sender: Sender<Notice>,
     notices: Receiver<Notice>,
 }
@@ -134,7 +136,7 @@ impl Machine {
             )?;
             devices.push(Arc::clone(&device) as _);
             let id = pending.slot().id().to_owned();
-            events.emit(&Event::DeviceConnected { id });
+            events.emit(&MachineEvent::DeviceConnected { id });
             let to = sender.clone();
             let notices = send(to, Notice::Slot);
             slots.push(pending.run(device, Arc::clone(&ram), options.on_loss, notices)?);
@@ -213,7 +215,7 @@ impl Machine {
     /// When it cannot be kept in order: a vCPU that does not stand still, a
     /// reset that fails.
     pub fn run(mut self) -> Result<End, Error> {
-        self.events.emit(&Event::Started {
+        self.events.emit(&MachineEvent::Started {
             vcpus: self.vcpus.len(),
         });
         self.start_vcpus()?;
@@ -233,7 +235,7 @@ impl Machine {
                 self.overview.now().state = MachineState::Stopped;
                 self.order(Order::Stop);
                 self.wait_still()?;
-                self.events.emit(&Event::Stopped {
+                self.events.emit(&MachineEvent::Stopped {
                     code: end.code,
                     reason: end.reason.clone(),
                 });
@@ -284,11 +286,11 @@ impl Machine {
         let id = "platform".to_owned();
         match notice {
             trap::Notice::Connected(outage) => {
-                self.overview.now().platform = Some(SlotState::Running);
+                self.overview.now().platform = Some(DeviceState::Running);
                 self.platform_limit = None;
                 self.events.emit(&match outage {
-                    None => Event::DeviceConnected { id },
-                    Some(outage) => Event::DeviceRunning {
+                    None => MachineEvent::DeviceConnected { id },
+                    Some(outage) => MachineEvent::DeviceRunning {
                         id,
                         outage_us: outage.as_micros().try_into().unwrap_or(u64::MAX),
                         replayed: 0,
@@ -298,8 +300,8 @@ impl Machine {
             }
             trap::Notice::Lost(reason, for_good) => {
                 let lost = format!("the platform process is lost: {reason}");
-                self.overview.now().platform = Some(SlotState::Lost);
-                self.events.emit(&Event::DeviceLost {
+                self.overview.now().platform = Some(DeviceState::Lost);
+                self.events.emit(&MachineEvent::DeviceLost {
                     id,
                     reason,
                     // A vCPU's access stays in its slot until it is answered.
@@ -313,7 +315,7 @@ impl Machine {
             trap::Notice::PowerOff => Ok(Some(powered_off())),
             trap::Notice::Reset => self.guest_reset(),
             trap::Notice::Exit(code) => {
-                self.events.emit(&Event::GuestExit { code });
+                self.events.emit(&MachineEvent::GuestExit { code });
                 Ok(Some(match code {
                     0 => end(exit::POWERED_OFF, "the guest is done"),
                     _ => end(
@@ -332,15 +334,15 @@ impl Machine {
             answered,
         } = order;
         let result = match command {
-            Command::Pause {} => self.pause(),
-            Command::Resume {} => self.resume(),
-            Command::Reset {} => self.reset("control"),
-            Command::Stop {} => {
-                answer.send(Reply::ok());
+            ControlCommand::Pause {} => self.pause(),
+            ControlCommand::Resume {} => self.resume(),
+            ControlCommand::Reset {} => self.reset("control"),
+            ControlCommand::Stop {} => {
+                answer.send(ControlReply::ok());
                 let _ = answered.recv_timeout(ANSWER_DEADLINE);
                 return Ok(Some(end(exit::POWERED_OFF, "stopped by command")));
             }
-            Command::Swap {
+            ControlCommand::Swap {
                 id,
                 socket: Some(path),
                 device: None,
@@ -348,21 +350,21 @@ impl Machine {
                 self.swap(&id, path, answer);
                 return Ok(None);
             }
-            Command::Swap { .. } | Command::Restart { .. } => Err(Error::Command(
+            ControlCommand::Swap { .. } | ControlCommand::Restart { .. } => Err(Error::Command(
                 "this is the runner, which starts no process: swap to one that listens at socket",
             )),
-            Command::Resize { .. } | Command::Flush { .. } | Command::Stats { .. } => {
-                Err(Error::Command(
-                    "this is the runner, which knows no disks: ask the disk's own control socket",
-                ))
-            }
+            ControlCommand::Resize { .. }
+            | ControlCommand::Flush { .. }
+            | ControlCommand::Stats { .. } => Err(Error::Command(
+                "this is the runner, which knows no disks: ask the disk's own control socket",
+            )),
             // The control thread's own.
-            Command::Status {} | Command::Watch {} => Ok(()),
+            ControlCommand::Status {} | ControlCommand::Watch {} => Ok(()),
         };
         // A failed command is its client's matter; the machine goes on.
         answer.send(match result {
-            Ok(()) => Reply::ok(),
-            Err(error) => Reply::error(error.to_string()),
+            Ok(()) => ControlReply::ok(),
+            Err(error) => ControlReply::error(error.to_string()),
         });
         Ok(None)
     }
@@ -370,15 +372,15 @@ impl Machine {
     /// The slot answers, when it is done.
     fn swap(&self, id: &str, path: PathBuf, answer: Answer) {
         let Some(slot) = self.overview.slots().iter().find(|slot| slot.id() == id) else {
-            return answer.send(Reply::error(format!("no device is named {id}")));
+            return answer.send(ControlReply::error(format!("no device is named {id}")));
         };
         let swapped = move |result: Result<Duration, Error>| {
             answer.send(match result {
-                Ok(outage) => Reply {
+                Ok(outage) => ControlReply {
                     outage_us: Some(outage.as_micros().try_into().unwrap_or(u64::MAX)),
-                    ..Reply::ok()
+                    ..ControlReply::ok()
                 },
-                Err(error) => Reply::error(error.to_string()),
+                Err(error) => ControlReply::error(error.to_string()),
             });
         };
         slot.swap(path, Box::new(swapped));
@@ -457,7 +459,7 @@ impl Machine {
                 return stopped.and(resumed);
             }
             self.overview.now().state = MachineState::Paused;
-            self.events.emit(&Event::Paused);
+            self.events.emit(&MachineEvent::Paused);
         }
         Ok(())
     }
@@ -467,7 +469,7 @@ impl Machine {
             self.order_slots(Slot::resume)?;
             self.order(Order::Run);
             self.overview.now().state = MachineState::Running;
-            self.events.emit(&Event::Resumed);
+            self.events.emit(&MachineEvent::Resumed);
         }
         Ok(())
     }
@@ -537,7 +539,7 @@ impl Machine {
             now.resets += 1;
         }
         self.start_vcpus()?;
-        self.events.emit(&Event::Reset { by: by.to_owned() });
+        self.events.emit(&MachineEvent::Reset { by: by.to_owned() });
         Ok(())
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use outrigger_cli::complain;
+use outrigger_cli::report_error;
 use outrigger_protocol::exit;
 use outrigger_sandbox::Mode;
 use vcpu_runner::Error;
@@ -18,11 +18,11 @@ const NAME: &str = "vcpu-runner";
 fn main() -> ExitCode {
     let options: Options = outrigger_cli::parse();
     if let Err(error) = options.check() {
-        complain(NAME, error);
+        report_error(NAME, error);
         return ExitCode::from(exit::USAGE);
     }
-    if let Err(error) = outrigger_cli::logging::start(options.log_format, &options.log_level) {
-        complain(NAME, error);
+    if let Err(error) = outrigger_cli::logging::init(options.log_format, &options.log_level) {
+        report_error(NAME, error);
         return ExitCode::from(exit::USAGE);
     }
     if options.probe {
@@ -33,12 +33,12 @@ fn main() -> ExitCode {
             if code == exit::POWERED_OFF {
                 tracing::info!("{reason}");
             } else {
-                complain(NAME, reason);
+                report_error(NAME, reason);
             }
             ExitCode::from(code)
         }
         Err(error) => {
-            complain(NAME, error);
+            report_error(NAME, error);
             ExitCode::from(exit::FAILURE)
         }
     }

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use outrigger_protocol::control::{MachineState, SlotState, Status};
+use outrigger_protocol::control::{DeviceState, MachineState, MachineStatus};
 
 use crate::frontend::Slot;
 
@@ -21,7 +21,7 @@ pub struct Now {
     /// Resets so far.
     pub resets: u64,
     /// The platform process, if there is one.
-    pub platform: Option<SlotState>,
+    pub platform: Option<DeviceState>,
 }
 
 impl Overview {
@@ -34,7 +34,7 @@ impl Overview {
             now: Mutex::new(Now {
                 state: MachineState::Running,
                 resets: 0,
-                platform: has_platform.then_some(SlotState::Running),
+                platform: has_platform.then_some(DeviceState::Running),
             }),
         }
     }
@@ -50,9 +50,9 @@ impl Overview {
     }
 
     /// Answer to the command of that name.
-    pub fn status(&self) -> Status {
+    pub fn status(&self) -> MachineStatus {
         let now = self.now();
-        Status {
+        MachineStatus {
             state: now.state,
             vcpus: self.vcpus,
             memory: self.memory,

@@ -10,7 +10,7 @@ const REASON: &str = "stopped by a signal";
 
 /// Blocks the signals that end a program, in this thread and all that it makes.
 pub fn block() {
-    signals::block(&signals::ending());
+    signals::block(&signals::termination_set());
 }
 
 /// Stops a machine, for the reason given.
@@ -32,7 +32,7 @@ impl Watch {
         std::thread::Builder::new()
             .name("signals".into())
             .spawn(move || {
-                let set = signals::ending();
+                let set = signals::termination_set();
                 loop {
                     signals::wait(&set);
                     // Held to the end of the process, so that no machine comes up

@@ -15,8 +15,8 @@ use memfd::{FileSeal, MemfdOptions};
 use outrigger_cli::socket::socket_path;
 use outrigger_protocol::channel;
 use outrigger_protocol::trap::{
-    Access, FromPlatform, Header, MAGIC, MAX_VCPUS, REGION_SIZE, SLOTS_OFFSET, Slot, ToPlatform,
-    VERSION,
+    Access, FromPlatform, MAGIC, MAX_VCPUS, REGION_SIZE, SLOTS_OFFSET, ToPlatform, TrapHeader,
+    TrapSlot, VERSION,
 };
 use rustix::mm::{MapFlags, ProtFlags};
 use rustix::thread::futex;
@@ -76,7 +76,7 @@ struct Region {
 }
 
 // SAFETY: the mapping is never unmapped, and all access to it is through the
-// atomics of `Header` and `Slot`.
+// atomics of `TrapHeader` and `TrapSlot`.
 unsafe impl Send for Region {}
 // SAFETY: as above.
 unsafe impl Sync for Region {}
@@ -118,16 +118,16 @@ impl Region {
         })
     }
 
-    fn header(&self) -> &Header {
+    fn header(&self) -> &TrapHeader {
         // SAFETY: the region begins with a header, page-aligned, and stays mapped.
-        unsafe { &*self.start.cast::<Header>() }
+        unsafe { &*self.start.cast::<TrapHeader>() }
     }
 
     /// The slot of `vcpu`, which is less than [`MAX_VCPUS`].
-    fn slot(&self, vcpu: usize) -> &Slot {
+    fn slot(&self, vcpu: usize) -> &TrapSlot {
         debug_assert!(vcpu < MAX_VCPUS);
         // SAFETY: the slots lie within the region and stay mapped.
-        unsafe { &*self.start.add(SLOTS_OFFSET).cast::<Slot>().add(vcpu) }
+        unsafe { &*self.start.add(SLOTS_OFFSET).cast::<TrapSlot>().add(vcpu) }
     }
 }
 
@@ -198,7 +198,7 @@ impl TrapChannel {
         }
     }
 
-    fn publish(&self, slot: &Slot, access: &Access) {
+    fn publish(&self, slot: &TrapSlot, access: &Access) {
         let header = self.region.header();
         slot.publish(header, access);
         if header.asleep.load(Ordering::Relaxed) != 0 {
@@ -208,7 +208,7 @@ impl TrapChannel {
 
     /// Waits for the slot's request to be done, looking first. The vCPU can be told to stand
     /// still meanwhile and goes on waiting afterwards.
-    fn wait(&self, slot: &Slot, control: &Control) -> bool {
+    fn wait(&self, slot: &TrapSlot, control: &Control) -> bool {
         let start = Instant::now();
         let header = self.region.header();
         while !slot.is_done() {
@@ -220,7 +220,7 @@ impl TrapChannel {
         true
     }
 
-    fn sleep(&self, slot: &Slot, control: &Control) -> bool {
+    fn sleep(&self, slot: &TrapSlot, control: &Control) -> bool {
         loop {
             let (word, seen) = slot.prepare_wait();
             if slot.is_done() {

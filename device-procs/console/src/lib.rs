@@ -23,7 +23,7 @@ use std::process::ExitCode;
 use clap::{ArgGroup, Parser};
 use device_core::signals::{self, Restore};
 use device_core::{ConfigSpace, Description, Program, QUEUE_SIZE, cli::Common};
-use outrigger_cli::socket::{self, Bound};
+use outrigger_cli::socket::{self, BoundSocket};
 use outrigger_sandbox::{Check, Rule};
 
 use crate::backend::Backend;
@@ -108,7 +108,7 @@ struct Connection {
     backend: Box<dyn Backend>,
     syscalls: &'static [Rule],
     restore: Option<Restore>,
-    unserved: Option<Bound>,
+    unserved: Option<BoundSocket>,
 }
 
 impl Connection {

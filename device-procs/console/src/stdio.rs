@@ -145,7 +145,7 @@ impl Terminal {
     fn take(&mut self, typed: &[u8]) {
         if self.escape.filter(typed, &mut self.typed) {
             signals::finish();
-            std::process::exit(outrigger_cli::USER_LEFT.into());
+            std::process::exit(outrigger_cli::CONSOLE_QUIT.into());
         }
         let excess = self.typed.len().saturating_sub(TYPED);
         if excess > 0 {

@@ -6,7 +6,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
 
 use device_core::Poller;
-use outrigger_cli::socket::{self, Bound};
+use outrigger_cli::socket::{self, BoundSocket};
 use rustix::net::{SocketFlags, accept_with};
 
 use crate::backend::{Backend, Written};
@@ -41,7 +41,7 @@ impl Unix {
     ///
     /// # Errors
     /// bind(2)'s own.
-    pub fn bind(path: &Path) -> io::Result<(Self, Bound)> {
+    pub fn bind(path: &Path) -> io::Result<(Self, BoundSocket)> {
         let (listener, unserved) = socket::bind(path)?;
         Ok((Self::new(listener.into())?, unserved))
     }

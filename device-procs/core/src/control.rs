@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Args;
-use outrigger_cli::socket::{self, Bound};
-use outrigger_protocol::device::{Command, MAX_LINE, Reply, Stats};
+use outrigger_cli::socket::{self, BoundSocket};
+use outrigger_protocol::device::{DeviceCommand, DeviceReply, DeviceStats, MAX_LINE};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::fd::set_nonblocking;
@@ -57,14 +57,14 @@ pub trait Control: Send + Sync {
     fn flush(&self) -> Result<(), String>;
 
     /// What the queues have done; `cpu` is the processor time of each worker.
-    fn stats(&self, cpu: &[Option<Duration>]) -> Stats;
+    fn stats(&self, cpu: &[Option<Duration>]) -> DeviceStats;
 }
 
 /// The control socket, bound, and the device that it is for.
 pub struct Server {
     listener: UnixListener,
     /// Its path, if this program made it, until it is served.
-    unserved: Option<Bound>,
+    unserved: Option<BoundSocket>,
     device: Arc<dyn Control>,
 }
 
@@ -97,7 +97,7 @@ impl Server {
     ///
     /// # Errors
     /// When the thread cannot be started.
-    pub fn start(self, clocks: Clocks) -> anyhow::Result<Option<Bound>> {
+    pub fn start(self, clocks: Clocks) -> anyhow::Result<Option<BoundSocket>> {
         let Server {
             listener,
             unserved,
@@ -286,7 +286,7 @@ impl Client {
                 None if self.input.len() < MAX_LINE => return true,
                 _ => {
                     self.leaving = true;
-                    Reply::error(format!("a line is longer than {MAX_LINE} bytes"))
+                    DeviceReply::error(format!("a line is longer than {MAX_LINE} bytes"))
                 }
             };
             self.heard = Instant::now();
@@ -327,23 +327,23 @@ impl Client {
     }
 }
 
-fn carry_out(line: &[u8], device: &dyn Control, clocks: &Clocks) -> Reply {
+fn carry_out(line: &[u8], device: &dyn Control, clocks: &Clocks) -> DeviceReply {
     let command = match serde_json::from_slice(line) {
         Ok(command) => command,
-        Err(error) => return Reply::error(error.to_string()),
+        Err(error) => return DeviceReply::error(error.to_string()),
     };
     let done = match command {
-        Command::Stats {} => Ok(Reply {
+        DeviceCommand::Stats {} => Ok(DeviceReply {
             stats: Some(device.stats(&clocks.read())),
-            ..Reply::ok()
+            ..DeviceReply::ok()
         }),
-        Command::Flush {} => device.flush().map(|()| Reply::ok()),
-        Command::Resize { size } => device.resize(size).map(|capacity| Reply {
+        DeviceCommand::Flush {} => device.flush().map(|()| DeviceReply::ok()),
+        DeviceCommand::Resize { size } => device.resize(size).map(|capacity| DeviceReply {
             capacity: Some(capacity),
-            ..Reply::ok()
+            ..DeviceReply::ok()
         }),
     };
-    done.unwrap_or_else(Reply::error)
+    done.unwrap_or_else(DeviceReply::error)
 }
 
 fn timespec(time: Duration) -> Timespec {
@@ -376,19 +376,19 @@ mod tests {
             Err("no space left".into())
         }
 
-        fn stats(&self, cpu: &[Option<Duration>]) -> Stats {
+        fn stats(&self, cpu: &[Option<Duration>]) -> DeviceStats {
             let cpu_us = |time: &Option<Duration>| time.map(|it| it.as_micros() as u64);
             let queues = cpu.iter().map(|time| QueueStats {
                 cpu_us: cpu_us(time),
                 ..QueueStats::default()
             });
-            Stats {
+            DeviceStats {
                 queues: queues.collect(),
             }
         }
     }
 
-    fn serve(path: &Path, clocks: Clocks) -> Option<Bound> {
+    fn serve(path: &Path, clocks: Clocks) -> Option<BoundSocket> {
         let options = ControlOptions {
             control: Some(path.to_owned()),
             control_fd: None,
@@ -444,11 +444,11 @@ mod tests {
         }
         for nonsense in ["", "{", "[]", r#"{"command":"halt"}"#, "\u{0}"] {
             let said = ask(&mut client, nonsense);
-            let reply: Reply = serde_json::from_str(&said).unwrap();
+            let reply: DeviceReply = serde_json::from_str(&said).unwrap();
             assert!(!reply.ok && reply.error.is_some(), "{said}");
         }
         let stats = ask(&mut client, r#"{"command":"stats"}"#);
-        let reply: Reply = serde_json::from_str(&stats).unwrap();
+        let reply: DeviceReply = serde_json::from_str(&stats).unwrap();
         let queues = reply.stats.unwrap().queues;
         assert!(queues[0].cpu_us.is_some() && queues[1].cpu_us.is_none());
         drop(bound);

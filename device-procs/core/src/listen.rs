@@ -6,7 +6,7 @@ use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use outrigger_cli::Usage;
-use outrigger_cli::socket::{self, Bound};
+use outrigger_cli::socket::{self, BoundSocket};
 use rustix::net::sockopt;
 
 use crate::cli::Common;
@@ -31,7 +31,7 @@ pub enum Listener {
         /// Where they connect.
         socket: UnixListener,
         /// Its path, if this program made it, until it is served.
-        unserved: Option<Bound>,
+        unserved: Option<BoundSocket>,
     },
     /// One front end, connected already; when it leaves, the program is done.
     Connected(Option<UnixStream>),

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context as _;
 use outrigger_cli::options::{USAGE, Usage};
-use outrigger_cli::socket::Bound;
+use outrigger_cli::socket::BoundSocket;
 use outrigger_sandbox::{BASE, Check, LISTENER, Mode, Policy, Rule, SOCKET, VHOST_USER};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
@@ -64,7 +64,7 @@ pub struct Program {
     /// when it ends.
     pub restore: Option<Box<dyn FnOnce() + Send>>,
     /// A socket of the device's own, which is removed if the start fails.
-    pub unserved: Option<Bound>,
+    pub unserved: Option<BoundSocket>,
     /// The device's control socket.
     pub control: Option<control::Server>,
 }
@@ -97,12 +97,12 @@ pub fn run_with(
         println!("{capabilities}");
         return ExitCode::SUCCESS;
     }
-    let started = outrigger_cli::logging::start(common.log_format, &common.log_level)
+    let started = outrigger_cli::logging::init(common.log_format, &common.log_level)
         .map_err(|why| Usage(why).into());
     match started.and_then(|()| serve()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            outrigger_cli::complain(name, &error);
+            outrigger_cli::report_error(name, &error);
             ExitCode::from(if error.is::<Usage>() { USAGE } else { 1 })
         }
     }

@@ -28,7 +28,7 @@ pub fn finish() {
 /// makes from now on. To be called before the first: a thread that does not
 /// block a signal is ended by it, and the process with it.
 pub fn block() -> libc::sigset_t {
-    let set = signals::ending();
+    let set = signals::termination_set();
     signals::block(&set);
     set
 }

@@ -172,7 +172,7 @@ pub fn main() -> ExitCode {
         let made = options.make();
         return made.map_or_else(
             |error| {
-                outrigger_cli::complain("device-disk", error);
+                outrigger_cli::report_error("device-disk", error);
                 ExitCode::FAILURE
             },
             |()| ExitCode::SUCCESS,

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use device_core::Control;
-use outrigger_protocol::device::Stats;
+use outrigger_protocol::device::DeviceStats;
 
 use crate::drive::Drive;
 
@@ -17,14 +17,14 @@ impl Control for Drive {
     }
 
     // Each queue has a worker of its own.
-    fn stats(&self, cpu: &[Option<Duration>]) -> Stats {
+    fn stats(&self, cpu: &[Option<Duration>]) -> DeviceStats {
         let queues = self.recorders.iter().enumerate().map(|(index, recorder)| {
             let mut queue = recorder.snapshot();
             let time = cpu.get(index).copied().flatten();
             queue.cpu_us = time.and_then(|time| u64::try_from(time.as_micros()).ok());
             queue
         });
-        Stats {
+        DeviceStats {
             queues: queues.collect(),
         }
     }

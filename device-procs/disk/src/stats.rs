@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
-use outrigger_protocol::device::{Count, Latency, QueueStats, Requests};
+use outrigger_protocol::device::{LatencyStats, OperationStats, QueueStats, RequestStats};
 
 /// The longest time that is told apart from longer ones, in nanoseconds: 137 s.
 const LONGEST: u64 = 1 << 37;
@@ -48,7 +48,7 @@ impl Kind {
 pub struct Recorder(Arc<Mutex<Book>>);
 
 struct Book {
-    requests: Requests,
+    requests: RequestStats,
     in_flight: u64,
     in_flight_max: u64,
     /// Nanoseconds.
@@ -60,7 +60,7 @@ impl Default for Recorder {
     fn default() -> Self {
         let times = Histogram::new_with_bounds(1, LONGEST, DIGITS);
         Recorder(Arc::new(Mutex::new(Book {
-            requests: Requests::default(),
+            requests: RequestStats::default(),
             in_flight: 0,
             in_flight_max: 0,
             times: times.expect("the bounds are in order"),
@@ -93,7 +93,7 @@ impl Recorder {
             Kind::WriteZeroes => &mut book.requests.write_zeroes,
             Kind::Other => &mut book.requests.other,
         };
-        *count = Count {
+        *count = OperationStats {
             count: count.count.saturating_add(1),
             bytes: count.bytes.saturating_add(if ok { bytes } else { 0 }),
             errors: count.errors.saturating_add(u64::from(!ok)),
@@ -116,7 +116,7 @@ impl Recorder {
             requests: book.requests.clone(),
             in_flight: book.in_flight,
             in_flight_max: book.in_flight_max,
-            latency: Latency {
+            latency: LatencyStats {
                 samples: book.times.len(),
                 p50_us: at(0.5),
                 p99_us: at(0.99),
@@ -154,14 +154,14 @@ mod tests {
         other.completed(Kind::Flush, 0, true, US);
         let stats = other.snapshot();
         let (bytes, errors) = (4096, 1);
-        let read = Count {
+        let read = OperationStats {
             count: 2,
             bytes,
             errors,
         };
         assert_eq!(stats.requests.read, read);
         assert_eq!(stats.requests.flush.count, 1);
-        assert_eq!(stats.requests.write, Count::default());
+        assert_eq!(stats.requests.write, OperationStats::default());
         assert_eq!((stats.in_flight, stats.in_flight_max), (1, 3));
         assert_eq!(stats.latency.samples, 3);
     }

@@ -21,7 +21,8 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use outrigger_protocol::trap::{
-    Header, MAGIC, MAX_VCPUS, REGION_SIZE, SLOTS_OFFSET, STATE_OFFSET, STATE_SIZE, Slot, VERSION,
+    MAGIC, MAX_VCPUS, REGION_SIZE, SLOTS_OFFSET, STATE_OFFSET, STATE_SIZE, TrapHeader, TrapSlot,
+    VERSION,
 };
 use rustix::fs::SealFlags;
 use rustix::mm::{MapFlags, ProtFlags};
@@ -117,13 +118,13 @@ impl Region {
     }
 
     /// The first page.
-    pub fn header(&self) -> &Header {
+    pub fn header(&self) -> &TrapHeader {
         self.at(0)
     }
 
     /// One slot for each vCPU.
-    pub fn slots(&self) -> &[Slot] {
-        let first: *const Slot = self.at(SLOTS_OFFSET);
+    pub fn slots(&self) -> &[TrapSlot] {
+        let first: *const TrapSlot = self.at(SLOTS_OFFSET);
         // SAFETY: `map` has seen to it that all slots lie within the region,
         // which stays mapped; they are made of atomics.
         unsafe { std::slice::from_raw_parts(first, self.vcpus) }

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use device_core::Poller;
 use device_core::pace::{Next, Pace};
 use outrigger_protocol::channel;
-use outrigger_protocol::trap::{FromPlatform, Request, Slot, ToPlatform, VERSION, first_open};
+use outrigger_protocol::trap::{
+    FromPlatform, ToPlatform, TrapRequest, TrapSlot, VERSION, first_open,
+};
 use rustix::event::PollFlags;
 use rustix::thread::futex;
 
@@ -202,7 +204,7 @@ impl<'a> Session<'a> {
 
     /// Makes the request's effects and its answer part of the committed state;
     /// returns whether the interrupt line goes up.
-    fn carry_out(&mut self, vcpu: usize, request: &Request) -> bool {
+    fn carry_out(&mut self, vcpu: usize, request: &TrapRequest) -> bool {
         if self.state.is_applied(vcpu, request.seq) {
             // A predecessor did; only the answer is missing.
             return false;
@@ -447,7 +449,7 @@ fn ask_for_line(stream: &UnixStream) -> Result<OwnedFd, Error> {
 }
 
 /// Wakes the vCPU that sleeps on `slot`, if one does.
-fn wake(slot: &Slot) {
+fn wake(slot: &TrapSlot) {
     if let Some(word) = slot.bump() {
         wake_word(word);
     }

@@ -77,7 +77,7 @@ pub fn for_output(fd: impl AsFd, timeout: Duration) -> bool {
 /// # Errors
 /// The kernel's, when it is out of descriptors.
 pub fn ending_signals() -> io::Result<OwnedFd> {
-    let set = signals::ending();
+    let set = signals::termination_set();
     signals::block(&set);
     // SAFETY: the set is initialised.
     let fd = unsafe { libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };

@@ -5,8 +5,8 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use outrigger_protocol::control::{Command, Reply};
-use outrigger_protocol::device::Command as Order;
+use outrigger_protocol::control::{ControlCommand, ControlReply};
+use outrigger_protocol::device::DeviceCommand;
 
 use super::lines::{Lines, send};
 use super::{Link, device, lock, replace, watch};
@@ -52,7 +52,7 @@ impl Clients {
             idle: Mutex::new(Some(Instant::now())),
         });
         if !self.make_room() {
-            client.tell(&Reply::error("there are too many clients"));
+            client.tell(&ControlReply::error("there are too many clients"));
             return;
         }
         lock(&self.0).push(Arc::clone(&client));
@@ -92,12 +92,12 @@ impl Client {
                     let _doing = link.busy.with();
                     *lock(&self.idle) = None;
                     let reply = match serde_json::from_slice(&line) {
-                        Err(error) => Reply::error(error.to_string()),
-                        Ok(Command::Watch {}) => {
+                        Err(error) => ControlReply::error(error.to_string()),
+                        Ok(ControlCommand::Watch {}) => {
                             if !std::mem::replace(&mut watching, true) {
                                 watch::subscribe(link, Arc::clone(self));
                             }
-                            Reply::ok()
+                            ControlReply::ok()
                         }
                         Ok(command) => carry_out(command, link),
                     };
@@ -107,7 +107,7 @@ impl Client {
                     *lock(&self.idle) = (!watching).then(Instant::now);
                     continue;
                 }
-                Err(error) => Reply::error(error.to_string()),
+                Err(error) => ControlReply::error(error.to_string()),
             };
             self.tell(&reply);
             break;
@@ -116,7 +116,7 @@ impl Client {
     }
 
     /// Sends an answer; false when it does not take it.
-    fn tell(&self, reply: &Reply) -> bool {
+    fn tell(&self, reply: &ControlReply) -> bool {
         serde_json::to_vec(reply).is_ok_and(|line| self.send(&line))
     }
 
@@ -132,25 +132,27 @@ impl Client {
     }
 }
 
-fn carry_out(command: Command, link: &Link) -> Reply {
+fn carry_out(command: ControlCommand, link: &Link) -> ControlReply {
     match command {
-        Command::Swap {
+        ControlCommand::Swap {
             id,
             socket: Some(path),
             device: None,
         } => replace::replace(link, &id, With::Foreign(path)),
-        Command::Swap {
+        ControlCommand::Swap {
             id,
             socket: None,
             device: Some(text),
         } => replace::replace(link, &id, With::Described(text)),
-        Command::Swap { id, .. } => {
-            Reply::error(format!("{id}: swap takes either socket or device"))
+        ControlCommand::Swap { id, .. } => {
+            ControlReply::error(format!("{id}: swap takes either socket or device"))
         }
-        Command::Restart { id } => replace::replace(link, &id, With::Same),
-        Command::Resize { id, size } => device::ask(link, &id, &Order::Resize { size }),
-        Command::Flush { id } => device::ask(link, &id, &Order::Flush {}),
-        Command::Stats { id } => device::ask(link, &id, &Order::Stats {}),
+        ControlCommand::Restart { id } => replace::replace(link, &id, With::Same),
+        ControlCommand::Resize { id, size } => {
+            device::ask(link, &id, &DeviceCommand::Resize { size })
+        }
+        ControlCommand::Flush { id } => device::ask(link, &id, &DeviceCommand::Flush {}),
+        ControlCommand::Stats { id } => device::ask(link, &id, &DeviceCommand::Stats {}),
         command => link.forward(&command),
     }
 }

@@ -3,8 +3,8 @@
 
 use std::time::{Duration, Instant};
 
-use outrigger_protocol::control::Reply;
-use outrigger_protocol::device::{self, Command};
+use outrigger_protocol::control::ControlReply;
+use outrigger_protocol::device::{DeviceCommand, DeviceReply};
 
 use super::Link;
 use super::lines::Lines;
@@ -14,41 +14,41 @@ use crate::supervise::Ask;
 const ROOM: Duration = Duration::from_secs(5);
 
 /// How long it may take to answer.
-fn time(command: &Command) -> Duration {
+fn time(command: &DeviceCommand) -> Duration {
     match command {
-        Command::Stats {} => Duration::from_secs(10),
+        DeviceCommand::Stats {} => Duration::from_secs(10),
         // What is in the page cache may be much, and its medium slow.
-        Command::Flush {} | Command::Resize { .. } => Duration::from_secs(60),
+        DeviceCommand::Flush {} | DeviceCommand::Resize { .. } => Duration::from_secs(60),
     }
 }
 
 /// Asks the process of the device `id`.
-pub fn ask(link: &Link, id: &str, command: &Command) -> Reply {
-    try_ask(link, id, command).unwrap_or_else(Reply::error)
+pub fn ask(link: &Link, id: &str, command: &DeviceCommand) -> ControlReply {
+    try_ask(link, id, command).unwrap_or_else(ControlReply::error)
 }
 
-fn try_ask(link: &Link, id: &str, command: &Command) -> Result<Reply, String> {
-    let alone = matches!(command, Command::Resize { .. });
+fn try_ask(link: &Link, id: &str, command: &DeviceCommand) -> Result<ControlReply, String> {
+    let alone = matches!(command, DeviceCommand::Resize { .. });
     let name = id.to_owned();
     let path = link.ask(|reply| Ask::Control {
         id: name,
         alone,
         reply,
     })??;
-    let answer: device::Reply = Lines::connect(&path, Some(Instant::now() + ROOM))
+    let answer: DeviceReply = Lines::connect(&path, Some(Instant::now() + ROOM))
         .and_then(|mut lines| lines.ask(command, time(command)))
         .map_err(|error| format!("{id}: its process: {error}"))?;
-    let device::Reply {
+    let DeviceReply {
         ok,
         error,
         capacity,
         stats,
     } = answer;
-    Ok(Reply {
+    Ok(ControlReply {
         ok,
         error: error.map(|why| format!("{id}: {why}")),
         capacity,
         stats,
-        ..Reply::default()
+        ..ControlReply::default()
     })
 }

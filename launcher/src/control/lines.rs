@@ -109,7 +109,7 @@ pub fn send(mut stream: &UnixStream, line: &[u8]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use outrigger_protocol::control::{Command, Reply};
+    use outrigger_protocol::control::{ControlCommand, ControlReply};
 
     use super::*;
 
@@ -139,12 +139,12 @@ mod tests {
         let mut lines = Lines::new(client).unwrap();
         send(&server, br#"{"event":"paused"}"#).unwrap();
         send(&server, br#"{"ok":false,"error":"no"}"#).unwrap();
-        let reply: Reply = lines
-            .ask(&Command::Pause {}, Duration::from_secs(9))
+        let reply: ControlReply = lines
+            .ask(&ControlCommand::Pause {}, Duration::from_secs(9))
             .unwrap();
-        assert_eq!(reply, Reply::error("no"));
+        assert_eq!(reply, ControlReply::error("no"));
         drop(server);
-        let ended = lines.ask::<Reply>(&Command::Pause {}, Duration::from_secs(9));
+        let ended = lines.ask::<ControlReply>(&ControlCommand::Pause {}, Duration::from_secs(9));
         assert!(ended.is_err());
     }
 }

@@ -18,8 +18,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use outrigger_cli::socket::{self, Bound};
-use outrigger_protocol::control::{Command, Reply};
+use outrigger_cli::socket::{self, BoundSocket};
+use outrigger_protocol::control::{ControlCommand, ControlReply};
 
 use self::client::Clients;
 use self::lines::Lines;
@@ -35,8 +35,8 @@ const FAREWELL: Duration = Duration::from_millis(500);
 
 /// The control socket, if there is to be one, and the runner's events in any case.
 pub struct Server {
-    listener: Option<(UnixListener, Bound)>,
-    bound: Option<Bound>,
+    listener: Option<(UnixListener, BoundSocket)>,
+    bound: Option<BoundSocket>,
     link: Arc<Link>,
 }
 
@@ -94,10 +94,10 @@ impl Server {
 
 impl Link {
     /// Asks the runner.
-    fn forward(&self, command: &Command) -> Reply {
+    fn forward(&self, command: &ControlCommand) -> ControlReply {
         let answer = Lines::connect(&self.runner, Some(Instant::now() + SERVED))
             .and_then(|mut lines| lines.ask(command, ANSWER));
-        answer.unwrap_or_else(|error| Reply::error(format!("vcpu-runner: {error}")))
+        answer.unwrap_or_else(|error| ControlReply::error(format!("vcpu-runner: {error}")))
     }
 
     /// Asks the one who decides.

@@ -1,7 +1,7 @@
 //! Swap and restart: the new process starts, the runner changes over, the old process
 //! ends. When the runner refuses, it is the new one that ends.
 
-use outrigger_protocol::control::{Command, Reply, SlotState};
+use outrigger_protocol::control::{ControlCommand, ControlReply, DeviceState};
 
 use super::Link;
 use crate::supervise::{Ask, Event, With};
@@ -31,11 +31,11 @@ impl Drop for Begun<'_> {
 }
 
 /// Puts another process behind the device `id`.
-pub fn replace(link: &Link, id: &str, with: With) -> Reply {
-    try_replace(link, id, with).unwrap_or_else(Reply::error)
+pub fn replace(link: &Link, id: &str, with: With) -> ControlReply {
+    try_replace(link, id, with).unwrap_or_else(ControlReply::error)
 }
 
-fn try_replace(link: &Link, id: &str, with: With) -> Result<Reply, String> {
+fn try_replace(link: &Link, id: &str, with: With) -> Result<ControlReply, String> {
     let name = id.to_owned();
     let path = link.ask(|reply| Ask::Begin {
         id: name,
@@ -49,9 +49,9 @@ fn try_replace(link: &Link, id: &str, with: With) -> Result<Reply, String> {
     };
     let Some(path) = path else {
         begun.commit()?;
-        return Ok(Reply::ok());
+        return Ok(ControlReply::ok());
     };
-    let swap = Command::Swap {
+    let swap = ControlCommand::Swap {
         id: id.to_owned(),
         socket: Some(path),
         device: None,
@@ -72,9 +72,9 @@ fn try_replace(link: &Link, id: &str, with: With) -> Result<Reply, String> {
 
 /// Whether the runner has given up the device's process.
 fn is_lost(link: &Link, id: &str) -> bool {
-    let status = link.forward(&Command::Status {}).status;
+    let status = link.forward(&ControlCommand::Status {}).status;
     let devices = status.into_iter().flat_map(|status| status.devices);
-    let gone = |state| matches!(state, SlotState::Lost | SlotState::Connecting);
+    let gone = |state| matches!(state, DeviceState::Lost | DeviceState::Connecting);
     devices
         .into_iter()
         .any(|device| device.id == id && gone(device.state))

@@ -5,7 +5,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use outrigger_protocol::control::{Command, Reply};
+use outrigger_protocol::control::{ControlCommand, ControlReply};
 
 use super::client::Client;
 use super::lines::Lines;
@@ -67,7 +67,7 @@ pub fn subscribe(link: &Arc<Link>, client: Arc<Client>) {
 pub fn relay(link: &Link) {
     let _doing = link.busy.with();
     if let Ok(mut lines) = Lines::connect(&link.runner, Some(Instant::now() + SERVED))
-        && let Ok(reply) = lines.ask::<Reply>(&Command::Watch {}, ANSWER)
+        && let Ok(reply) = lines.ask::<ControlReply>(&ControlCommand::Watch {}, ANSWER)
         && reply.ok
     {
         while let Ok(Some(line)) = lines.next(None) {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use outrigger_cli::{Usage, size, socket};
-use outrigger_protocol::control::{self, Reply};
+use outrigger_protocol::control::{ControlCommand, ControlReply};
 use outrigger_protocol::exit;
 
 use crate::control::lines::Lines;
@@ -109,7 +109,7 @@ impl Ctl {
         let what = || self.socket.display().to_string();
         let mut lines = Lines::connect(&self.socket, None).with_context(what)?;
         let mut ask = |command| {
-            let reply: Reply = lines.ask(&command, ANSWER).with_context(what)?;
+            let reply: ControlReply = lines.ask(&command, ANSWER).with_context(what)?;
             if !reply.ok {
                 bail!("{}", reply.error.unwrap_or_else(|| "refused".into()));
             }
@@ -118,39 +118,39 @@ impl Ctl {
         match self.command {
             Command::Status { json, watch } => {
                 if watch {
-                    ask(control::Command::Watch {})?;
+                    ask(ControlCommand::Watch {})?;
                 }
-                let reply = ask(control::Command::Status {})?;
+                let reply = ask(ControlCommand::Status {})?;
                 print(&table::status(&reply, json)?)?;
                 if watch {
                     events(&mut lines, json).with_context(what)?;
                 }
             }
             Command::Watch { json } => {
-                ask(control::Command::Watch {})?;
+                ask(ControlCommand::Watch {})?;
                 events(&mut lines, json).with_context(what)?;
             }
-            Command::Pause => drop(ask(control::Command::Pause {})?),
-            Command::Resume => drop(ask(control::Command::Resume {})?),
-            Command::Reset => drop(ask(control::Command::Reset {})?),
-            Command::Stop => drop(ask(control::Command::Stop {})?),
+            Command::Pause => drop(ask(ControlCommand::Pause {})?),
+            Command::Resume => drop(ask(ControlCommand::Resume {})?),
+            Command::Reset => drop(ask(ControlCommand::Reset {})?),
+            Command::Stop => drop(ask(ControlCommand::Stop {})?),
             Command::Swap { id, with } => outage(&ask(swap(id, &with)?)?)?,
-            Command::Restart { id } => outage(&ask(control::Command::Restart { id })?)?,
+            Command::Restart { id } => outage(&ask(ControlCommand::Restart { id })?)?,
             Command::Resize { id, size } => {
-                let reply = ask(control::Command::Resize { id, size })?;
+                let reply = ask(ControlCommand::Resize { id, size })?;
                 let capacity = reply.capacity.context("an answer without a capacity")?;
                 print(&format!("the guest sees {capacity} bytes\n"))?;
             }
-            Command::Flush { id } => drop(ask(control::Command::Flush { id })?),
+            Command::Flush { id } => drop(ask(ControlCommand::Flush { id })?),
             Command::Stats { id, json } => {
                 let disks = match id {
                     Some(id) => vec![id],
-                    None => table::disks(&ask(control::Command::Status {})?)?,
+                    None => table::disks(&ask(ControlCommand::Status {})?)?,
                 };
                 let (mut all, mut failed) = (BTreeMap::new(), Vec::new());
                 for id in disks {
-                    let reply = ask(control::Command::Stats { id: id.clone() });
-                    let stats = |it: Reply| it.stats.context("an answer without statistics");
+                    let reply = ask(ControlCommand::Stats { id: id.clone() });
+                    let stats = |it: ControlReply| it.stats.context("an answer without statistics");
                     match reply.and_then(stats) {
                         Ok(stats) => drop(all.insert(id, stats)),
                         Err(error) => failed.push(format!("{error:#}")),
@@ -169,7 +169,7 @@ impl Ctl {
 }
 
 /// What a swap is to be done with. Paths are ours, and the launcher may be elsewhere.
-fn swap(id: String, with: &str) -> Result<control::Command, Usage> {
+fn swap(id: String, with: &str) -> Result<ControlCommand, Usage> {
     let absolute = |path: &str| {
         let path = std::path::absolute(path);
         path.map_err(|error| Usage(format!("{with}: {error}")))
@@ -192,10 +192,10 @@ fn swap(id: String, with: &str) -> Result<control::Command, Usage> {
             device = Some(parts.collect::<Result<Vec<_>, Usage>>()?.join(","));
         }
     }
-    Ok(control::Command::Swap { id, socket, device })
+    Ok(ControlCommand::Swap { id, socket, device })
 }
 
-fn outage(reply: &Reply) -> anyhow::Result<()> {
+fn outage(reply: &ControlReply) -> anyhow::Result<()> {
     match reply.outage_us {
         Some(us) => {
             let ms = Duration::from_micros(us).as_secs_f64() * 1e3;

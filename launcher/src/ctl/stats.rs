@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use outrigger_protocol::device::{QueueStats, Stats};
+use outrigger_protocol::device::{DeviceStats, QueueStats};
 
 /// What each disk has done.
 ///
 /// # Errors
 /// None that can be expected of the structure.
-pub fn show(disks: &BTreeMap<String, Stats>, json: bool) -> anyhow::Result<String> {
+pub fn show(disks: &BTreeMap<String, DeviceStats>, json: bool) -> anyhow::Result<String> {
     if json {
         return Ok(serde_json::to_string(disks)? + "\n");
     }
@@ -65,25 +65,25 @@ pub fn show(disks: &BTreeMap<String, Stats>, json: bool) -> anyhow::Result<Strin
 
 #[cfg(test)]
 mod tests {
-    use outrigger_protocol::device::{Count, Latency, Requests};
+    use outrigger_protocol::device::{LatencyStats, OperationStats, RequestStats};
 
     use super::*;
 
     #[test]
     fn only_what_happened_has_a_line() {
-        let read = Count {
+        let read = OperationStats {
             count: 3,
             bytes: 3 << 20,
             errors: 1,
         };
         let queue = QueueStats {
-            requests: Requests {
+            requests: RequestStats {
                 read,
-                ..Requests::default()
+                ..RequestStats::default()
             },
             in_flight: 2,
             in_flight_max: 7,
-            latency: Latency {
+            latency: LatencyStats {
                 samples: 3,
                 p50_us: 1.5,
                 p99_us: 2.0,
@@ -92,7 +92,7 @@ mod tests {
             },
             cpu_us: Some(2500),
         };
-        let stats = Stats {
+        let stats = DeviceStats {
             queues: vec![queue],
         };
         let disks = BTreeMap::from([("disk0".to_owned(), stats)]);
@@ -112,7 +112,7 @@ mod tests {
         assert_eq!(lines.len(), 6);
         let json = show(&disks, true).unwrap();
         assert_eq!(
-            serde_json::from_str::<BTreeMap<String, Stats>>(&json).unwrap(),
+            serde_json::from_str::<BTreeMap<String, DeviceStats>>(&json).unwrap(),
             disks
         );
     }

@@ -1,16 +1,16 @@
-//! Status and events for people.
+//! MachineStatus and events for people.
 
 use std::fmt::Write;
 
 use anyhow::Context;
-use outrigger_protocol::control::{Reply, SlotState, Status};
+use outrigger_protocol::control::{ControlReply, DeviceState, MachineStatus};
 use serde_json::Value;
 
 /// The status that `reply` brings.
 ///
 /// # Errors
 /// When it brings none.
-pub fn status(reply: &Reply, json: bool) -> anyhow::Result<String> {
+pub fn status(reply: &ControlReply, json: bool) -> anyhow::Result<String> {
     let status = reply.status.as_ref().context("an answer without status")?;
     Ok(if json {
         serde_json::to_string(status)? + "\n"
@@ -23,7 +23,7 @@ pub fn status(reply: &Reply, json: bool) -> anyhow::Result<String> {
 ///
 /// # Errors
 /// When it tells of none.
-pub fn disks(reply: &Reply) -> anyhow::Result<Vec<String>> {
+pub fn disks(reply: &ControlReply) -> anyhow::Result<Vec<String>> {
     let status = reply.status.as_ref().context("an answer without status")?;
     let disks = status.devices.iter().filter(|it| it.virtio_id == BLOCK);
     let ids: Vec<String> = disks.map(|it| it.id.clone()).collect();
@@ -31,7 +31,7 @@ pub fn disks(reply: &Reply) -> anyhow::Result<Vec<String>> {
     Ok(ids)
 }
 
-fn table(status: &Status) -> String {
+fn table(status: &MachineStatus) -> String {
     let mut text = format!(
         "{}, {} vCPU{}, {} MiB, {} reset{}\n",
         word(&status.state),
@@ -66,7 +66,7 @@ fn table(status: &Status) -> String {
         row([
             "platform",
             "",
-            &word::<SlotState>(&platform),
+            &word::<DeviceState>(&platform),
             "",
             "",
             "",
@@ -135,9 +135,9 @@ mod tests {
 
     #[test]
     fn a_status_is_a_table() {
-        let mut reply = Reply::ok();
+        let mut reply = ControlReply::ok();
         assert!(status(&reply, false).is_err());
-        reply.status = Some(Status {
+        reply.status = Some(MachineStatus {
             state: MachineState::Running,
             vcpus: 1,
             memory: 64 << 20,
@@ -145,14 +145,14 @@ mod tests {
             devices: vec![DeviceStatus {
                 id: "disk0".into(),
                 virtio_id: 2,
-                state: SlotState::Lost,
+                state: DeviceState::Lost,
                 driver_ok: true,
                 active_queues: 4,
                 tracked: true,
                 losses: 3,
                 swaps: 1,
             }],
-            platform: Some(SlotState::Running),
+            platform: Some(DeviceState::Running),
         });
         let text = status(&reply, false).unwrap();
         let lines: Vec<Vec<&str>> = text
@@ -169,7 +169,7 @@ mod tests {
         );
         assert_eq!(lines[3], ["platform", "running"]);
         let json = status(&reply, true).unwrap();
-        let back: Status = serde_json::from_str(&json).unwrap();
+        let back: MachineStatus = serde_json::from_str(&json).unwrap();
         assert_eq!(Some(back), reply.status);
     }
 

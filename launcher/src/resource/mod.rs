@@ -14,7 +14,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use outrigger_cli::socket::{self, Bound};
+use outrigger_cli::socket::{self, BoundSocket};
 use rustix::fs::{MemfdFlags, OFlags};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
@@ -65,7 +65,7 @@ pub struct Opened {
     fd: OwnedFd,
     /// What to show of it, where its name says too little.
     pub note: Option<String>,
-    _socket: Option<Bound>,
+    _socket: Option<BoundSocket>,
     _link: Option<Link>,
 }
 

@@ -8,7 +8,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use outrigger_cli::USER_LEFT;
+use outrigger_cli::CONSOLE_QUIT;
 use outrigger_protocol::{control, exit};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -295,7 +295,7 @@ impl Group {
         for waiting in device.waiting.drain(..) {
             let _ = waiting.send(());
         }
-        if status.code() == Some(USER_LEFT.into()) {
+        if status.code() == Some(CONSOLE_QUIT.into()) {
             self.quit = true;
             return self.end_runner();
         }
@@ -361,8 +361,8 @@ impl Group {
         }
     }
 
-    fn told(&mut self, event: &control::Event) {
-        use control::Event as E;
+    fn told(&mut self, event: &control::MachineEvent) {
+        use control::MachineEvent as E;
         let (id, lost) = match event {
             E::DeviceLost { id, .. } => (id, true),
             E::DeviceConnected { id } | E::DeviceReconnecting { id } => (id, false),

@@ -42,7 +42,7 @@ pub enum Event {
     /// This process ended.
     Ended(Number, ExitStatus),
     /// The runner tells something.
-    Told(control::Event),
+    Told(control::MachineEvent),
     /// Somebody wants something.
     Ask(Ask),
     /// Somebody wants us to end.
@@ -58,7 +58,7 @@ pub enum Event {
 pub fn run(machine: Machine, plan: Plan, quiet: bool) -> anyhow::Result<u8> {
     let (sender, events) = channel();
     let terminal = Terminal::save();
-    let set = signals::ending();
+    let set = signals::termination_set();
     signals::block(&set);
     let to = sender.clone();
     std::thread::spawn(move || {

@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use outrigger_protocol::control::{Event, SlotState};
+use outrigger_protocol::control::{DeviceState, MachineEvent};
 
 use super::block::STOP;
 use super::victim::LIFETIME;
@@ -117,7 +117,7 @@ impl Prepared {
 #[derive(Default)]
 struct Events {
     read: u64,
-    seen: Vec<Event>,
+    seen: Vec<MachineEvent>,
 }
 
 /// The machine at work.
@@ -154,7 +154,7 @@ impl Chaos {
     }
 
     /// How many events of a kind there were so far.
-    pub fn count(&self, wanted: impl Fn(&Event) -> bool) -> usize {
+    pub fn count(&self, wanted: impl Fn(&MachineEvent) -> bool) -> usize {
         self.read_events();
         let events = self.events.borrow();
         events.seen.iter().filter(|event| wanted(event)).count()
@@ -195,17 +195,17 @@ impl Chaos {
     }
 
     /// The state of the disk's slot.
-    pub fn state(&self) -> SlotState {
+    pub fn state(&self) -> DeviceState {
         self.machine.control("status").status.unwrap().devices[0].state
     }
 
     /// How often the disk came back.
     pub fn returns(&self) -> usize {
-        self.count(|event| matches!(event, Event::DeviceRunning { .. }))
+        self.count(|event| matches!(event, MachineEvent::DeviceRunning { .. }))
     }
 
     /// All events of the machine so far.
-    pub fn events(&self) -> Vec<Event> {
+    pub fn events(&self) -> Vec<MachineEvent> {
         self.read_events();
         self.events.borrow().seen.clone()
     }

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use outrigger_protocol::control::Event;
+use outrigger_protocol::control::MachineEvent;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::knock::Knock;
@@ -113,7 +113,7 @@ impl Thread {
         }
         self.slot.state.take(Step::Lose);
         self.slot.counts.losses.fetch_add(1, Ordering::Relaxed);
-        self.report(Event::DeviceLost {
+        self.report(MachineEvent::DeviceLost {
             id: self.slot.id().to_owned(),
             reason: error.to_string(),
             tracked,
@@ -232,7 +232,7 @@ impl Thread {
         if let Link::Down(down) = &mut self.link
             && !std::mem::replace(&mut down.reconnecting, true)
         {
-            self.report(Event::DeviceReconnecting { id: id.clone() });
+            self.report(MachineEvent::DeviceReconnecting { id: id.clone() });
         }
         let result = Session::new(&self.spec, socket, &self.watchdog).and_then(|mut session| {
             match self.take_over(&mut session) {
@@ -254,7 +254,7 @@ impl Thread {
                 if self.paused {
                     self.slot.state.take(Step::Pause);
                 }
-                self.report(Event::DeviceRunning {
+                self.report(MachineEvent::DeviceRunning {
                     id,
                     outage_us: outage.as_micros().try_into().unwrap_or(u64::MAX),
                     replayed,
@@ -267,7 +267,7 @@ impl Thread {
                 let reason = error.to_string();
                 if down.refused.as_ref() != Some(&reason) {
                     down.refused = Some(reason.clone());
-                    self.report(Event::DeviceRefused { id, reason });
+                    self.report(MachineEvent::DeviceRefused { id, reason });
                 }
                 Err(error)
             }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
-use outrigger_protocol::control::{DeviceStatus, Event};
+use outrigger_protocol::control::{DeviceStatus, MachineEvent};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::loss::hangs_up;
@@ -32,7 +32,7 @@ const STUMBLE: Duration = Duration::from_millis(300);
 #[derive(Clone, Debug)]
 pub enum Notice {
     /// Something to report.
-    Event(Event),
+    Event(MachineEvent),
     /// The device is lost, and the machine shall end.
     End(String),
     /// The vCPUs shall stand still, so that no request is added; answered when they

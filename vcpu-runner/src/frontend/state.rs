@@ -12,7 +12,7 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use outrigger_protocol::control::SlotState;
+use outrigger_protocol::control::DeviceState;
 
 /// What happens to a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,8 +34,8 @@ pub enum Step {
 }
 
 /// The state after `step`; `None` where that cannot happen.
-pub fn after(state: SlotState, step: Step) -> Option<SlotState> {
-    use SlotState::{Absent, Connecting, Draining, Lost, Paused, Running};
+pub fn after(state: DeviceState, step: Step) -> Option<DeviceState> {
+    use DeviceState::{Absent, Connecting, Draining, Lost, Paused, Running};
     match (state, step) {
         (Absent | Lost, Step::Connect) => Some(Connecting),
         (Connecting, Step::Connected) => Some(Running),
@@ -49,13 +49,13 @@ pub fn after(state: SlotState, step: Step) -> Option<SlotState> {
 }
 
 /// Turns states into a byte and back.
-const STATES: [SlotState; 6] = [
-    SlotState::Absent,
-    SlotState::Connecting,
-    SlotState::Running,
-    SlotState::Paused,
-    SlotState::Draining,
-    SlotState::Lost,
+const STATES: [DeviceState; 6] = [
+    DeviceState::Absent,
+    DeviceState::Connecting,
+    DeviceState::Running,
+    DeviceState::Paused,
+    DeviceState::Draining,
+    DeviceState::Lost,
 ];
 
 /// A slot's state: one thread changes it, any may look.
@@ -64,7 +64,7 @@ pub struct StateCell(AtomicU8);
 
 impl StateCell {
     /// The state.
-    pub fn get(&self) -> SlotState {
+    pub fn get(&self) -> DeviceState {
         STATES[usize::from(self.0.load(Ordering::Acquire))]
     }
 
@@ -84,7 +84,7 @@ impl StateCell {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use SlotState::{Absent, Connecting, Draining, Lost, Paused, Running};
+    use DeviceState::{Absent, Connecting, Draining, Lost, Paused, Running};
 
     const STEPS: [Step; 7] = [
         Step::Connect,

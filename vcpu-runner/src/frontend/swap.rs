@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use outrigger_protocol::control::Event;
+use outrigger_protocol::control::MachineEvent;
 
 use super::inflight::Inflight;
 use super::loss::hangs_up;
@@ -36,12 +36,12 @@ impl Thread {
             Ok(outage) => {
                 self.spec.endpoint = Endpoint::Path(path);
                 self.slot.counts.swaps.fetch_add(1, Ordering::Relaxed);
-                self.report(Event::DeviceSwapped {
+                self.report(MachineEvent::DeviceSwapped {
                     id,
                     outage_us: outage.as_micros().try_into().unwrap_or(u64::MAX),
                 });
             }
-            Err(error) => self.report(Event::DeviceSwapRefused {
+            Err(error) => self.report(MachineEvent::DeviceSwapRefused {
                 id,
                 reason: error.to_string(),
             }),

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
-use outrigger_protocol::control::Event;
+use outrigger_protocol::control::MachineEvent;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::loss::Down;
@@ -104,7 +104,7 @@ impl Thread {
         }
     }
 
-    pub fn report(&self, event: Event) {
+    pub fn report(&self, event: MachineEvent) {
         (self.notices)(Notice::Event(event));
     }
 
@@ -297,7 +297,7 @@ impl Thread {
         }
         self.start_rings()?;
         self.limit_again();
-        self.report(Event::DriverOk {
+        self.report(MachineEvent::DriverOk {
             id: self.slot.id().to_owned(),
             queues: self.rings.len(),
         });

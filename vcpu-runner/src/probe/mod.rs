@@ -8,7 +8,7 @@ mod text;
 use std::path::Path;
 
 use kvm_ioctls::Kvm;
-use outrigger_cli::complain;
+use outrigger_cli::report_error;
 use outrigger_protocol::exit;
 use serde::Serialize;
 
@@ -124,13 +124,13 @@ pub fn run(format: Format) -> u8 {
         Format::Json => serde_json::to_string(&report).unwrap_or_default() + "\n",
     };
     if let Err(error) = std::io::stdout().lock().write_all(text.as_bytes()) {
-        complain("vcpu-runner", format!("--probe: standard output: {error}"));
+        report_error("vcpu-runner", format!("--probe: standard output: {error}"));
         return exit::FAILURE;
     }
     match &report.problem {
         None => exit::POWERED_OFF,
         Some(problem) => {
-            complain(
+            report_error(
                 "vcpu-runner",
                 format!("{}; {}", problem.what, problem.remedy),
             );

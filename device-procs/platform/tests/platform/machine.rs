@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use outrigger_protocol::channel;
 use outrigger_protocol::trap::{
-    Access, FromPlatform, Header, MAGIC, REGION_SIZE, SLOTS_OFFSET, Slot, Space, ToPlatform,
-    VERSION,
+    Access, FromPlatform, MAGIC, REGION_SIZE, SLOTS_OFFSET, Space, ToPlatform, TrapHeader,
+    TrapSlot, VERSION,
 };
 use outrigger_tests::DEADLINE;
 use outrigger_tests::process::{Launch, Process};
@@ -75,15 +75,15 @@ impl Machine {
         machine
     }
 
-    pub fn header(&self) -> &Header {
+    pub fn header(&self) -> &TrapHeader {
         // SAFETY: the region begins with it.
         unsafe { &*self.start.cast() }
     }
 
-    pub fn slot(&self, vcpu: usize) -> &Slot {
+    pub fn slot(&self, vcpu: usize) -> &TrapSlot {
         assert!(vcpu < self.vcpus as usize);
         // SAFETY: all slots lie in the region.
-        unsafe { &*self.start.add(SLOTS_OFFSET).cast::<Slot>().add(vcpu) }
+        unsafe { &*self.start.add(SLOTS_OFFSET).cast::<TrapSlot>().add(vcpu) }
     }
 
     pub fn hello(&self) -> ToPlatform {
@@ -165,7 +165,7 @@ impl Machine {
     /// One of the 32-bit words that begin the slot of `vcpu`: `seq`, `done`, `wake`,
     /// `waiting`.
     fn word(&self, vcpu: usize, at: usize) -> &AtomicU32 {
-        let slot: *const Slot = self.slot(vcpu);
+        let slot: *const TrapSlot = self.slot(vcpu);
         // SAFETY: they are atomics, and belong to the slot.
         unsafe { &*slot.cast::<AtomicU32>().add(at) }
     }

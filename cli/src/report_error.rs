@@ -3,7 +3,7 @@
 use std::fmt::Display;
 
 /// Prints `program: error` on stderr: one line, whatever the error quotes.
-pub fn complain(program: &str, error: impl Display) {
+pub fn report_error(program: &str, error: impl Display) {
     eprintln!("{}", line(program, error));
 }
 
