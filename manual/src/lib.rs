@@ -7,9 +7,9 @@ pub fn programs() -> Vec<Command> {
     vec![
         outrigger::Options::command(),
         vcpu_runner::options::Options::command(),
-        device_disk::Options::command(),
-        device_net::Options::command(),
-        device_console::Options::command(),
-        device_platform::Options::command(),
+        device_disk::DiskOptions::command(),
+        device_net::NetOptions::command(),
+        device_console::ConsoleOptions::command(),
+        device_platform::PlatformOptions::command(),
     ]
 }

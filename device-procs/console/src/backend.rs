@@ -16,10 +16,10 @@ pub enum Written {
 }
 
 /// Columns and rows of a terminal.
-pub type Size = (u16, u16);
+pub type TerminalSize = (u16, u16);
 
 /// The other end of the console. No method waits.
-pub trait Backend: Send {
+pub trait ConsoleBackend: Send {
     /// Registers its descriptors.
     ///
     /// # Errors
@@ -43,7 +43,7 @@ pub trait Backend: Send {
     fn write(&mut self, bytes: &[u8], poller: &Poller) -> Written;
 
     /// The terminal's size, if it is a terminal.
-    fn size(&self) -> Option<Size> {
+    fn size(&self) -> Option<TerminalSize> {
         None
     }
 }

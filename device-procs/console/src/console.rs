@@ -2,9 +2,9 @@
 
 use std::io;
 
-use device_core::{ConfigSpace, Context, Device, Poller};
+use device_core::{ConfigSpace, Device, DeviceContext, Poller};
 
-use crate::backend::{Backend, Size, Written};
+use crate::backend::{ConsoleBackend, TerminalSize, Written};
 use crate::backlog::Backlog;
 use crate::stream::CHUNK;
 
@@ -16,7 +16,7 @@ pub const TX: usize = 1;
 const ALLOWANCE: usize = 256 * CHUNK;
 
 /// The bytes of `struct virtio_console_config`.
-pub fn config_space((columns, rows): Size) -> Vec<u8> {
+pub fn config_space((columns, rows): TerminalSize) -> Vec<u8> {
     let mut space = columns.to_le_bytes().to_vec();
     space.extend(rows.to_le_bytes());
     space.extend([0; 8]); // max_nr_ports and emerg_wr: not offered
@@ -26,8 +26,8 @@ pub fn config_space((columns, rows): Size) -> Vec<u8> {
 /// The console. Input waits at its source until the guest has room for it, and
 /// output in the guest's ring until it is read, so that neither is lost with this
 /// process; only what nobody is there to read is kept here, and not all of it.
-pub struct Console {
-    backend: Box<dyn Backend>,
+pub struct VirtioConsole {
+    backend: Box<dyn ConsoleBackend>,
     config: ConfigSpace,
     backlog: Backlog,
     /// Of the first chain in the transmit queue, so much is written.
@@ -38,10 +38,10 @@ pub struct Console {
     served: bool,
 }
 
-impl Console {
+impl VirtioConsole {
     /// A console before any driver.
-    pub fn new(backend: Box<dyn Backend>, config: ConfigSpace, backlog: Backlog) -> Self {
-        Console {
+    pub fn new(backend: Box<dyn ConsoleBackend>, config: ConfigSpace, backlog: Backlog) -> Self {
+        VirtioConsole {
             backend,
             config,
             backlog,
@@ -57,7 +57,7 @@ impl Console {
         }
     }
 
-    fn receive(&mut self, cx: &mut Context<'_>) {
+    fn receive(&mut self, cx: &mut DeviceContext<'_>) {
         let (memory, poller) = (cx.memory, cx.poller);
         let Some(ring) = cx.ring(RX) else { return };
         loop {
@@ -72,15 +72,15 @@ impl Console {
                 _ => self.backend.read(&mut buf[..room], poller),
             };
             if len == 0 && room > 0 {
-                ring.unpop(&chain);
+                ring.undo_pop(&chain);
                 return;
             }
             chain.writable.copy_from(&buf[..len]);
-            ring.push(chain.head, len as u32);
+            ring.add_used(chain.head, len as u32);
         }
     }
 
-    fn transmit(&mut self, cx: &mut Context<'_>) {
+    fn transmit(&mut self, cx: &mut DeviceContext<'_>) {
         let (memory, poller) = (cx.memory, cx.poller);
         if !self.catch_up(poller) {
             return;
@@ -92,7 +92,7 @@ impl Console {
             rest.take(self.sent);
             while !rest.is_empty() {
                 if allowance == 0 {
-                    ring.unpop(&chain);
+                    ring.undo_pop(&chain);
                     ring.serve_again();
                     return;
                 }
@@ -105,7 +105,7 @@ impl Console {
                     Some(len) => len,
                     None => {
                         // Whoever reads is slow: the guest waits.
-                        ring.unpop(&chain);
+                        ring.undo_pop(&chain);
                         return;
                     }
                 };
@@ -114,14 +114,14 @@ impl Console {
                 allowance = allowance.saturating_sub(len);
             }
             self.sent = 0;
-            ring.push(chain.head, 0);
+            ring.add_used(chain.head, 0);
         }
     }
 
     /// Keeps what is left of a chain that is written in part, and completes it: whoever
     /// goes on with the ring would write it from its beginning. One that is too long
     /// for that stays where it is.
-    fn finish_chain(&mut self, cx: &mut Context<'_>) {
+    fn finish_chain(&mut self, cx: &mut DeviceContext<'_>) {
         let memory = cx.memory;
         let Some(ring) = cx.ring(TX).filter(|_| self.sent > 0) else {
             return;
@@ -132,13 +132,13 @@ impl Console {
         let mut rest = chain.readable.clone();
         rest.take(self.sent);
         if rest.len() > self.backlog.room() {
-            return ring.unpop(&chain);
+            return ring.undo_pop(&chain);
         }
         let mut bytes = vec![0; rest.len()];
         rest.copy_to(&mut bytes);
         self.backlog.keep(&bytes);
         self.sent = 0;
-        ring.push(chain.head, 0);
+        ring.add_used(chain.head, 0);
     }
 
     /// Writes some of `bytes`, or keeps them if nobody is there; `None` when there
@@ -182,18 +182,18 @@ impl Console {
     }
 }
 
-impl Device for Console {
-    fn attach(&mut self, poller: &Poller) -> io::Result<()> {
+impl Device for VirtioConsole {
+    fn register_sources(&mut self, poller: &Poller) -> io::Result<()> {
         self.backend.attach(poller)
     }
 
-    fn negotiated(&mut self, _features: u64) {
+    fn set_features(&mut self, _features: u64) {
         self.sent = 0;
         self.served = true;
         self.backend.opened();
     }
 
-    fn kicked(&mut self, queue: usize, cx: &mut Context<'_>) {
+    fn process_queue(&mut self, queue: usize, cx: &mut DeviceContext<'_>) {
         self.update_size();
         match queue {
             RX => self.receive(cx),
@@ -202,7 +202,7 @@ impl Device for Console {
         }
     }
 
-    fn ready(&mut self, token: u64, cx: &mut Context<'_>) {
+    fn handle_event(&mut self, token: u64, cx: &mut DeviceContext<'_>) {
         self.backend.ready(token, cx.poller);
         if !self.served {
             return;
@@ -212,13 +212,13 @@ impl Device for Console {
         self.transmit(cx);
     }
 
-    fn drain(&mut self, queue: usize, cx: &mut Context<'_>) {
+    fn drain_queue(&mut self, queue: usize, cx: &mut DeviceContext<'_>) {
         if queue == TX {
             self.finish_chain(cx);
         }
     }
 
-    fn closed(&mut self) {
+    fn frontend_disconnected(&mut self) {
         self.sent = 0;
         self.backend.closed();
     }

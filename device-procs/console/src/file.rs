@@ -9,7 +9,7 @@ use std::path::Path;
 use device_core::Poller;
 use rustix::fs::OFlags;
 
-use crate::backend::{Backend, Written, watch};
+use crate::backend::{ConsoleBackend, Written, watch};
 use crate::stream::Stream;
 
 /// A file that output is appended to.
@@ -49,7 +49,7 @@ impl File {
     }
 }
 
-impl Backend for File {
+impl ConsoleBackend for File {
     fn attach(&mut self, poller: &Poller) -> io::Result<()> {
         watch(poller, &self.stream, 0)
     }

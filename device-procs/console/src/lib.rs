@@ -22,13 +22,13 @@ use std::process::ExitCode;
 
 use clap::{ArgGroup, Parser};
 use device_core::signals::{self, Restore};
-use device_core::{ConfigSpace, Description, Program, QUEUE_SIZE, cli::Common};
+use device_core::{ConfigSpace, DeviceProgram, DeviceProperties, QUEUE_SIZE, cli::CommonOptions};
 use outrigger_cli::socket::{self, BoundSocket};
 use outrigger_sandbox::{Check, Rule};
 
-use crate::backend::Backend;
+use crate::backend::ConsoleBackend;
 use crate::backlog::Backlog;
-use crate::console::Console;
+use crate::console::VirtioConsole;
 
 /// VIRTIO_CONSOLE_F_SIZE (virtio 1.2 section 5.3.3).
 const F_SIZE: u64 = 1 << 0;
@@ -38,9 +38,9 @@ const F_SIZE: u64 = 1 << 0;
 #[command(name = "device-console", version,
           group(ArgGroup::new("connection")
               .args(["stdio", "pty", "pty_fd", "unix", "unix_fd", "file", "file_fd"])))]
-pub struct Options {
+pub struct ConsoleOptions {
     #[command(flatten)]
-    common: Common,
+    common: CommonOptions,
 
     /// Connect it to standard input and output; a terminal is the guest's while its
     /// driver is there, and Ctrl-A x ends this program
@@ -96,7 +96,7 @@ const TERMINAL: &[Rule] = &[Rule::when(
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    let options: Options = outrigger_cli::parse();
+    let options: ConsoleOptions = outrigger_cli::parse();
     let capabilities = serde_json::json!({ "type": "console", "features": [] });
     device_core::run("device-console", &options.common, &capabilities, || {
         build(&options)
@@ -104,16 +104,16 @@ pub fn main() -> ExitCode {
 }
 
 /// What a console is connected to, and what goes with it.
-struct Connection {
-    backend: Box<dyn Backend>,
+struct OpenBackend {
+    backend: Box<dyn ConsoleBackend>,
     syscalls: &'static [Rule],
     restore: Option<Restore>,
     unserved: Option<BoundSocket>,
 }
 
-impl Connection {
-    fn new(backend: impl Backend + 'static, syscalls: &'static [Rule]) -> Self {
-        Connection {
+impl OpenBackend {
+    fn new(backend: impl ConsoleBackend + 'static, syscalls: &'static [Rule]) -> Self {
+        OpenBackend {
             backend: Box::new(backend),
             syscalls,
             restore: None,
@@ -127,26 +127,26 @@ fn of(option: impl Display) -> impl FnOnce(std::io::Error) -> anyhow::Error {
     move |error| anyhow::anyhow!("{option}: {error}")
 }
 
-fn connect(options: &Options) -> anyhow::Result<Connection> {
+fn connect(options: &ConsoleOptions) -> anyhow::Result<OpenBackend> {
     let named = |option: &str, path: &Path| of(format!("{option} {}", path.display()));
     if let Some(path) = &options.unix {
         let (unix, unserved) = unix::Unix::bind(path).map_err(named("--unix", path))?;
-        return Ok(Connection {
+        return Ok(OpenBackend {
             unserved: Some(unserved),
-            ..Connection::new(unix, outrigger_sandbox::LISTENER)
+            ..OpenBackend::new(unix, outrigger_sandbox::LISTENER)
         });
     }
     if let Some(fd) = options.unix_fd {
         let unix = unix::Unix::adopt(fd).map_err(of(format!("--unix-fd {fd}")))?;
-        return Ok(Connection::new(unix, outrigger_sandbox::LISTENER));
+        return Ok(OpenBackend::new(unix, outrigger_sandbox::LISTENER));
     }
     if let Some(path) = &options.file {
         let file = file::File::open(path).map_err(named("--file", path))?;
-        return Ok(Connection::new(file, &[]));
+        return Ok(OpenBackend::new(file, &[]));
     }
     if let Some(fd) = options.file_fd {
         let file = file::File::adopt(fd).map_err(of(format!("--file-fd {fd}")))?;
-        return Ok(Connection::new(file, &[]));
+        return Ok(OpenBackend::new(file, &[]));
     }
     let pty = match options.pty_fd {
         Some(fd) => Some(pty::Pty::adopt(fd).map_err(of(format!("--pty-fd {fd}")))?),
@@ -158,16 +158,16 @@ fn connect(options: &Options) -> anyhow::Result<Connection> {
             pty.link(link).map_err(named("--pty-link", link))?;
         }
         tracing::info!("pseudo-terminal {}", pty.path().display());
-        return Ok(Connection::new(pty, TERMINAL));
+        return Ok(OpenBackend::new(pty, TERMINAL));
     }
     let stdio = stdio::Stdio::open()?;
     let restore = stdio.mode().map(|mode| {
         restore_on_panic();
         Box::new(move || mode.restore()) as Restore
     });
-    Ok(Connection {
+    Ok(OpenBackend {
         restore,
-        ..Connection::new(stdio, TERMINAL)
+        ..OpenBackend::new(stdio, TERMINAL)
     })
 }
 
@@ -181,12 +181,12 @@ fn restore_on_panic() {
     }));
 }
 
-fn build(options: &Options) -> anyhow::Result<Program> {
+fn build(options: &ConsoleOptions) -> anyhow::Result<DeviceProgram> {
     let backlog = match options.backlog_fd {
         Some(fd) => Backlog::adopt(fd).map_err(of(format!("--backlog-fd {fd}")))?,
         None => Backlog::new().map_err(of("memory for output that nobody reads"))?,
     };
-    let Connection {
+    let OpenBackend {
         backend,
         syscalls,
         restore,
@@ -194,8 +194,8 @@ fn build(options: &Options) -> anyhow::Result<Program> {
     } = connect(options)?;
     let size = backend.size();
     let config = ConfigSpace::new(console::config_space(size.unwrap_or_default()));
-    Ok(Program {
-        description: Description {
+    Ok(DeviceProgram {
+        properties: DeviceProperties {
             name: "device-console",
             features: if size.is_some() { F_SIZE } else { 0 },
             queues: vec![0, 0],
@@ -204,7 +204,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             inflight: false,
             poll: std::time::Duration::ZERO,
         },
-        workers: vec![Box::new(Console::new(backend, config, backlog))],
+        workers: vec![Box::new(VirtioConsole::new(backend, config, backlog))],
         syscalls,
         keep_network: false,
         restore,

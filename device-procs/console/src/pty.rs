@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, tcgetattr, tcgetwinsize, tcsetattr};
 
-use crate::backend::{Backend, Size, Written};
+use crate::backend::{ConsoleBackend, TerminalSize, Written};
 use crate::stream::Stream;
 
 const MASTER: u64 = 0;
@@ -90,7 +90,7 @@ impl Pty {
     }
 }
 
-impl Backend for Pty {
+impl ConsoleBackend for Pty {
     fn attach(&mut self, poller: &Poller) -> io::Result<()> {
         poller.add(&self.master, MASTER)?;
         poller.add_readable(&self.opened, OPENED)
@@ -123,7 +123,7 @@ impl Backend for Pty {
 
     /// The kernel tells the slave's users of a change, and not the master: it is
     /// seen when there is something to do.
-    fn size(&self) -> Option<Size> {
+    fn size(&self) -> Option<TerminalSize> {
         let size = tcgetwinsize(self.master.as_fd()).ok()?;
         Some((size.ws_col, size.ws_row))
     }

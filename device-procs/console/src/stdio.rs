@@ -9,7 +9,7 @@ use device_core::{Poller, signals};
 use rustix::fs::OFlags;
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
-use crate::backend::{Backend, Size, Written, watch};
+use crate::backend::{ConsoleBackend, TerminalSize, Written, watch};
 use crate::escape::Escape;
 use crate::stream::{CHUNK, Stream};
 
@@ -176,7 +176,7 @@ fn resize_events() -> io::Result<OwnedFd> {
     }
 }
 
-impl Backend for Stdio {
+impl ConsoleBackend for Stdio {
     fn attach(&mut self, poller: &Poller) -> io::Result<()> {
         if let Some(input) = &self.input {
             watch(poller, input, INPUT)?;
@@ -242,7 +242,7 @@ impl Backend for Stdio {
         }
     }
 
-    fn size(&self) -> Option<Size> {
+    fn size(&self) -> Option<TerminalSize> {
         let terminal = self.terminal.as_ref()?;
         let size = tcgetwinsize(&terminal.mode.fd).ok()?;
         Some((size.ws_col, size.ws_row))

@@ -9,7 +9,7 @@ use device_core::Poller;
 use outrigger_cli::socket::{self, BoundSocket};
 use rustix::net::{SocketFlags, accept_with};
 
-use crate::backend::{Backend, Written};
+use crate::backend::{ConsoleBackend, Written};
 use crate::stream::{CHUNK, Stream};
 
 const LISTENER: u64 = 0;
@@ -25,12 +25,12 @@ pub struct Unix {
     /// A driver has been there. Before, clients wait: they may be those of a process that
     /// this one is to take over from.
     served: bool,
-    client: Option<Client>,
+    client: Option<SocketClient>,
     /// What clients that have left wrote before.
     left_behind: VecDeque<u8>,
 }
 
-struct Client {
+struct SocketClient {
     stream: Stream,
     /// It has not shut its sending side down.
     sends: bool,
@@ -78,7 +78,7 @@ impl Unix {
             };
             match accepted.and_then(|stream| poller.add(&stream, CLIENT).map(|()| stream)) {
                 Ok(stream) => {
-                    self.client = Some(Client {
+                    self.client = Some(SocketClient {
                         stream,
                         sends: true,
                     })
@@ -107,7 +107,7 @@ impl Unix {
     }
 }
 
-impl Backend for Unix {
+impl ConsoleBackend for Unix {
     fn attach(&mut self, poller: &Poller) -> io::Result<()> {
         poller.add_readable(&self.listener, LISTENER)
     }

@@ -6,7 +6,7 @@ use vm_memory::{
 };
 
 pub use crate::buffers::Buffers;
-use crate::split::{DESCRIPTOR, Descriptor, Split};
+use crate::split::{DESCRIPTOR, Descriptor, SplitRing};
 use crate::{Error, GuestMemory};
 
 /// The most descriptors of one chain that a device looks at. The virtio limit
@@ -15,11 +15,11 @@ use crate::{Error, GuestMemory};
 pub const MAX_DESCRIPTORS: usize = 1024;
 
 /// A request: what the device may read, then what it may write.
-pub struct Chain<'m> {
+pub struct DescriptorChain<'m> {
     /// Index of the head descriptor, which names the chain in the used ring.
     pub head: u16,
     /// Where it was found.
-    pub(crate) origin: Origin,
+    pub(crate) origin: ChainOrigin,
     /// Device-readable buffers in order.
     pub readable: Buffers<'m>,
     /// Device-writable buffers in order.
@@ -28,22 +28,22 @@ pub struct Chain<'m> {
 
 /// Where a ring found a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Origin {
+pub(crate) enum ChainOrigin {
     /// At this index of the available ring.
     Available(u16),
     /// In the inflight table: a process before this one had taken it.
     Inflight,
 }
 
-impl<'m> Chain<'m> {
+impl<'m> DescriptorChain<'m> {
     /// Walks the chain that begins at `head` of the descriptor table of `ring` to its end.
     /// Each descriptor is fetched once, so what is checked here is what gets used, whatever
     /// the guest changes meanwhile.
     pub(crate) fn parse(
         queue: usize,
-        origin: Origin,
+        origin: ChainOrigin,
         head: u16,
-        ring: &Split,
+        ring: &SplitRing,
         memory: &'m GuestMemory,
     ) -> Result<Self, Error> {
         let bad = |why: &str| Error::Chain {
@@ -79,7 +79,7 @@ impl<'m> Chain<'m> {
                 target.push(slice);
             }
         }
-        Ok(Chain {
+        Ok(DescriptorChain {
             head,
             origin,
             readable,
@@ -111,7 +111,7 @@ impl<'m> Lookup<'m> {
 /// The descriptors of a chain (virtio 1.2 section 2.7.5).
 struct Walk<'a, 'm> {
     lookup: Lookup<'m>,
-    ring: &'a Split,
+    ring: &'a SplitRing,
     /// Where further descriptors are if not in the ring's own table.
     indirect: Option<GuestAddress>,
     size: u16,
@@ -124,7 +124,7 @@ struct Walk<'a, 'm> {
 }
 
 impl<'a, 'm> Walk<'a, 'm> {
-    fn new(memory: &'m GuestMemory, ring: &'a Split, head: u16) -> Self {
+    fn new(memory: &'m GuestMemory, ring: &'a SplitRing, head: u16) -> Self {
         Walk {
             lookup: Lookup { memory, last: None },
             ring,
@@ -203,7 +203,7 @@ mod tests {
     use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
     use super::*;
-    use crate::split::Place;
+    use crate::split::RingLayout;
     use crate::testing::Random;
 
     /// Crate virtio-queue, which others have looked at as well, finds the same
@@ -213,12 +213,12 @@ mod tests {
         const SIZE: u16 = 8;
         const AVAILABLE: u64 = 0x1000;
         let memory = Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), 0x3000)]).unwrap());
-        let place = Place {
+        let place = RingLayout {
             descriptors: GuestAddress(0),
             available: GuestAddress(AVAILABLE),
             used: GuestAddress(0x2000),
         };
-        let ring = Split::new(&memory, place, SIZE, false).unwrap();
+        let ring = SplitRing::new(&memory, place, SIZE, false).unwrap();
         let mut random = Random::new(1);
         let (mut whole, mut broken) = (0, 0);
         for _ in 0..20_000 {

@@ -10,7 +10,7 @@ use outrigger_sandbox::Mode;
 
 /// Options of every device program.
 #[derive(Args, Clone, Debug)]
-pub struct Common {
+pub struct CommonOptions {
     /// Unix socket to create and listen on
     #[arg(long, value_name = "PATH", conflicts_with = "fd",
           value_parser = socket::path_parser())]

@@ -9,7 +9,7 @@ use crate::{ConfigSpace, Error, GuestMemory, Poller, Ring};
 pub const QUEUE_SIZE: u16 = 1024;
 
 /// What a device is, apart from how it moves data.
-pub struct Description {
+pub struct DeviceProperties {
     /// The program's name, for logs and errors.
     pub name: &'static str,
     /// The device's own feature bits; the core adds the transport's.
@@ -40,48 +40,48 @@ pub trait Device: Send {
     ///
     /// # Errors
     /// Ends the process.
-    fn attach(&mut self, _poller: &Poller) -> std::io::Result<()> {
+    fn register_sources(&mut self, _poller: &Poller) -> std::io::Result<()> {
         Ok(())
     }
 
     /// The driver's feature bits, before its rings start and again after a
     /// reset.
-    fn negotiated(&mut self, _features: u64) {}
+    fn set_features(&mut self, _features: u64) {}
 
     /// A front end has come, on this socket. Work that goes on after the process's death
     /// must keep it open: whoever finds it closed takes the process's work for ended.
-    fn connected(&mut self, _socket: BorrowedFd<'_>) {}
+    fn frontend_connected(&mut self, _socket: BorrowedFd<'_>) {}
 
     /// `queue` is about to start. While no queue of the device ran, another process may
     /// have worked on the same medium.
     ///
     /// # Errors
     /// Fails the start.
-    fn starting(&mut self, _queue: usize) -> std::io::Result<()> {
+    fn start_queue(&mut self, _queue: usize) -> std::io::Result<()> {
         Ok(())
     }
 
-    /// `queue` has stopped, or its start has failed after [`Device::starting`].
-    fn stopped(&mut self, _queue: usize) {}
+    /// `queue` has stopped, or its start has failed after [`Device::start_queue`].
+    fn stop_queue(&mut self, _queue: usize) {}
 
     /// There may be new buffers in `queue`. Works until [`Ring::pop`] has none
     /// left, or until something else holds it up that a source will report.
-    fn kicked(&mut self, queue: usize, cx: &mut Context<'_>);
+    fn process_queue(&mut self, queue: usize, cx: &mut DeviceContext<'_>);
 
     /// A registered source is ready. Edge-triggered: works until it would block.
-    fn ready(&mut self, _token: u64, _cx: &mut Context<'_>) {}
+    fn handle_event(&mut self, _token: u64, _cx: &mut DeviceContext<'_>) {}
 
     /// Completes what is done, without a system call if it can; returns whether there
     /// was anything. Called again and again while a worker polls.
-    fn poll(&mut self, _cx: &mut Context<'_>) -> bool {
+    fn poll(&mut self, _cx: &mut DeviceContext<'_>) -> bool {
         false
     }
 
-    /// Completes every request of `queue` that is in work: after this the device
+    /// Completes every request of `queue` that is in flight: after this the device
     /// touches neither the ring nor the buffers of `queue` until it is kicked
-    /// again. A device that completes what it takes within [`Device::kicked`]
+    /// again. A device that completes what it takes within [`Device::process_queue`]
     /// has nothing to do.
-    fn drain(&mut self, _queue: usize, _cx: &mut Context<'_>) {}
+    fn drain_queue(&mut self, _queue: usize, _cx: &mut DeviceContext<'_>) {}
 
     /// The driver writes to the configuration space.
     ///
@@ -95,11 +95,11 @@ pub trait Device: Send {
     }
 
     /// The front end has left; its rings are gone.
-    fn closed(&mut self) {}
+    fn frontend_disconnected(&mut self) {}
 }
 
 /// What a device works on.
-pub struct Context<'a> {
+pub struct DeviceContext<'a> {
     pub(crate) rings: &'a mut [Option<Ring>],
     /// Guest memory as it is for the length of this call.
     pub memory: &'a GuestMemory,
@@ -107,7 +107,7 @@ pub struct Context<'a> {
     pub poller: &'a Poller,
 }
 
-impl Context<'_> {
+impl DeviceContext<'_> {
     /// The ring of `queue`, if it is this worker's and runs.
     pub fn ring(&mut self, queue: usize) -> Option<&mut Ring> {
         self.rings

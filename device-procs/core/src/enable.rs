@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use vhost::vhost_user::VhostUserBackendReqHandlerMut;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
-use crate::session::Session;
+use crate::session::VhostUserSession;
 
 /// Number of the request (vhost-user, "Front-end message types").
 pub const SET_VRING_ENABLE: u32 = 18;
@@ -31,7 +31,7 @@ const NEED_REPLY: u32 = 1 << 3;
 /// # Errors
 /// The socket's; a message of a wrong form; and a request that cannot be done and
 /// that nobody would be told of.
-pub fn take(mut stream: &UnixStream, session: &mut Session) -> io::Result<()> {
+pub fn take(mut stream: &UnixStream, session: &mut VhostUserSession) -> io::Result<()> {
     let mut header = [0; 12];
     stream.read_exact(&mut header)?;
     let [_, flags, size] = words(&header);

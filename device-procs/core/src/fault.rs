@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Where a process may die.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Point {
+pub enum FaultPoint {
     /// A message of this number is there and not yet handled.
     Message(u32),
     /// A request is taken from the ring, and nothing is done of it.
@@ -54,13 +54,13 @@ const MESSAGES: &[(&str, u32)] = &[
 ];
 
 /// The other points by their names.
-const STEPS: &[(&str, Point)] = &[
-    ("popped", Point::Popped),
-    ("done", Point::Done),
-    ("written", Point::Written),
-    ("published", Point::Published),
-    ("cleared", Point::Cleared),
-    ("interrupt", Point::Interrupt),
+const STEPS: &[(&str, FaultPoint)] = &[
+    ("popped", FaultPoint::Popped),
+    ("done", FaultPoint::Done),
+    ("written", FaultPoint::Written),
+    ("published", FaultPoint::Published),
+    ("cleared", FaultPoint::Cleared),
+    ("interrupt", FaultPoint::Interrupt),
 ];
 
 /// Code of the armed point, or 0.
@@ -71,26 +71,26 @@ static LEFT: AtomicU32 = AtomicU32::new(0);
 /// Exit status of a process that died at a point.
 pub const STATUS: i32 = 86;
 
-impl Point {
+impl FaultPoint {
     /// A number that no other point has; never 0.
     const fn code(self) -> u32 {
         match self {
-            Point::Popped => 1,
-            Point::Done => 2,
-            Point::Written => 3,
-            Point::Published => 4,
-            Point::Cleared => 5,
-            Point::Interrupt => 6,
-            Point::Message(request) => 0x8000_0000 | request,
+            FaultPoint::Popped => 1,
+            FaultPoint::Done => 2,
+            FaultPoint::Written => 3,
+            FaultPoint::Published => 4,
+            FaultPoint::Cleared => 5,
+            FaultPoint::Interrupt => 6,
+            FaultPoint::Message(request) => 0x8000_0000 | request,
         }
     }
 
     /// The point of this name: that of a message, or of a step.
-    fn named(name: &str) -> Option<Point> {
+    fn named(name: &str) -> Option<FaultPoint> {
         let message = MESSAGES.iter().find(|(known, _)| *known == name);
         let step = STEPS.iter().find(|(known, _)| *known == name);
         message
-            .map(|&(_, request)| Point::Message(request))
+            .map(|&(_, request)| FaultPoint::Message(request))
             .or(step.map(|&(_, point)| point))
     }
 }
@@ -107,7 +107,7 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 /// # Errors
 /// When there is no such point, or no such time.
 pub fn arm(name: &str, nth: u32) -> Result<(), String> {
-    let point = Point::named(name).ok_or_else(|| format!("no point is called {name:?}"))?;
+    let point = FaultPoint::named(name).ok_or_else(|| format!("no point is called {name:?}"))?;
     let left = nth.checked_sub(1).ok_or("times count from 1 on")?;
     LEFT.store(left, Ordering::Relaxed);
     ARMED.store(point.code(), Ordering::Release);
@@ -116,7 +116,7 @@ pub fn arm(name: &str, nth: u32) -> Result<(), String> {
 
 /// The process is at `point`.
 #[inline]
-pub(crate) fn reach(point: Point) {
+pub(crate) fn hit(point: FaultPoint) {
     step();
     if ARMED.load(Ordering::Relaxed) == point.code() {
         reached();
@@ -145,7 +145,9 @@ mod tests {
 
     #[test]
     fn points_have_names_and_codes_of_their_own() {
-        let mut codes: Vec<u32> = names().map(|it| Point::named(it).unwrap().code()).collect();
+        let mut codes: Vec<u32> = names()
+            .map(|it| FaultPoint::named(it).unwrap().code())
+            .collect();
         let count = codes.len();
         codes.sort_unstable();
         codes.dedup();

@@ -19,11 +19,11 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fstat, ftruncate, memfd
 use vm_memory::{AtomicInteger, FileOffset, MmapRegion, VolatileMemory};
 
 use crate::Error;
-use crate::chain::Origin;
-use crate::fault::{self, Point};
+use crate::chain::ChainOrigin;
+use crate::fault::{self, FaultPoint};
 
-mod taken;
-use taken::Taken;
+mod in_flight_list;
+use in_flight_list::InFlightList;
 
 /// Each queue's region begins at a multiple of this many bytes.
 const ALIGNMENT: u64 = 64;
@@ -45,16 +45,16 @@ const ENTRY: usize = 16;
 
 /// What GET_INFLIGHT_FD and SET_INFLIGHT_FD say of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
+pub struct InflightLayout {
     /// Number of queues.
     pub queues: u16,
     /// Entries of each, as many as the ring has.
     pub size: u16,
 }
 
-impl Shape {
+impl InflightLayout {
     fn check(self, queues: usize, max_size: u16) -> Result<(), Error> {
-        let Shape {
+        let InflightLayout {
             queues: count,
             size,
         } = self;
@@ -71,7 +71,7 @@ impl Shape {
 
     /// The same for the largest rings.
     fn with_room(self, max_size: u16) -> Self {
-        Shape {
+        InflightLayout {
             size: max_size,
             ..self
         }
@@ -100,7 +100,7 @@ fn bad(why: String) -> Error {
 ///
 /// # Errors
 /// When there is no such device, or no memory.
-pub fn create(shape: Shape, queues: usize, max_size: u16) -> Result<(File, u64), Error> {
+pub fn create(shape: InflightLayout, queues: usize, max_size: u16) -> Result<(File, u64), Error> {
     shape.check(queues, max_size)?;
     let shape = shape.with_room(max_size);
     let make = || {
@@ -117,12 +117,12 @@ pub fn create(shape: Shape, queues: usize, max_size: u16) -> Result<(File, u64),
 }
 
 /// A table that the front end has handed over.
-pub struct Table {
-    shape: Shape,
+pub struct InflightTable {
+    shape: InflightLayout,
     mapping: MmapRegion<()>,
 }
 
-impl Table {
+impl InflightTable {
     /// Maps `len` bytes of `file` from `offset` on, for a device of `queues` queues of
     /// `max_size` entries at most.
     ///
@@ -130,7 +130,7 @@ impl Table {
     /// When the table has another shape than it must have for its queues, or the file
     /// is too short.
     pub fn map(
-        shape: Shape,
+        shape: InflightLayout,
         file: File,
         offset: u64,
         len: u64,
@@ -160,7 +160,7 @@ impl Table {
         // Only what the queues have: a longer mapping would be of no use.
         let mapping = MmapRegion::from_file(FileOffset::new(file, offset), shape.len() as usize)
             .map_err(|e| bad(format!("mmap: {e}")))?;
-        Ok(Table { shape, mapping })
+        Ok(InflightTable { shape, mapping })
     }
 
     /// A number in the region of queue `queue`. `None` outside it.
@@ -175,7 +175,7 @@ impl Table {
     /// # Errors
     /// When a ring of `size` entries has no place in the region of queue `queue`.
     pub fn must_hold(&self, queue: usize, size: u16) -> Result<(), Error> {
-        let Shape { queues, size: room } = self.shape;
+        let InflightLayout { queues, size: room } = self.shape;
         if queue >= usize::from(queues) {
             return Err(bad(format!("queue {queue} is not one of its {queues}")));
         }
@@ -189,19 +189,19 @@ impl Table {
 }
 
 /// What a ring tracks in its region of the table.
-pub struct Tracker {
-    table: Arc<Table>,
+pub struct InflightTracker {
+    table: Arc<InflightTable>,
     queue: usize,
     /// Number of the next request that is taken.
     counter: u64,
-    /// Taken and not completed, in this order.
-    taken: Taken,
+    /// InFlightList and not completed, in this order.
+    in_flight: InFlightList,
     /// In flight when the process before this one died, in the order in which it had
     /// taken them.
     again: VecDeque<u16>,
 }
 
-impl Tracker {
+impl InflightTracker {
     /// Finds out what is in flight in queue `queue`, whose ring has `size` entries, the
     /// used index `used` and the available index `available`, and puts right what the
     /// death of a process in mid-step has left.
@@ -209,18 +209,18 @@ impl Tracker {
     /// # Errors
     /// When the table has no room for the ring, or what is in it cannot be.
     pub fn recover(
-        table: Arc<Table>,
+        table: Arc<InflightTable>,
         queue: usize,
         size: u16,
         used: u16,
         available: u16,
     ) -> Result<Self, Error> {
         table.must_hold(queue, size)?;
-        let mut tracker = Tracker {
+        let mut tracker = InflightTracker {
             table,
             queue,
             counter: 0,
-            taken: Taken::new(size),
+            in_flight: InFlightList::new(size),
             again: VecDeque::new(),
         };
         tracker
@@ -290,11 +290,11 @@ impl Tracker {
     /// How many requests are in flight.
     pub fn inflight(&self) -> u16 {
         // No more than the ring has entries.
-        (self.taken.len() + self.again.len()) as u16
+        (self.in_flight.len() + self.again.len()) as u16
     }
 
     /// How many requests of the process before this one wait to be taken again.
-    pub fn left_overs(&self) -> usize {
+    pub fn to_resubmit(&self) -> usize {
         self.again.len()
     }
 
@@ -306,7 +306,7 @@ impl Tracker {
         let Some(head) = self.again.pop_front() else {
             return Ok(None);
         };
-        self.taken.push(head, Origin::Inflight)?;
+        self.in_flight.push(head, ChainOrigin::Inflight)?;
         Ok(Some(head))
     }
 
@@ -315,7 +315,8 @@ impl Tracker {
     /// # Errors
     /// When its head is none, or that of a request that is in flight.
     pub fn take(&mut self, head: u16, position: u16) -> Result<(), String> {
-        self.taken.push(head, Origin::Available(position))?;
+        self.in_flight
+            .push(head, ChainOrigin::Available(position))?;
         self.store::<AtomicU64>(entry(head, COUNTER_AT), self.counter)?;
         self.store::<AtomicU8>(entry(head, INFLIGHT_AT), 1)?;
         self.counter = self.counter.wrapping_add(1);
@@ -326,13 +327,13 @@ impl Tracker {
     ///
     /// # Errors
     /// Cannot fail for a request that was taken.
-    pub(crate) fn take_back(&mut self) -> Result<Option<(u16, Origin)>, String> {
-        let Some((head, origin)) = self.taken.pop() else {
+    pub(crate) fn take_back(&mut self) -> Result<Option<(u16, ChainOrigin)>, String> {
+        let Some((head, origin)) = self.in_flight.pop() else {
             return Ok(None);
         };
         match origin {
-            Origin::Available(_) => self.store::<AtomicU8>(entry(head, INFLIGHT_AT), 0)?,
-            Origin::Inflight => self.again.push_front(head),
+            ChainOrigin::Available(_) => self.store::<AtomicU8>(entry(head, INFLIGHT_AT), 0)?,
+            ChainOrigin::Inflight => self.again.push_front(head),
         }
         Ok(Some((head, origin)))
     }
@@ -354,9 +355,9 @@ impl Tracker {
     pub fn complete(&mut self, completed: &[(u16, u32)], used: u16) -> Result<(), String> {
         for &(head, _) in completed {
             self.store::<AtomicU8>(entry(head, INFLIGHT_AT), 0)?;
-            self.taken.remove(head);
+            self.in_flight.remove(head);
         }
-        fault::reach(Point::Cleared);
+        fault::hit(FaultPoint::Cleared);
         self.store::<AtomicU16>(USED_INDEX_AT, used)
     }
 

@@ -1,12 +1,13 @@
 //! What every vhost-user device process of outrigger shares: the protocol, the
 //! rings, the serve loop and the command line. A device brings a [`Device`] per
-//! worker thread and a [`Description`]; everything else is here.
+//! worker thread and a [`DeviceProperties`]; everything else is here.
 //!
 //! Who owns what: the control thread ([`serve`]) talks to the front end and owns
 //! nothing that moves data. Each worker thread owns its rings and its [`Device`]
 //! under one lock, taken once per batch; taking that lock is how the control
 //! thread makes a stop a barrier.
 
+pub mod adaptive_polling;
 mod buffers;
 pub mod chain;
 pub mod cli;
@@ -19,7 +20,6 @@ pub mod fault;
 pub mod inflight;
 pub mod listen;
 pub mod memory;
-pub mod pace;
 pub mod poller;
 pub mod ring;
 pub mod serve;
@@ -30,13 +30,13 @@ mod split;
 mod testing;
 pub mod worker;
 
-pub use chain::Chain;
+pub use chain::DescriptorChain;
 pub use config::ConfigSpace;
 pub use control::Control;
-pub use device::{Context, Description, Device, QUEUE_SIZE};
+pub use device::{Device, DeviceContext, DeviceProperties, QUEUE_SIZE};
 pub use error::Error;
 pub use memory::GuestMemory;
 pub use outrigger_cli::fd;
 pub use poller::Poller;
 pub use ring::Ring;
-pub use serve::{Program, run, run_with};
+pub use serve::{DeviceProgram, run, run_with};

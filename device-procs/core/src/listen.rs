@@ -9,7 +9,7 @@ use outrigger_cli::Usage;
 use outrigger_cli::socket::{self, BoundSocket};
 use rustix::net::sockopt;
 
-use crate::cli::Common;
+use crate::cli::CommonOptions;
 
 /// Takes over a unix socket; true if it listens.
 ///
@@ -43,7 +43,7 @@ impl Listener {
     ///
     /// # Errors
     /// One line that names the socket and what is wrong with it.
-    pub fn new(common: &Common) -> anyhow::Result<Self> {
+    pub fn new(common: &CommonOptions) -> anyhow::Result<Self> {
         if let Some(path) = &common.socket_path {
             let (socket, unserved) = socket::bind(path)
                 .map_err(|e| anyhow::anyhow!("--socket-path {}: {e}", path.display()))?;

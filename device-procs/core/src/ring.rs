@@ -5,12 +5,12 @@ use std::fmt::Display;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use crate::chain::Origin;
-use crate::fault::{self, Point};
-use crate::inflight::{Table, Tracker};
+use crate::chain::ChainOrigin;
+use crate::fault::{self, FaultPoint};
+use crate::inflight::{InflightTable, InflightTracker};
 use crate::memory::MemoryTable;
-use crate::split::{Place, Split};
-use crate::{Chain, Error, GuestMemory};
+use crate::split::{RingLayout, SplitRing};
+use crate::{DescriptorChain, Error, GuestMemory};
 
 /// Chains that one batch takes from one ring at most, so that other rings and
 /// the control thread get their turn.
@@ -21,7 +21,7 @@ const MAX_SIZE: u16 = 1 << 15;
 
 /// Complaints about the guest that are logged from one start of a ring to the
 /// next: a hostile guest must not fill the log.
-const COMPLAINTS: u32 = 10;
+const MAX_REPORTED_ERRORS: u32 = 10;
 
 /// Ring addresses as SET_VRING_ADDR gives them: front-end user addresses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -35,7 +35,7 @@ pub struct RingAddresses {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum RingState {
     /// Not started, or stopped by GET_VRING_BASE.
     Stopped,
     /// Started by SET_VRING_KICK.
@@ -51,24 +51,24 @@ pub struct Ring {
     size: u16,
     event_idx: bool,
     /// Where it is, while it is started.
-    split: Option<Split>,
+    split: Option<SplitRing>,
     /// Available index up to which it is served.
     next_avail: u16,
     /// Used index up to which requests are completed.
     next_used: u16,
     /// Requests that are popped and not pushed.
-    in_work: u16,
+    in_flight: u16,
     addresses: Option<RingAddresses>,
-    state: State,
+    state: RingState,
     enabled: bool,
     kick: Option<OwnedFd>,
     call: Option<OwnedFd>,
     err: Option<OwnedFd>,
     /// What is in flight, if the front end keeps a table of it.
-    tracker: Option<Tracker>,
+    tracker: Option<InflightTracker>,
     /// Popped, and to go back unused at the end of the batch: until then what was popped
     /// before may be put back, and these with it.
-    refused: Vec<(u16, Origin)>,
+    refused: Vec<(u16, ChainOrigin)>,
     /// Must be served although no event says so.
     pub(crate) pending: bool,
     budget: u32,
@@ -81,7 +81,7 @@ pub struct Ring {
     resumed: bool,
     /// The driver is to be told in any case.
     unannounced: bool,
-    complaints: u32,
+    reported_errors: u32,
 }
 
 impl Ring {
@@ -99,9 +99,9 @@ impl Ring {
             split: None,
             next_avail: 0,
             next_used: 0,
-            in_work: 0,
+            in_flight: 0,
             addresses: None,
-            state: State::Stopped,
+            state: RingState::Stopped,
             enabled: false,
             kick: None,
             call: None,
@@ -115,23 +115,23 @@ impl Ring {
             announced: 0,
             resumed: false,
             unannounced: false,
-            complaints: 0,
+            reported_errors: 0,
         })
     }
 
     /// Whether the device may work on it: started, enabled and not corrupt.
     pub fn is_running(&self) -> bool {
-        self.state == State::Started && self.enabled
+        self.state == RingState::Started && self.enabled
     }
 
     /// Whether it was started and is neither stopped nor corrupt; enabled or not.
     pub(crate) fn is_started(&self) -> bool {
-        self.state == State::Started
+        self.state == RingState::Started
     }
 
     /// Whether it was started and not stopped since, corrupt or not.
     pub(crate) fn was_started(&self) -> bool {
-        self.state != State::Stopped
+        self.state != RingState::Stopped
     }
 
     /// Queue index.
@@ -170,7 +170,7 @@ impl Ring {
     /// went where it said first.
     pub(crate) fn set_call(&mut self, call: Option<OwnedFd>) {
         self.call = call;
-        if self.state == State::Started && self.resumed {
+        if self.state == RingState::Started && self.resumed {
             self.unannounced = true;
             self.pending = true;
         }
@@ -205,12 +205,12 @@ impl Ring {
                 .ok_or(Error::RingAddress { queue, address })
         };
         let addresses = self.addresses.unwrap_or_default();
-        let place = Place {
+        let place = RingLayout {
             descriptors: at(addresses.descriptors)?,
             available: at(addresses.available)?,
             used: at(addresses.used)?,
         };
-        let split = Split::new(table.memory(), place, self.size, self.event_idx)
+        let split = SplitRing::new(table.memory(), place, self.size, self.event_idx)
             .ok_or(Error::RingPlacement { queue })?;
         self.next_used = split.used_index();
         self.announced = self.next_used;
@@ -222,19 +222,19 @@ impl Ring {
     ///
     /// # Errors
     /// When it has not.
-    pub(crate) fn must_fit(&self, table: &Table) -> Result<(), Error> {
+    pub(crate) fn must_fit(&self, table: &InflightTable) -> Result<(), Error> {
         table.must_hold(self.index, self.size)
     }
 
     /// SET_VRING_KICK: the ring, which has its place, starts (vhost-user, "Ring
     /// states"). With `inflight`, it goes on where the table says.
-    pub(crate) fn start(&mut self, kick: OwnedFd, inflight: Option<&Arc<Table>>) {
-        self.state = State::Started;
+    pub(crate) fn start(&mut self, kick: OwnedFd, inflight: Option<&Arc<InflightTable>>) {
+        self.state = RingState::Started;
         self.pending = true;
         (self.pushed, self.starved) = (false, false);
         self.refused.clear();
-        self.complaints = 0;
-        self.in_work = 0;
+        self.reported_errors = 0;
+        self.in_flight = 0;
         self.resumed = self.next_used != 0;
         self.unannounced = self.resumed;
         if let Err(error) = self.recover(inflight) {
@@ -252,14 +252,15 @@ impl Ring {
     /// Finds out where a ring with an inflight table is. What SET_VRING_BASE said does
     /// not count: nobody but the table knows after a death, and after an orderly stop
     /// both say the same.
-    fn recover(&mut self, inflight: Option<&Arc<Table>>) -> Result<(), Error> {
+    fn recover(&mut self, inflight: Option<&Arc<InflightTable>>) -> Result<(), Error> {
         self.tracker = None;
         let (Some(table), Some(split)) = (inflight, &self.split) else {
             return Ok(());
         };
         let queue = self.index;
         let (used, available) = (self.next_used, split.available_index());
-        let tracker = Tracker::recover(Arc::clone(table), queue, split.size(), used, available)?;
+        let tracker =
+            InflightTracker::recover(Arc::clone(table), queue, split.size(), used, available)?;
         let inflight = tracker.inflight();
         self.next_avail = used.wrapping_add(inflight);
         if inflight > 0 {
@@ -270,9 +271,9 @@ impl Ring {
     }
 
     /// How many requests a process before this one left undone that are not taken again.
-    pub(crate) fn left_overs(&self) -> usize {
+    pub(crate) fn to_resubmit(&self) -> usize {
         match &self.tracker {
-            Some(tracker) if self.is_running() => tracker.left_overs(),
+            Some(tracker) if self.is_running() => tracker.to_resubmit(),
             _ => 0,
         }
     }
@@ -288,7 +289,7 @@ impl Ring {
 
     /// Nothing more is done here until a start. Returns the doorbell.
     pub(crate) fn end(&mut self) -> Option<OwnedFd> {
-        self.state = State::Stopped;
+        self.state = RingState::Stopped;
         self.split = None;
         self.pending = false;
         self.tracker = None;
@@ -316,7 +317,7 @@ impl Ring {
     // What a batch does with a ring ------------------------------------------
 
     /// Before a batch: while the device looks anyway, doorbells are a waste.
-    pub(crate) fn begin(&mut self) {
+    pub(crate) fn disable_notification(&mut self) {
         self.pending = false;
         self.refill();
         if let Some(split) = &self.split {
@@ -330,7 +331,7 @@ impl Ring {
     }
 
     /// Whether something has come since the ring ran dry, although the doorbell is off.
-    pub(crate) fn look(&mut self) {
+    pub(crate) fn poll(&mut self) {
         if self.starved
             && let Some(split) = self.running()
         {
@@ -340,7 +341,7 @@ impl Ring {
 
     /// Before a sleep: the doorbell on again if the ring ran dry, and one look more, for
     /// what came in between.
-    pub(crate) fn rest(&mut self) {
+    pub(crate) fn enable_notification(&mut self) {
         if self.starved
             && let Some(split) = self.running()
         {
@@ -350,7 +351,7 @@ impl Ring {
     }
 
     /// After a batch: the interrupt, if the driver wants one or may have missed one.
-    pub(crate) fn finish(&mut self) {
+    pub(crate) fn flush(&mut self) {
         let refused = std::mem::take(&mut self.refused);
         let empty: Vec<(u16, u32)> = refused.iter().map(|&(head, _)| (head, 0)).collect();
         self.complete(&empty);
@@ -366,12 +367,12 @@ impl Ring {
         }
     }
 
-    fn running(&self) -> Option<&Split> {
+    fn running(&self) -> Option<&SplitRing> {
         self.split.as_ref().filter(|_| self.is_running())
     }
 
     fn signal(&self) {
-        fault::reach(Point::Interrupt);
+        fault::hit(FaultPoint::Interrupt);
         if let Some(call) = &self.call
             && let Err(error) = rustix::io::write(call, &1u64.to_ne_bytes())
         {
@@ -382,7 +383,7 @@ impl Ring {
 
     /// The next request, or `None` when there is none now. A chain that no
     /// driver may build is refused, and the next is tried.
-    pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Option<Chain<'m>> {
+    pub fn pop<'m>(&mut self, memory: &'m GuestMemory) -> Option<DescriptorChain<'m>> {
         while self.is_running() {
             if self.budget == 0 {
                 self.pending = true;
@@ -390,12 +391,12 @@ impl Ring {
             }
             self.budget -= 1;
             let (head, origin) = self.take()?;
-            fault::reach(Point::Popped);
+            fault::hit(FaultPoint::Popped);
             let split = self.split.as_ref()?;
-            match Chain::parse(self.index, origin, head, split, memory) {
+            match DescriptorChain::parse(self.index, origin, head, split, memory) {
                 Ok(chain) => return Some(chain),
                 Err(error) => {
-                    self.complain(&error);
+                    self.report_error(&error);
                     self.refused.push((head, origin));
                 }
             }
@@ -404,12 +405,15 @@ impl Ring {
     }
 
     /// The head of the next request, which is in flight from now on.
-    fn take(&mut self) -> Option<(u16, Origin)> {
-        let again = self.tracker.as_mut().map_or(Ok(None), Tracker::take_again);
+    fn take(&mut self) -> Option<(u16, ChainOrigin)> {
+        let again = self
+            .tracker
+            .as_mut()
+            .map_or(Ok(None), InflightTracker::take_again);
         match again {
             Ok(Some(head)) => {
-                self.in_work = self.in_work.saturating_add(1);
-                return Some((head, Origin::Inflight));
+                self.in_flight = self.in_flight.saturating_add(1);
+                return Some((head, ChainOrigin::Inflight));
             }
             Ok(None) => {}
             Err(why) => {
@@ -436,8 +440,8 @@ impl Ring {
             return None;
         }
         self.next_avail = position.wrapping_add(1);
-        self.in_work += 1;
-        Some((head, Origin::Available(position)))
+        self.in_flight += 1;
+        Some((head, ChainOrigin::Available(position)))
     }
 
     /// The head of what the driver has made available next.
@@ -452,8 +456,8 @@ impl Ring {
         if waiting > split.size() {
             return Err("more requests are available than it has entries");
         }
-        if self.in_work >= split.size() {
-            return Err("more requests are in work than it has entries");
+        if self.in_flight >= split.size() {
+            return Err("more requests are in flight than it has entries");
         }
         let head = split.head(self.next_avail);
         if head >= split.size() {
@@ -464,21 +468,21 @@ impl Ring {
 
     /// The device has no use for `chain`: it goes back with nothing written at the end of
     /// the batch, unless it is put back before.
-    pub fn refuse(&mut self, chain: &Chain<'_>) {
+    pub fn refuse(&mut self, chain: &DescriptorChain<'_>) {
         self.refused.push((chain.head, chain.origin));
     }
 
     /// Puts `chain`, and all that was popped after it, back, as if it had never
     /// been taken. None of it may have been pushed.
-    pub fn unpop(&mut self, chain: &Chain<'_>) {
+    pub fn undo_pop(&mut self, chain: &DescriptorChain<'_>) {
         self.starved = false;
         if self.tracker.is_none() {
-            if let Origin::Available(position) = chain.origin {
+            if let ChainOrigin::Available(position) = chain.origin {
                 let count = self.next_avail.wrapping_sub(position);
                 self.refused.retain(|&(_, origin)| {
-                    !matches!(origin, Origin::Available(at) if at.wrapping_sub(position) < count)
+                    !matches!(origin, ChainOrigin::Available(at) if at.wrapping_sub(position) < count)
                 });
-                self.in_work = self.in_work.saturating_sub(count);
+                self.in_flight = self.in_flight.saturating_sub(count);
                 self.next_avail = position;
             }
             return;
@@ -486,9 +490,9 @@ impl Ring {
         while let Some(tracker) = &mut self.tracker {
             match tracker.take_back() {
                 Ok(Some(last)) => {
-                    self.in_work = self.in_work.saturating_sub(1);
+                    self.in_flight = self.in_flight.saturating_sub(1);
                     self.refused.retain(|refused| *refused != last);
-                    if let (_, Origin::Available(position)) = last {
+                    if let (_, ChainOrigin::Available(position)) = last {
                         self.next_avail = position;
                     }
                     if last == (chain.head, chain.origin) {
@@ -509,13 +513,13 @@ impl Ring {
 
     /// Completes the request with head `head`, into whose writable buffers
     /// `written` bytes went.
-    pub fn push(&mut self, head: u16, written: u32) {
-        self.push_all(&[(head, written)]);
+    pub fn add_used(&mut self, head: u16, written: u32) {
+        self.add_used_batch(&[(head, written)]);
     }
 
     /// Completes several requests, which the driver gets to see all at once. One that was
-    /// in work when the ring broke goes nowhere.
-    pub fn push_all(&mut self, completed: &[(u16, u32)]) {
+    /// in flight when the ring broke goes nowhere.
+    pub fn add_used_batch(&mut self, completed: &[(u16, u32)]) {
         self.complete(completed);
     }
 
@@ -532,7 +536,7 @@ impl Ring {
     /// The order matters: whatever the last step of a process is, the next one must see
     /// from the table and the used index together what is completed.
     fn try_push(&mut self, completed: &[(u16, u32)]) -> Result<(), String> {
-        fault::reach(Point::Done);
+        fault::hit(FaultPoint::Done);
         let Some(split) = &self.split else {
             return Ok(());
         };
@@ -547,12 +551,12 @@ impl Ring {
             split.complete(next, head, written);
             next = next.wrapping_add(1);
         }
-        fault::reach(Point::Written);
+        fault::hit(FaultPoint::Written);
         split.publish(next);
         let count = next.wrapping_sub(self.next_used);
         self.next_used = next;
-        self.in_work = self.in_work.saturating_sub(count);
-        fault::reach(Point::Published);
+        self.in_flight = self.in_flight.saturating_sub(count);
+        fault::hit(FaultPoint::Published);
         match &mut self.tracker {
             Some(tracker) => tracker.complete(completed, next),
             None => Ok(()),
@@ -560,13 +564,13 @@ impl Ring {
     }
 
     /// Logs what is wrong with a request, unless there was too much of it already.
-    pub fn complain(&mut self, what: &dyn Display) {
-        match self.complaints {
-            0..COMPLAINTS => tracing::warn!("{what}"),
-            COMPLAINTS => tracing::warn!("{what}; no more is logged of this queue"),
+    pub fn report_error(&mut self, what: &dyn Display) {
+        match self.reported_errors {
+            0..MAX_REPORTED_ERRORS => tracing::warn!("{what}"),
+            MAX_REPORTED_ERRORS => tracing::warn!("{what}; no more is logged of this queue"),
             _ => return,
         }
-        self.complaints += 1;
+        self.reported_errors += 1;
     }
 
     fn corrupt(&mut self, why: &dyn Display) {
@@ -579,7 +583,7 @@ impl Ring {
 
     fn break_down(&mut self, error: &Error) {
         tracing::error!("{error}; the queue stops until it is set up again");
-        self.state = State::Broken;
+        self.state = RingState::Broken;
         self.split = None;
         if let Some(err) = &self.err {
             // Nobody may listen, and there is nothing to do about it.

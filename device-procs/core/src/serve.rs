@@ -15,14 +15,14 @@ use outrigger_sandbox::{BASE, Check, LISTENER, Mode, Policy, Rule, SOCKET, VHOST
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
-use crate::cli::Common;
+use crate::cli::CommonOptions;
 use crate::control::{self, Clocks};
 use crate::enable::{self, SET_VRING_ENABLE};
-use crate::fault::{self, Point};
+use crate::fault::{self, FaultPoint};
 use crate::listen::Listener;
-use crate::session::Session;
+use crate::session::VhostUserSession;
 use crate::worker::Worker;
-use crate::{Description, Device, signals};
+use crate::{Device, DeviceProperties, signals};
 
 // Requests (vhost-user, "Front-end message types").
 const SET_LOG_BASE: u32 = 6;
@@ -50,11 +50,11 @@ const SERVE: &[Rule] = &[
 ];
 
 /// What a device program is made of, once its files are open.
-pub struct Program {
+pub struct DeviceProgram {
     /// What the device is.
-    pub description: Description,
+    pub properties: DeviceProperties,
     /// One device per worker thread, in the order that
-    /// [`Description::queues`] refers to.
+    /// [`DeviceProperties::queues`] refers to.
     pub workers: Vec<Box<dyn Device>>,
     /// System calls that the device needs beyond those of the serve loop.
     pub syscalls: &'static [Rule],
@@ -77,9 +77,9 @@ pub struct Program {
 /// is printed as one line.
 pub fn run(
     name: &'static str,
-    common: &Common,
+    common: &CommonOptions,
     capabilities: &serde_json::Value,
-    build: impl FnOnce() -> anyhow::Result<Program>,
+    build: impl FnOnce() -> anyhow::Result<DeviceProgram>,
 ) -> ExitCode {
     run_with(name, common, capabilities, || serve(common, build))
 }
@@ -89,7 +89,7 @@ pub fn run(
 /// error that is a [`Usage`], and 1 on another; each is printed as one line.
 pub fn run_with(
     name: &'static str,
-    common: &Common,
+    common: &CommonOptions,
     capabilities: &serde_json::Value,
     serve: impl FnOnce() -> anyhow::Result<()>,
 ) -> ExitCode {
@@ -108,11 +108,14 @@ pub fn run_with(
     }
 }
 
-fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> anyhow::Result<()> {
+fn serve(
+    common: &CommonOptions,
+    build: impl FnOnce() -> anyhow::Result<DeviceProgram>,
+) -> anyhow::Result<()> {
     let mut listener = Listener::new(common)?;
-    let ready = Ready::new(common)?;
-    let Program {
-        description,
+    let ready = ReadyNotifier::new(common)?;
+    let DeviceProgram {
+        properties,
         workers: devices,
         syscalls,
         keep_network,
@@ -128,16 +131,16 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
         layers.push(LISTENER);
     }
     let policy = Policy {
-        process: description.name,
+        process: properties.name,
         syscalls: layers.leak(), // lives as long as the process
         keep_network,
         max_files: MAX_FILES,
     };
     confine(&policy, common.sandbox)?;
-    let description = Arc::new(description);
+    let properties = Arc::new(properties);
     let ending = signals::block();
     let clocks = Clocks::new(devices.len());
-    let workers = start_workers(&description, devices, &clocks)?;
+    let workers = start_workers(&properties, devices, &clocks)?;
     signals::exit_on_signal(ending, Arc::clone(&workers), restore)?;
     let control = control.map(|server| server.start(clocks)).transpose()?;
     outrigger_sandbox::seal(&policy, common.sandbox)?;
@@ -148,11 +151,11 @@ fn serve(common: &Common, build: impl FnOnce() -> anyhow::Result<Program>) -> an
     ready.announce();
 
     while let Some(stream) = listener.accept().context("accepting a front end")? {
-        let session = Session::new(Arc::clone(&description), Arc::clone(&workers));
-        session.connected(stream.as_fd());
+        let session = VhostUserSession::new(Arc::clone(&properties), Arc::clone(&workers));
+        session.frontend_connected(stream.as_fd());
         let session = Arc::new(Mutex::new(session));
         let front_end = stream.try_clone().context("duplicating a socket")?;
-        match serve_one(stream, &session, &description) {
+        match serve_one(stream, &session, &properties) {
             Ok(()) => tracing::debug!("the front end left"),
             Err(error) => tracing::warn!("front end dropped: {error}"),
         }
@@ -184,17 +187,17 @@ pub fn confine(policy: &Policy, mode: Mode) -> anyhow::Result<()> {
 }
 
 fn start_workers(
-    description: &Description,
+    properties: &DeviceProperties,
     devices: Vec<Box<dyn Device>>,
     clocks: &Clocks,
 ) -> anyhow::Result<Arc<[Worker]>> {
-    let (total, poll) = (description.queues.len(), description.poll);
+    let (total, poll) = (properties.queues.len(), properties.poll);
     let mut workers = Vec::with_capacity(devices.len());
     for (number, device) in devices.into_iter().enumerate() {
         let own: Vec<usize> = (0..total)
-            .filter(|&queue| description.queues[queue] == number)
+            .filter(|&queue| properties.queues[queue] == number)
             .collect();
-        workers.push(Worker::new(device, &own, total, description.queue_size)?);
+        workers.push(Worker::new(device, &own, total, properties.queue_size)?);
     }
     let workers: Arc<[Worker]> = workers.into();
     for number in 0..workers.len() {
@@ -218,8 +221,8 @@ fn start_workers(
 /// connection, for the front end would not learn of it.
 fn serve_one(
     stream: UnixStream,
-    session: &Arc<Mutex<Session>>,
-    description: &Description,
+    session: &Arc<Mutex<VhostUserSession>>,
+    properties: &DeviceProperties,
 ) -> Result<(), VhostError> {
     let peeker = stream.try_clone().map_err(VhostError::SocketError)?;
     let mut handler = BackendReqHandler::from_stream(stream, Arc::clone(session));
@@ -227,9 +230,9 @@ fn serve_one(
         let Some(mut next) = peek(&peeker).map_err(VhostError::SocketError)? else {
             return Ok(());
         };
-        fault::reach(Point::Message(next.request));
+        fault::hit(FaultPoint::Message(next.request));
         if next.request == SET_BACKEND_REQ_FD {
-            description
+            properties
                 .config
                 .set_channel(next.fd.take().map(UnixStream::from));
         }
@@ -308,22 +311,22 @@ fn peek(stream: &UnixStream) -> io::Result<Option<NextRequest>> {
 }
 
 /// Who wants to know that the program serves.
-pub struct Ready {
+pub struct ReadyNotifier {
     fd: Option<OwnedFd>,
     systemd: Option<UnixDatagram>,
 }
 
-impl Ready {
+impl ReadyNotifier {
     /// Opens what must be open before the sandbox closes.
     ///
     /// # Errors
     /// One line that names what cannot be opened.
-    pub fn new(common: &Common) -> anyhow::Result<Self> {
+    pub fn new(common: &CommonOptions) -> anyhow::Result<Self> {
         let fd = common
             .ready_fd
             .map(|fd| crate::fd::inherit(fd).map_err(|e| anyhow::anyhow!("--ready-fd {fd}: {e}")))
             .transpose()?;
-        Ok(Ready {
+        Ok(ReadyNotifier {
             fd,
             systemd: notify_socket()?,
         })

@@ -14,11 +14,11 @@ use vhost::vhost_user::{Error as VhostError, GpuBackend, Result, VhostUserBacken
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
-use crate::inflight::{self, Shape, Table};
+use crate::inflight::{self, InflightLayout, InflightTable};
 use crate::memory::{MAX_REGIONS, MemoryTable, RegionInfo};
 use crate::ring::RingAddresses;
 use crate::worker::Worker;
-use crate::{Description, Error};
+use crate::{DeviceProperties, Error};
 
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
@@ -30,23 +30,23 @@ impl From<Error> for VhostError {
 
 /// The state of one connection. Rings and memory belong to the workers; this
 /// holds only what the protocol itself needs to remember.
-pub struct Session {
-    description: Arc<Description>,
+pub struct VhostUserSession {
+    properties: Arc<DeviceProperties>,
     workers: Arc<[Worker]>,
     table: MemoryTable,
     /// What is in flight in the rings that start from now on is kept here.
-    inflight: Option<Arc<Table>>,
+    inflight: Option<Arc<InflightTable>>,
     /// What SET_FEATURES said, once it came.
     features: Option<u64>,
     /// `None` until SET_PROTOCOL_FEATURES.
     protocol_features: Option<u64>,
 }
 
-impl Session {
+impl VhostUserSession {
     /// A fresh session; nothing is negotiated.
-    pub fn new(description: Arc<Description>, workers: Arc<[Worker]>) -> Self {
-        Session {
-            description,
+    pub fn new(properties: Arc<DeviceProperties>, workers: Arc<[Worker]>) -> Self {
+        VhostUserSession {
+            properties,
             workers,
             table: MemoryTable::default(),
             inflight: None,
@@ -56,9 +56,9 @@ impl Session {
     }
 
     /// A front end has come, on this socket.
-    pub fn connected(&self, socket: BorrowedFd<'_>) {
+    pub fn frontend_connected(&self, socket: BorrowedFd<'_>) {
         for worker in self.workers.iter() {
-            worker.control(|state, _| state.connected(socket));
+            worker.control(|state, _| state.frontend_connected(socket));
         }
     }
 
@@ -69,7 +69,7 @@ impl Session {
         }
         self.table = MemoryTable::default();
         self.inflight = None;
-        self.description.config.set_channel(None);
+        self.properties.config.set_channel(None);
     }
 
     /// Whether the front end has acknowledged this protocol feature.
@@ -85,7 +85,7 @@ impl Session {
     }
 
     fn offered(&self) -> u64 {
-        self.description.features
+        self.properties.features
             | (1 << VIRTIO_F_VERSION_1)
             | (1 << VIRTIO_RING_F_INDIRECT_DESC)
             | (1 << VIRTIO_RING_F_EVENT_IDX)
@@ -94,8 +94,8 @@ impl Session {
 
     /// The worker that serves queue `index`.
     fn worker(&self, index: usize) -> Result<&Worker> {
-        let queues = self.description.queues.len();
-        self.description
+        let queues = self.properties.queues.len();
+        self.properties
             .queues
             .get(index)
             .and_then(|&worker| self.workers.get(worker))
@@ -118,8 +118,8 @@ fn nonblocking(file: File, what: &str) -> Result<OwnedFd> {
     Ok(fd)
 }
 
-fn shape(inflight: &VhostUserInflight) -> Shape {
-    Shape {
+fn shape(inflight: &VhostUserInflight) -> InflightLayout {
+    InflightLayout {
         queues: inflight.num_queues,
         size: inflight.queue_size,
     }
@@ -129,7 +129,7 @@ fn unsupported<T>(what: &'static str) -> Result<T> {
     Err(Error::Unsupported(what).into())
 }
 
-impl VhostUserBackendReqHandlerMut for Session {
+impl VhostUserBackendReqHandlerMut for VhostUserSession {
     fn set_owner(&mut self) -> Result<()> {
         Ok(())
     }
@@ -238,7 +238,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
         let index = index as usize;
-        // Split rings have a 16-bit index; the upper half means something only
+        // SplitRing rings have a 16-bit index; the upper half means something only
         // for packed ones.
         Ok(self.worker(index)?.control(|state, _| {
             state.ring(index)?.set_base(base as u16);
@@ -288,7 +288,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
-        let inflight = match self.description.inflight {
+        let inflight = match self.properties.inflight {
             true => VhostUserProtocolFeatures::INFLIGHT_SHMFD,
             false => VhostUserProtocolFeatures::empty(),
         };
@@ -307,7 +307,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_queue_num(&mut self) -> Result<u64> {
-        Ok(self.description.queues.len() as u64)
+        Ok(self.properties.queues.len() as u64)
     }
 
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
@@ -323,7 +323,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         size: u32,
         _flags: VhostUserConfigFlags,
     ) -> Result<Vec<u8>> {
-        Ok(self.description.config.read(offset, size as usize)?)
+        Ok(self.properties.config.read(offset, size as usize)?)
     }
 
     fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
@@ -348,22 +348,22 @@ impl VhostUserBackendReqHandlerMut for Session {
         inflight: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File)> {
         let shape = shape(inflight);
-        let Description {
+        let DeviceProperties {
             queues, queue_size, ..
-        } = &*self.description;
+        } = &*self.properties;
         let (file, len) = inflight::create(shape, queues.len(), *queue_size)?;
         let made = VhostUserInflight::new(len, 0, shape.queues, shape.size);
         Ok((made, file))
     }
 
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
-        let table = Table::map(
+        let table = InflightTable::map(
             shape(inflight),
             file,
             inflight.mmap_offset,
             inflight.mmap_size,
-            self.description.queues.len(),
-            self.description.queue_size,
+            self.properties.queues.len(),
+            self.properties.queue_size,
         )?;
         self.inflight = Some(Arc::new(table));
         Ok(())

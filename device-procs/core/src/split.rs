@@ -67,7 +67,7 @@ impl Descriptor {
 
 /// Where a ring is, in guest-physical addresses.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Place {
+pub(crate) struct RingLayout {
     pub descriptors: GuestAddress,
     pub available: GuestAddress,
     pub used: GuestAddress,
@@ -75,7 +75,7 @@ pub(crate) struct Place {
 
 /// The areas of one ring. The references are good as long as `_memory`, and no function
 /// returns one.
-pub(crate) struct Split {
+pub(crate) struct SplitRing {
     size: u16,
     /// Whether wishes for notifications are indices (VIRTIO_F_EVENT_IDX), not flags.
     event_idx: bool,
@@ -97,12 +97,12 @@ const FLAGS: usize = 0;
 const INDEX: usize = 1;
 const HEADS: usize = 2;
 
-impl Split {
+impl SplitRing {
     /// A ring of `size` entries, which is a power of two. `None` if an area is not aligned
     /// as it must be (virtio 1.2 section 2.7), or not in one piece of memory.
     pub fn new(
         memory: &Arc<GuestMemory>,
-        place: Place,
+        place: RingLayout,
         size: u16,
         event_idx: bool,
     ) -> Option<Self> {
@@ -114,7 +114,7 @@ impl Split {
         memory.get_slice(place.used, used_len as usize).ok()?;
         // SAFETY: the references are kept beside `_memory`, and nowhere else.
         unsafe {
-            Some(Split {
+            Some(SplitRing {
                 size,
                 event_idx,
                 descriptors: area(memory, place.descriptors, 2 * count, DESCRIPTOR.into())?,
@@ -244,7 +244,7 @@ mod tests {
 
     #[test]
     fn areas_are_aligned_and_in_one_region() {
-        let place = |descriptors, available, used| Place {
+        let place = |descriptors, available, used| RingLayout {
             descriptors: GuestAddress(descriptors),
             available: GuestAddress(available),
             used: GuestAddress(used),
@@ -253,7 +253,7 @@ mod tests {
         let regions = [(0, 0x1000), (0x1000, 0x1000), (0x3001, 0x1000)];
         let regions = regions.map(|(at, len)| (GuestAddress(at), len));
         let memory = Arc::new(GuestMemory::from_ranges(&regions).unwrap());
-        let fits = |place| Split::new(&memory, place, 8, true).is_some();
+        let fits = |place| SplitRing::new(&memory, place, 8, true).is_some();
         assert!(fits(place(0xf80, 0x1000, 0x1100)));
         // Up to the last byte.
         assert!(fits(place(0x1f80, 0x1000 - 22, 0x100)));

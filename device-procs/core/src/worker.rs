@@ -5,14 +5,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::pace::{Next, Pace};
+use crate::adaptive_polling::{AdaptivePolling, PollAction};
 use crate::{Device, Error, Poller};
 use rustix::event::{EventfdFlags, eventfd};
 
 mod state;
 
-use state::Found;
-pub use state::State;
+use state::WorkFound;
+pub use state::WorkerState;
 
 /// Marks the tokens that the core itself puts into the poller.
 const CORE: u64 = 1 << 63;
@@ -21,7 +21,7 @@ const WAKE: u64 = CORE | (1 << 62);
 /// One worker. The thread in [`Worker::run`] moves data; the control thread
 /// reaches in through [`Worker::control`].
 pub struct Worker {
-    state: Mutex<State>,
+    state: Mutex<WorkerState>,
     poller: Poller,
     wake: OwnedFd,
     /// Control operations that want the lock; the data path lets them in.
@@ -46,23 +46,23 @@ impl Worker {
             .add_readable(&wake, WAKE)
             .map_err(Error::io("epoll_ctl"))?;
         device
-            .attach(&poller)
+            .register_sources(&poller)
             .map_err(Error::io("watching the device's descriptors"))?;
         Ok(Worker {
-            state: Mutex::new(State::new(device, own, total, queue_size)?),
+            state: Mutex::new(WorkerState::new(device, own, total, queue_size)?),
             poller,
             wake,
             waiting: AtomicUsize::new(0),
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, WorkerState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Runs `f` between two batches: while it runs, nothing of this worker
     /// touches guest memory.
-    pub fn control<R>(&self, f: impl FnOnce(&mut State, &Poller) -> R) -> R {
+    pub fn control<R>(&self, f: impl FnOnce(&mut WorkerState, &Poller) -> R) -> R {
         self.waiting.fetch_add(1, Ordering::AcqRel);
         let mut state = self.lock();
         self.waiting.fetch_sub(1, Ordering::AcqRel);
@@ -82,18 +82,18 @@ impl Worker {
     /// # Errors
     /// Only when epoll itself fails.
     pub fn run(&self, poll: Duration) -> std::io::Result<()> {
-        let mut pace = Pace::new(poll);
+        let mut polling = AdaptivePolling::new(poll);
         let mut tokens = Vec::new();
-        let mut next = Next::Sleep;
+        let mut next = PollAction::Sleep;
         loop {
             tokens.clear();
             match next {
-                Next::Look => std::hint::spin_loop(),
-                Next::LookAround => self.poller.wait(&mut tokens, Some(Duration::ZERO))?,
-                Next::Sleep => {
+                PollAction::Poll => std::hint::spin_loop(),
+                PollAction::CheckEvents => self.poller.wait(&mut tokens, Some(Duration::ZERO))?,
+                PollAction::Sleep => {
                     let start = Instant::now();
                     self.poller.wait(&mut tokens, None)?;
-                    pace.slept(start.elapsed());
+                    polling.slept(start.elapsed());
                 }
             }
             // The lock is not fair: without this a busy ring starves a stop.
@@ -101,15 +101,17 @@ impl Worker {
                 std::thread::yield_now();
             }
             let mut state = self.lock();
-            next = match state.work(&tokens, &self.poller, pace.is_looking()) {
-                Found::Nothing => pace.idle(),
-                Found::Work if pace.worked() => Next::LookAround,
-                Found::Work => pace.idle(),
-                Found::More if pace.worked() || !pace.is_looking() => Next::LookAround,
-                Found::More => Next::Look,
+            next = match state.work(&tokens, &self.poller, polling.is_polling()) {
+                WorkFound::Nothing => polling.found_nothing(),
+                WorkFound::Work if polling.found_work() => PollAction::CheckEvents,
+                WorkFound::Work => polling.found_nothing(),
+                WorkFound::More if polling.found_work() || !polling.is_polling() => {
+                    PollAction::CheckEvents
+                }
+                WorkFound::More => PollAction::Poll,
             };
-            if next == Next::Sleep && state.rest() {
-                next = Next::Look;
+            if next == PollAction::Sleep && state.enable_notification() {
+                next = PollAction::Poll;
             }
         }
     }

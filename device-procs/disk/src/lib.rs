@@ -8,20 +8,20 @@
 //! [`live`] lets others ask for that and make the disk larger, [`lock`] keeps other
 //! programs from the image.
 
-mod active;
+mod block_backend;
+mod block_control;
 mod bounce;
 mod config;
-mod disk;
-mod drive;
-mod engine;
 mod image;
-mod live;
+mod in_flight;
+mod io_engine;
 mod lock;
 mod request;
 #[cfg(test)]
 mod sealed;
 mod stats;
 mod transfer;
+mod virtio_blk;
 
 use std::os::fd::{AsFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -30,13 +30,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use device_core::{Control, Description, Device, Program, QUEUE_SIZE, cli::Common, control};
+use device_core::{
+    Control, Device, DeviceProgram, DeviceProperties, QUEUE_SIZE, cli::CommonOptions, control,
+};
 use outrigger_sandbox::{Check, Rule};
 
-use crate::disk::Disk;
-use crate::drive::{Cache, Drive};
-use crate::engine::Engine;
-use crate::image::{Backing, Format, Origin};
+use crate::block_backend::{BlockBackend, CacheMode};
+use crate::image::{BackingPolicy, ImageFormat, ImageOrigin};
+use crate::io_engine::IoEngine;
+use crate::virtio_blk::VirtioBlk;
 
 /// Serves a disk image or block device to a virtual machine over vhost-user.
 #[derive(Parser)]
@@ -46,12 +48,12 @@ use crate::image::{Backing, Format, Origin};
     subcommand_negates_reqs = true,
     args_conflicts_with_subcommands = true
 )]
-pub struct Options {
+pub struct DiskOptions {
     #[command(subcommand)]
-    command: Option<Command>,
+    command: Option<DiskCommand>,
 
     #[command(flatten)]
-    common: Common,
+    common: CommonOptions,
 
     #[command(flatten)]
     control: control::ControlOptions,
@@ -73,23 +75,23 @@ pub struct Options {
     /// Format of the image. A file that begins like a qcow or qcow2 image must be given
     /// one; any other is raw
     #[arg(long, value_enum, value_name = "raw|qcow2|qcow")]
-    format: Option<Format>,
+    format: Option<ImageFormat>,
 
     /// Whether an image may lie on other files, which it names: they are read
-    #[arg(long, value_enum, value_name = "deny|allow", default_value_t = Backing::Deny)]
-    backing: Backing,
+    #[arg(long, value_enum, value_name = "deny|allow", default_value_t = BackingPolicy::Deny)]
+    backing: BackingPolicy,
 
     /// Refuse all writes
     #[arg(long)]
     read_only: bool,
 
     /// Lock the image as QEMU does, so that no two programs write to it at a time
-    #[arg(long, value_enum, value_name = "on|off", default_value_t = Lock::On)]
-    lock: Lock,
+    #[arg(long, value_enum, value_name = "on|off", default_value_t = LockMode::On)]
+    lock: LockMode,
 
     /// How writes get to the medium
     #[arg(long, value_enum, value_name = "HOW", default_value_t)]
-    cache: Cache,
+    cache: CacheMode,
 
     /// After work, look for more for up to so many microseconds before sleeping, if that
     /// pays: an answer comes sooner, at the cost of processor time
@@ -113,14 +115,14 @@ pub struct Options {
 
 /// What else the program does.
 #[derive(Subcommand)]
-enum Command {
+enum DiskCommand {
     /// Makes an image
-    Create(image::create::Options),
+    Create(image::create::CreateOptions),
 }
 
 /// Whether the image is locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Lock {
+enum LockMode {
     /// As QEMU does
     On,
     /// Whoever gives it sees to it that nobody else writes
@@ -156,7 +158,7 @@ const SYSCALLS: &[Rule] = &[
     Rule::any(libc::SYS_io_uring_enter),
     Rule::when(
         libc::SYS_io_uring_register,
-        &[Check::OneOf(1, &[engine::REGISTER_FILES_UPDATE as u32])],
+        &[Check::OneOf(1, &[io_engine::REGISTER_FILES_UPDATE as u32])],
     ),
     // Whether a block device has grown.
     Rule::when(
@@ -167,8 +169,8 @@ const SYSCALLS: &[Rule] = &[
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    let options: Options = outrigger_cli::parse();
-    if let Some(Command::Create(options)) = &options.command {
+    let options: DiskOptions = outrigger_cli::parse();
+    if let Some(DiskCommand::Create(options)) = &options.command {
         let made = options.make();
         return made.map_or_else(
             |error| {
@@ -194,7 +196,7 @@ fn named(fd: RawFd) -> String {
     path.map_or_else(|_| String::new(), |path| format!(" ({})", path.display()))
 }
 
-fn build(options: &Options) -> anyhow::Result<Program> {
+fn build(options: &DiskOptions) -> anyhow::Result<DeviceProgram> {
     let path = options.blk_file.clone().unwrap_or_default();
     let name = match options.blk_fd {
         Some(fd) => format!("--blk-fd {fd}{}", named(fd)),
@@ -205,11 +207,11 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             Some(fd) => image::adopt(fd, options.read_only)?,
             None => image::open_file(&path, options.read_only)?,
         };
-        if options.lock == Lock::On {
+        if options.lock == LockMode::On {
             let to = match options.format {
-                _ if options.read_only => lock::Use::Read,
-                None | Some(Format::Raw) => lock::Use::Write,
-                Some(_) => lock::Use::Grow,
+                _ if options.read_only => lock::ImageAccess::Read,
+                None | Some(ImageFormat::Raw) => lock::ImageAccess::Write,
+                Some(_) => lock::ImageAccess::Grow,
             };
             lock::take(&file, to)?;
         }
@@ -217,11 +219,11 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             Some(fd) => std::fs::read_link(format!("/proc/self/fd/{fd}")).ok(),
             None => Some(path.clone()),
         };
-        let origin = Origin {
+        let origin = ImageOrigin {
             name: &name,
             directory: place.as_deref().and_then(Path::parent),
             backing: options.backing,
-            lock: options.lock == Lock::On,
+            lock: options.lock == LockMode::On,
             depth: 0,
         };
         image::open(file, options.format, options.read_only, &origin)
@@ -237,7 +239,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             ""
         }
     );
-    let drive = Drive::new(
+    let backend = BlockBackend::new(
         image,
         options.cache,
         options.block_size,
@@ -245,21 +247,21 @@ fn build(options: &Options) -> anyhow::Result<Program> {
         options.queues,
     )
     .map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
-    let features = config::features(&drive.geometry(), options.queues);
-    let drive = Arc::new(drive);
-    let live = Arc::clone(&drive) as Arc<dyn Control>;
+    let features = config::features(&backend.geometry(), options.queues);
+    let backend = Arc::new(backend);
+    let live = Arc::clone(&backend) as Arc<dyn Control>;
     let queues = usize::from(options.queues);
-    Ok(Program {
-        description: Description {
+    Ok(DeviceProgram {
+        properties: DeviceProperties {
             name: "device-disk",
             features,
             queues: (0..queues).collect(),
             queue_size: QUEUE_SIZE,
-            config: drive.config.clone(),
+            config: backend.config.clone(),
             inflight: true,
             poll: Duration::from_micros(options.poll_us),
         },
-        workers: workers(&drive, queues),
+        workers: workers(&backend, queues),
         syscalls: SYSCALLS,
         keep_network: false,
         restore: None,
@@ -269,11 +271,11 @@ fn build(options: &Options) -> anyhow::Result<Program> {
 }
 
 /// One disk for each queue, with an engine if the host has such a thing.
-fn workers(drive: &Arc<Drive>, queues: usize) -> Vec<Box<dyn Device>> {
-    let direct = drive.direct.as_ref();
+fn workers(backend: &Arc<BlockBackend>, queues: usize) -> Vec<Box<dyn Device>> {
+    let direct = backend.direct.as_ref();
     let mut workers: Vec<Box<dyn Device>> = Vec::with_capacity(queues);
     for queue in 0..queues {
-        let engine = Engine::new(drive.image.file(), direct.map(AsFd::as_fd));
+        let engine = IoEngine::new(backend.image.file(), direct.map(AsFd::as_fd));
         if queue == 0
             && let Err(error) = &engine
         {
@@ -283,7 +285,7 @@ fn workers(drive: &Arc<Drive>, queues: usize) -> Vec<Box<dyn Device>> {
             };
             tracing::warn!("no io_uring ({error}): a queue waits for each of its requests{cache}");
         }
-        workers.push(Box::new(Disk::new(Arc::clone(drive), engine.ok())));
+        workers.push(Box::new(VirtioBlk::new(Arc::clone(backend), engine.ok())));
     }
     workers
 }

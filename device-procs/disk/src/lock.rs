@@ -30,7 +30,7 @@ const RESIZE: i64 = 3;
 
 /// What is to be done with a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Use {
+pub enum ImageAccess {
     /// Its bytes are read.
     Read,
     /// They are written, too, where they are.
@@ -50,7 +50,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// # Errors
 /// One line that says what somebody else does with the image, and who it is if that
 /// can be known; or fcntl(2)'s.
-pub fn take(file: &File, to: Use) -> io::Result<()> {
+pub fn take(file: &File, to: ImageAccess) -> io::Result<()> {
     let begun = Instant::now();
     loop {
         match take_at_once(file, to) {
@@ -65,12 +65,12 @@ pub fn take(file: &File, to: Use) -> io::Result<()> {
 }
 
 /// As [`take`]; `ResourceBusy` is somebody whom we cannot find.
-fn take_at_once(file: &File, to: Use) -> io::Result<()> {
+fn take_at_once(file: &File, to: ImageAccess) -> io::Result<()> {
     let does: &[i64] = match to {
-        Use::Read => &[READ],
+        ImageAccess::Read => &[READ],
         // Its last sector is made whole once the guest writes there.
-        Use::Write if file.metadata()?.len() % SECTOR == 0 => &[READ, WRITE],
-        Use::Write | Use::Grow => &[READ, WRITE, RESIZE],
+        ImageAccess::Write if file.metadata()?.len() % SECTOR == 0 => &[READ, WRITE],
+        ImageAccess::Write | ImageAccess::Grow => &[READ, WRITE, RESIZE],
     };
     for &permission in does {
         lock(file, DOES + permission)?;
@@ -198,22 +198,24 @@ mod tests {
     fn readers_share_and_a_writer_does_not() {
         let image = NamedTempFile::new().unwrap();
         let (first, second, third) = (open(&image), open(&image), open(&image));
-        take(&first, Use::Read).unwrap();
-        take(&second, Use::Read).unwrap();
-        let why = take_at_once(&third, Use::Write).unwrap_err().to_string();
+        take(&first, ImageAccess::Read).unwrap();
+        take(&second, ImageAccess::Read).unwrap();
+        let why = take_at_once(&third, ImageAccess::Write)
+            .unwrap_err()
+            .to_string();
         assert!(why.contains("locked"), "{why}");
         drop((first, second, third));
 
         let writer = open(&image);
-        take(&writer, Use::Write).unwrap();
-        assert!(take_at_once(&open(&image), Use::Write).is_err());
-        assert!(take_at_once(&open(&image), Use::Read).is_err());
+        take(&writer, ImageAccess::Write).unwrap();
+        assert!(take_at_once(&open(&image), ImageAccess::Write).is_err());
+        assert!(take_at_once(&open(&image), ImageAccess::Read).is_err());
         // The lock is the open file's: it goes with its last descriptor.
         let duplicate = writer.try_clone().unwrap();
         drop(writer);
-        assert!(take_at_once(&open(&image), Use::Read).is_err());
+        assert!(take_at_once(&open(&image), ImageAccess::Read).is_err());
         drop(duplicate);
-        take(&open(&image), Use::Write).unwrap();
+        take(&open(&image), ImageAccess::Write).unwrap();
     }
 
     /// A file that ends within a sector grows, which somebody may not let it.
@@ -221,10 +223,10 @@ mod tests {
     fn an_image_that_may_grow_is_marked() {
         let image = NamedTempFile::new().unwrap();
         for (len, to, grows) in [
-            (1000, Use::Write, true),
-            (1000, Use::Read, false),
-            (1024, Use::Write, false),
-            (1024, Use::Grow, true),
+            (1000, ImageAccess::Write, true),
+            (1000, ImageAccess::Read, false),
+            (1024, ImageAccess::Write, false),
+            (1024, ImageAccess::Grow, true),
         ] {
             image.as_file().set_len(len).unwrap();
             let user = open(&image);

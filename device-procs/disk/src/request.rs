@@ -1,7 +1,7 @@
 //! One virtio-blk request (virtio 1.2 section 5.2.6): understood and checked
 //! here, before anything touches the image.
 
-use device_core::Chain;
+use device_core::DescriptorChain;
 use device_core::chain::Buffers;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
@@ -10,7 +10,7 @@ use virtio_bindings::virtio_blk::{
 
 use crate::config::{MAX_RANGE_SECTORS, MAX_RANGES};
 use crate::image::{Geometry, SECTOR};
-use crate::stats::Kind;
+use crate::stats::RequestKind;
 
 /// Length of the answer to GET_ID in bytes.
 pub const ID_SIZE: usize = 20;
@@ -18,7 +18,7 @@ const HEADER: usize = 16;
 const RANGE: usize = 16;
 
 /// What the guest asks, with all addresses in bytes and within the disk.
-pub enum Operation<'m> {
+pub enum BlockOperation<'m> {
     /// Read into these buffers.
     Read(u64, Buffers<'m>),
     /// Write these buffers.
@@ -46,7 +46,7 @@ pub struct Range {
 
 /// Why a request cannot be carried out.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Refusal {
+pub enum RequestError {
     /// Answered with VIRTIO_BLK_S_IOERR.
     Invalid(&'static str),
     /// Answered with VIRTIO_BLK_S_UNSUPP.
@@ -54,9 +54,9 @@ pub enum Refusal {
 }
 
 /// A request and where its status byte goes.
-pub struct Request<'m> {
+pub struct BlockRequest<'m> {
     /// What is asked, also where it is refused.
-    pub kind: Kind,
+    pub kind: RequestKind,
     /// Bytes of the disk that it is about.
     pub bytes: u64,
     /// The last writable byte.
@@ -64,15 +64,15 @@ pub struct Request<'m> {
     /// Writable bytes before it.
     pub data_len: usize,
     /// What to do.
-    pub operation: Result<Operation<'m>, Refusal>,
+    pub operation: Result<BlockOperation<'m>, RequestError>,
 }
 
-impl<'m> Request<'m> {
+impl<'m> BlockRequest<'m> {
     /// Takes `chain` apart; header, data and status may be split over
     /// descriptors in any way. `None` when there is no status byte: such a
     /// request cannot even be refused.
-    pub fn parse(chain: Chain<'m>, disk: &Geometry) -> Option<Self> {
-        let Chain {
+    pub fn parse(chain: DescriptorChain<'m>, disk: &Geometry) -> Option<Self> {
+        let DescriptorChain {
             readable,
             mut writable,
             ..
@@ -80,9 +80,9 @@ impl<'m> Request<'m> {
         let status = writable.take_back(1)?;
         let data_len = writable.len();
         let (kind, operation) = operation(readable, writable, disk);
-        Some(Request {
+        Some(BlockRequest {
             kind,
-            bytes: operation.as_ref().map_or(0, Operation::bytes),
+            bytes: operation.as_ref().map_or(0, BlockOperation::bytes),
             status,
             data_len,
             operation,
@@ -90,15 +90,17 @@ impl<'m> Request<'m> {
     }
 }
 
-impl Operation<'_> {
+impl BlockOperation<'_> {
     /// Bytes of the disk that it is about.
     fn bytes(&self) -> u64 {
         match self {
-            Operation::Read(_, buffers) | Operation::Write(_, buffers) => buffers.len() as u64,
-            Operation::Discard(ranges) | Operation::WriteZeroes(ranges) => {
+            BlockOperation::Read(_, buffers) | BlockOperation::Write(_, buffers) => {
+                buffers.len() as u64
+            }
+            BlockOperation::Discard(ranges) | BlockOperation::WriteZeroes(ranges) => {
                 ranges.iter().map(|range| range.len).sum()
             }
-            Operation::Flush | Operation::GetId(_) => 0,
+            BlockOperation::Flush | BlockOperation::GetId(_) => 0,
         }
     }
 }
@@ -107,23 +109,23 @@ fn operation<'m>(
     mut readable: Buffers<'m>,
     writable: Buffers<'m>,
     disk: &Geometry,
-) -> (Kind, Result<Operation<'m>, Refusal>) {
+) -> (RequestKind, Result<BlockOperation<'m>, RequestError>) {
     let mut header = [0; HEADER];
     let Some(front) = readable.take(HEADER) else {
         return (
-            Kind::Other,
-            Err(Refusal::Invalid("its header is too short")),
+            RequestKind::Other,
+            Err(RequestError::Invalid("its header is too short")),
         );
     };
     front.copy_to(&mut header);
     let number = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
     let kind = match number {
-        VIRTIO_BLK_T_IN => Kind::Read,
-        VIRTIO_BLK_T_OUT => Kind::Write,
-        VIRTIO_BLK_T_FLUSH => Kind::Flush,
-        VIRTIO_BLK_T_DISCARD => Kind::Discard,
-        VIRTIO_BLK_T_WRITE_ZEROES => Kind::WriteZeroes,
-        _ => Kind::Other,
+        VIRTIO_BLK_T_IN => RequestKind::Read,
+        VIRTIO_BLK_T_OUT => RequestKind::Write,
+        VIRTIO_BLK_T_FLUSH => RequestKind::Flush,
+        VIRTIO_BLK_T_DISCARD => RequestKind::Discard,
+        VIRTIO_BLK_T_WRITE_ZEROES => RequestKind::WriteZeroes,
+        _ => RequestKind::Other,
     };
     let sector = word64(&header[8..]);
     (kind, understand(number, sector, readable, writable, disk))
@@ -135,29 +137,29 @@ fn understand<'m>(
     readable: Buffers<'m>,
     writable: Buffers<'m>,
     disk: &Geometry,
-) -> Result<Operation<'m>, Refusal> {
+) -> Result<BlockOperation<'m>, RequestError> {
     match number {
-        VIRTIO_BLK_T_IN => Ok(Operation::Read(
+        VIRTIO_BLK_T_IN => Ok(BlockOperation::Read(
             transfer(sector, writable.len(), disk)?,
             writable,
         )),
         VIRTIO_BLK_T_OUT => {
             writable_disk(disk)?;
             let offset = transfer(sector, readable.len(), disk)?;
-            Ok(Operation::Write(offset, readable))
+            Ok(BlockOperation::Write(offset, readable))
         }
-        VIRTIO_BLK_T_FLUSH => Ok(Operation::Flush),
-        VIRTIO_BLK_T_GET_ID => Ok(Operation::GetId(writable)),
+        VIRTIO_BLK_T_FLUSH => Ok(BlockOperation::Flush),
+        VIRTIO_BLK_T_GET_ID => Ok(BlockOperation::GetId(writable)),
         VIRTIO_BLK_T_DISCARD => {
             writable_disk(disk)?;
-            Ok(Operation::Discard(ranges(&readable, disk, 0)?))
+            Ok(BlockOperation::Discard(ranges(&readable, disk, 0)?))
         }
         VIRTIO_BLK_T_WRITE_ZEROES => {
             writable_disk(disk)?;
             let known = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
-            Ok(Operation::WriteZeroes(ranges(&readable, disk, known)?))
+            Ok(BlockOperation::WriteZeroes(ranges(&readable, disk, known)?))
         }
-        _ => Err(Refusal::Unsupported),
+        _ => Err(RequestError::Unsupported),
     }
 }
 
@@ -167,37 +169,45 @@ fn word64(bytes: &[u8]) -> u64 {
     u64::from_le_bytes(word)
 }
 
-fn writable_disk(disk: &Geometry) -> Result<(), Refusal> {
+fn writable_disk(disk: &Geometry) -> Result<(), RequestError> {
     if disk.read_only {
-        return Err(Refusal::Invalid("the disk is read-only"));
+        return Err(RequestError::Invalid("the disk is read-only"));
     }
     Ok(())
 }
 
 /// The offset in bytes of `len` bytes at `sector`.
-fn transfer(sector: u64, len: usize, disk: &Geometry) -> Result<u64, Refusal> {
+fn transfer(sector: u64, len: usize, disk: &Geometry) -> Result<u64, RequestError> {
     let len = len as u64;
     if !len.is_multiple_of(SECTOR) {
-        return Err(Refusal::Invalid("its length is no multiple of 512"));
+        return Err(RequestError::Invalid("its length is no multiple of 512"));
     }
     let block = u64::from(disk.logical_block).max(SECTOR);
     if !(len | sector.wrapping_mul(SECTOR)).is_multiple_of(block) {
-        return Err(Refusal::Invalid("it is not made of whole blocks"));
+        return Err(RequestError::Invalid("it is not made of whole blocks"));
     }
     span(sector, len / SECTOR, disk).map(|(offset, _)| offset)
 }
 
-fn span(sector: u64, count: u64, disk: &Geometry) -> Result<(u64, u64), Refusal> {
+fn span(sector: u64, count: u64, disk: &Geometry) -> Result<(u64, u64), RequestError> {
     match sector.checked_add(count) {
         Some(end) if end <= disk.sectors() => Ok((sector * SECTOR, count * SECTOR)),
-        _ => Err(Refusal::Invalid("it reaches beyond the end of the disk")),
+        _ => Err(RequestError::Invalid(
+            "it reaches beyond the end of the disk",
+        )),
     }
 }
 
-fn ranges(data: &Buffers<'_>, disk: &Geometry, known_flags: u32) -> Result<Vec<Range>, Refusal> {
+fn ranges(
+    data: &Buffers<'_>,
+    disk: &Geometry,
+    known_flags: u32,
+) -> Result<Vec<Range>, RequestError> {
     let len = data.len();
     if len == 0 || !len.is_multiple_of(RANGE) || len / RANGE > MAX_RANGES as usize {
-        return Err(Refusal::Invalid("its list of ranges has a wrong length"));
+        return Err(RequestError::Invalid(
+            "its list of ranges has a wrong length",
+        ));
     }
     let mut bytes = vec![0; len];
     data.copy_to(&mut bytes);
@@ -207,10 +217,10 @@ fn ranges(data: &Buffers<'_>, disk: &Geometry, known_flags: u32) -> Result<Vec<R
             let last = word64(&range[8..]);
             let (count, flags) = (last as u32, (last >> 32) as u32);
             if flags & !known_flags != 0 {
-                return Err(Refusal::Unsupported);
+                return Err(RequestError::Unsupported);
             }
             if count > MAX_RANGE_SECTORS {
-                return Err(Refusal::Invalid("one of its ranges is too long"));
+                return Err(RequestError::Invalid("one of its ranges is too long"));
             }
             let (offset, len) = span(word64(range), count.into(), disk)?;
             Ok(Range {

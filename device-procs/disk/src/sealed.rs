@@ -8,7 +8,7 @@ use std::process::Command;
 use outrigger_sandbox::{BASE, Mode, Policy, seal};
 
 use crate::SYSCALLS;
-use crate::engine::{Engine, Part, REGISTER_FILES_UPDATE, Task, Way};
+use crate::io_engine::{IoEngine, IoOp, IoPath, IoTransfer, REGISTER_FILES_UPDATE};
 
 /// Names the probe.
 const PROBE: &str = "OUTRIGGER_TEST_SEALED";
@@ -20,15 +20,15 @@ static POLICY: Policy = Policy {
     max_files: 64,
 };
 
-type Probe = fn(&mut Engine) -> bool;
+type Probe = fn(&mut IoEngine) -> bool;
 
 /// True: it went well, and nothing is wrong with the process.
 const ALLOWED: &[(&str, Probe)] = &[
     ("flush", |engine| {
-        let flush = Part {
+        let flush = IoTransfer {
             request: 7,
-            task: Task::Flush,
-            way: Way::Cached,
+            task: IoOp::Flush,
+            path: IoPath::Cached,
             offset: 0,
             memory: vec![],
             bounce: None,
@@ -71,7 +71,7 @@ const KILLED: &[(&str, Probe)] = &[
     }),
 ];
 
-fn register(engine: &Engine, what: usize) -> bool {
+fn register(engine: &IoEngine, what: usize) -> bool {
     let fd = engine.as_fd().as_raw_fd() as usize;
     call(libc::SYS_io_uring_register, [fd, what, 0, 0])
 }
@@ -87,7 +87,7 @@ fn a_sealed_process_can_use_its_engine_and_no_more() {
     if let Ok(name) = std::env::var(PROBE) {
         let (_, probe) = all().find(|it| it.0 == name).unwrap();
         let file = tempfile::tempfile().unwrap();
-        let mut engine = Engine::new(file.as_fd(), None).unwrap();
+        let mut engine = IoEngine::new(file.as_fd(), None).unwrap();
         seal(&POLICY, Mode::Enforce).unwrap();
         let code = if probe(&mut engine) { 0 } else { 1 };
         // SAFETY: nothing is to be cleaned up, for which there may be no system call.

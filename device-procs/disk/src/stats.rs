@@ -13,7 +13,7 @@ const DIGITS: u8 = 2;
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum RequestKind {
     /// To read.
     Read,
     /// To write.
@@ -28,26 +28,26 @@ pub enum Kind {
     Other,
 }
 
-impl Kind {
+impl RequestKind {
     /// Its name, for messages.
     pub fn name(self) -> &'static str {
         match self {
-            Kind::Read => "read",
-            Kind::Write => "write",
-            Kind::Flush => "flush",
-            Kind::Discard => "discard",
-            Kind::WriteZeroes => "write-zeroes",
-            Kind::Other => "other",
+            RequestKind::Read => "read",
+            RequestKind::Write => "write",
+            RequestKind::Flush => "flush",
+            RequestKind::Discard => "discard",
+            RequestKind::WriteZeroes => "write-zeroes",
+            RequestKind::Other => "other",
         }
     }
 }
 
 /// Takes down what one queue does. Clones share one book. The lock is its worker's alone
-/// but for the moment of a [`Recorder::snapshot`].
+/// but for the moment of a [`StatsRecorder::snapshot`].
 #[derive(Clone)]
-pub struct Recorder(Arc<Mutex<Book>>);
+pub struct StatsRecorder(Arc<Mutex<QueueCounters>>);
 
-struct Book {
+struct QueueCounters {
     requests: RequestStats,
     in_flight: u64,
     in_flight_max: u64,
@@ -56,10 +56,10 @@ struct Book {
     longest: Duration,
 }
 
-impl Default for Recorder {
+impl Default for StatsRecorder {
     fn default() -> Self {
         let times = Histogram::new_with_bounds(1, LONGEST, DIGITS);
-        Recorder(Arc::new(Mutex::new(Book {
+        StatsRecorder(Arc::new(Mutex::new(QueueCounters {
             requests: RequestStats::default(),
             in_flight: 0,
             in_flight_max: 0,
@@ -69,8 +69,8 @@ impl Default for Recorder {
     }
 }
 
-impl Recorder {
-    fn lock(&self) -> MutexGuard<'_, Book> {
+impl StatsRecorder {
+    fn lock(&self) -> MutexGuard<'_, QueueCounters> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -82,16 +82,16 @@ impl Recorder {
     }
 
     /// A request for `bytes` is complete, `took` after it was taken.
-    pub fn completed(&self, kind: Kind, bytes: u64, ok: bool, took: Duration) {
+    pub fn completed(&self, kind: RequestKind, bytes: u64, ok: bool, took: Duration) {
         let mut book = self.lock();
         book.in_flight = book.in_flight.saturating_sub(1);
         let count = match kind {
-            Kind::Read => &mut book.requests.read,
-            Kind::Write => &mut book.requests.write,
-            Kind::Flush => &mut book.requests.flush,
-            Kind::Discard => &mut book.requests.discard,
-            Kind::WriteZeroes => &mut book.requests.write_zeroes,
-            Kind::Other => &mut book.requests.other,
+            RequestKind::Read => &mut book.requests.read,
+            RequestKind::Write => &mut book.requests.write,
+            RequestKind::Flush => &mut book.requests.flush,
+            RequestKind::Discard => &mut book.requests.discard,
+            RequestKind::WriteZeroes => &mut book.requests.write_zeroes,
+            RequestKind::Other => &mut book.requests.other,
         };
         *count = OperationStats {
             count: count.count.saturating_add(1),
@@ -140,18 +140,18 @@ mod tests {
 
     #[test]
     fn an_empty_book_has_no_times() {
-        assert_eq!(Recorder::default().snapshot(), QueueStats::default());
+        assert_eq!(StatsRecorder::default().snapshot(), QueueStats::default());
     }
 
     #[test]
     fn requests_are_counted_by_kind() {
-        let recorder = Recorder::default();
+        let recorder = StatsRecorder::default();
         let other = recorder.clone();
         recorder.begun(3);
-        recorder.completed(Kind::Read, 4096, true, US);
+        recorder.completed(RequestKind::Read, 4096, true, US);
         recorder.begun(1);
-        recorder.completed(Kind::Read, 512, false, US);
-        other.completed(Kind::Flush, 0, true, US);
+        recorder.completed(RequestKind::Read, 512, false, US);
+        other.completed(RequestKind::Flush, 0, true, US);
         let stats = other.snapshot();
         let (bytes, errors) = (4096, 1);
         let read = OperationStats {
@@ -168,9 +168,9 @@ mod tests {
 
     #[test]
     fn percentiles_are_within_a_hundredth() {
-        let recorder = Recorder::default();
+        let recorder = StatsRecorder::default();
         for time in 1..=10_000 {
-            recorder.completed(Kind::Write, 1, true, time * US);
+            recorder.completed(RequestKind::Write, 1, true, time * US);
         }
         let latency = recorder.snapshot().latency;
         for (got, exact) in [
@@ -185,12 +185,12 @@ mod tests {
 
     #[test]
     fn its_size_is_bounded_whatever_the_times() {
-        let recorder = Recorder::default();
+        let recorder = StatsRecorder::default();
         for time in [Duration::ZERO, US, Duration::from_secs(3600), Duration::MAX] {
-            recorder.completed(Kind::Other, u64::MAX, true, time);
+            recorder.completed(RequestKind::Other, u64::MAX, true, time);
         }
         let (stats, book) = (recorder.snapshot(), recorder.lock());
-        let size = book.times.distinct_values() * size_of::<u64>() + size_of::<Book>();
+        let size = book.times.distinct_values() * size_of::<u64>() + size_of::<QueueCounters>();
         assert!(size < 48 << 10, "{size} bytes");
         assert_eq!(stats.latency.samples, 4);
         assert_eq!(stats.requests.other.bytes, u64::MAX);
@@ -201,11 +201,16 @@ mod tests {
     #[test]
     #[ignore = "measures"]
     fn what_a_request_costs() {
-        let recorder = Recorder::default();
+        let recorder = StatsRecorder::default();
         let (count, start) = (10_000_000u32, std::time::Instant::now());
         for time in 0..count {
             recorder.begun(1);
-            recorder.completed(Kind::Read, 4096, true, Duration::from_nanos(time.into()));
+            recorder.completed(
+                RequestKind::Read,
+                4096,
+                true,
+                Duration::from_nanos(time.into()),
+            );
         }
         let cost = start.elapsed() / count;
         let len = recorder.lock().times.distinct_values();

@@ -15,11 +15,11 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser;
-use device_core::{ConfigSpace, Description, Program, QUEUE_SIZE, cli::Common};
+use device_core::{ConfigSpace, DeviceProgram, DeviceProperties, QUEUE_SIZE, cli::CommonOptions};
 
 use crate::config::Mac;
 use crate::interface::{Interface, Network};
-use crate::net::Net;
+use crate::net::VirtioNet;
 use crate::tap::Tap;
 
 /// What an interface has that was not asked (RFC 894), in bytes.
@@ -28,9 +28,9 @@ const USUAL_MTU: u16 = 1500;
 /// Serves a network card to a virtual machine over vhost-user.
 #[derive(Parser)]
 #[command(name = "device-net", version)]
-pub struct Options {
+pub struct NetOptions {
     #[command(flatten)]
-    common: Common,
+    common: CommonOptions,
 
     /// Existing tap device to attach to
     #[arg(
@@ -64,14 +64,14 @@ pub struct Options {
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    let options: Options = outrigger_cli::parse();
+    let options: NetOptions = outrigger_cli::parse();
     let capabilities = serde_json::json!({ "type": "net", "features": [] });
     device_core::run("device-net", &options.common, &capabilities, || {
         build(&options)
     })
 }
 
-fn build(options: &Options) -> anyhow::Result<Program> {
+fn build(options: &NetOptions) -> anyhow::Result<DeviceProgram> {
     let (tap, keep_network) = open(options)?;
     let interface = Interface::new(tap.name())?;
     let mtu = agree_on_mtu(&interface, options.mtu)
@@ -82,8 +82,8 @@ fn build(options: &Options) -> anyhow::Result<Program> {
         Mac::derived(host.trim(), tap.name())
     });
     tracing::info!("{}: guest {mac}, MTU {mtu}", tap.name());
-    Ok(Program {
-        description: Description {
+    Ok(DeviceProgram {
+        properties: DeviceProperties {
             name: "device-net",
             features: config::features(),
             queues: vec![0, 0],
@@ -92,7 +92,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
             inflight: false,
             poll: std::time::Duration::ZERO,
         },
-        workers: vec![Box::new(Net::new(tap, mtu))],
+        workers: vec![Box::new(VirtioNet::new(tap, mtu))],
         syscalls: tap::SYSCALLS,
         keep_network,
         restore: None,
@@ -102,7 +102,7 @@ fn build(options: &Options) -> anyhow::Result<Program> {
 }
 
 /// The tap device, and whether the process must stay in its network namespace.
-fn open(options: &Options) -> anyhow::Result<(Tap, bool)> {
+fn open(options: &NetOptions) -> anyhow::Result<(Tap, bool)> {
     if let Some(network) = options.isolated {
         let tap = isolated::tap(network).context("--isolated")?;
         return Ok((tap, true));

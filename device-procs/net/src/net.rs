@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 
-use device_core::{Chain, Context, Device, Poller};
+use device_core::{DescriptorChain, Device, DeviceContext, Poller};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_HDR_F_NEEDS_CSUM,
@@ -51,17 +51,17 @@ fn count(counter: &mut u64, what: &str) {
 
 /// The interface. Frames go between tap and guest memory without a stop; what
 /// there is no room for yet stays in the tap device's own queue.
-pub struct Net {
+pub struct VirtioNet {
     tap: Tap,
     mtu: u16,
     features: u64,
     dropped: Dropped,
 }
 
-impl Net {
+impl VirtioNet {
     /// An interface before any driver; `mtu` in bytes.
     pub fn new(tap: Tap, mtu: u16) -> Self {
-        Net {
+        VirtioNet {
             tap,
             mtu,
             features: 0,
@@ -84,7 +84,7 @@ impl Net {
         HEADER + ETHERNET + packet
     }
 
-    fn transmit(&mut self, cx: &mut Context<'_>) {
+    fn transmit(&mut self, cx: &mut DeviceContext<'_>) {
         let memory = cx.memory;
         let Some(ring) = cx.ring(TX) else { return };
         while let Some(chain) = ring.pop(memory) {
@@ -93,7 +93,7 @@ impl Net {
                     &mut self.dropped.short,
                     "a frame shorter than its header was dropped",
                 );
-                ring.push(chain.head, 0);
+                ring.add_used(chain.head, 0);
                 continue;
             }
             // SAFETY: the pieces are guest memory, mapped for as long as `chain`
@@ -102,7 +102,7 @@ impl Net {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     // The tap device reports when there is room again.
-                    ring.unpop(&chain);
+                    ring.undo_pop(&chain);
                     return;
                 }
                 Err(error) => count(
@@ -110,16 +110,16 @@ impl Net {
                     &format!("{} refused a frame: {error}", self.tap.name()),
                 ),
             }
-            ring.push(chain.head, 0);
+            ring.add_used(chain.head, 0);
         }
     }
 
-    fn receive(&mut self, cx: &mut Context<'_>) {
+    fn receive(&mut self, cx: &mut DeviceContext<'_>) {
         let memory = cx.memory;
         let Some(ring) = cx.ring(RX) else { return };
         let longest = self.longest_frame();
         let mergeable = self.has(VIRTIO_NET_F_MRG_RXBUF);
-        let mut chains: VecDeque<Chain<'_>> = VecDeque::new();
+        let mut chains: VecDeque<DescriptorChain<'_>> = VecDeque::new();
         let mut iovecs = Vec::new();
         // What does not fit goes here, and is thereby noticed.
         let mut excess = [0u8; 1];
@@ -156,7 +156,7 @@ impl Net {
             match unsafe { self.tap.read(&iovecs) } {
                 Ok(len) if len <= room && self.acceptable(&chains[0]) => {
                     let used = share_out(&mut chains, len);
-                    ring.push_all(&used);
+                    ring.add_used_batch(&used);
                     continue;
                 }
                 Ok(len) if len > room => count(
@@ -171,13 +171,13 @@ impl Net {
                     if error.kind() != io::ErrorKind::WouldBlock {
                         tracing::error!("reading from {}: {error}", self.tap.name());
                     }
-                    ring.unpop(&chains[0]);
+                    ring.undo_pop(&chains[0]);
                     return;
                 }
             }
             // The buffers are taken anew, so that a flood of frames to be dropped
             // comes to the end of the batch like one of good frames.
-            ring.unpop(&chains[0]);
+            ring.undo_pop(&chains[0]);
             chains.clear();
         }
     }
@@ -185,7 +185,7 @@ impl Net {
     /// Puts right what the kernel says in the header of a frame to a driver that
     /// does not know checksum offload (virtio 1.2 section 5.1.6.4.1). False for a
     /// frame that it cannot receive at all: one from the time of the last driver.
-    fn acceptable(&self, first: &Chain<'_>) -> bool {
+    fn acceptable(&self, first: &DescriptorChain<'_>) -> bool {
         if self.has(VIRTIO_NET_F_GUEST_CSUM) {
             return true;
         }
@@ -199,7 +199,7 @@ impl Net {
 
 /// Takes from `chains` those that hold a frame of `len` bytes, header and all;
 /// returns their heads and how much of each is used.
-fn share_out(chains: &mut VecDeque<Chain<'_>>, len: usize) -> Vec<(u16, u32)> {
+fn share_out(chains: &mut VecDeque<DescriptorChain<'_>>, len: usize) -> Vec<(u16, u32)> {
     let mut left = len;
     let mut used = Vec::new();
     let first = chains.front().map(|chain| chain.writable.clone());
@@ -218,19 +218,19 @@ fn share_out(chains: &mut VecDeque<Chain<'_>>, len: usize) -> Vec<(u16, u32)> {
     used
 }
 
-impl Device for Net {
-    fn attach(&mut self, poller: &Poller) -> io::Result<()> {
+impl Device for VirtioNet {
+    fn register_sources(&mut self, poller: &Poller) -> io::Result<()> {
         poller.add(&self.tap, TAP)
     }
 
-    fn negotiated(&mut self, features: u64) {
+    fn set_features(&mut self, features: u64) {
         self.features = features;
         if let Err(error) = self.tap.set_offload(features) {
             tracing::error!("{}: setting offloads: {error}", self.tap.name());
         }
     }
 
-    fn kicked(&mut self, queue: usize, cx: &mut Context<'_>) {
+    fn process_queue(&mut self, queue: usize, cx: &mut DeviceContext<'_>) {
         match queue {
             RX => self.receive(cx),
             TX => self.transmit(cx),
@@ -238,12 +238,12 @@ impl Device for Net {
         }
     }
 
-    fn ready(&mut self, _token: u64, cx: &mut Context<'_>) {
+    fn handle_event(&mut self, _token: u64, cx: &mut DeviceContext<'_>) {
         self.receive(cx);
         self.transmit(cx);
     }
 
-    fn closed(&mut self) {
+    fn frontend_disconnected(&mut self) {
         let dropped = std::mem::take(&mut self.dropped);
         let Dropped {
             short,
@@ -255,6 +255,6 @@ impl Device for Net {
         if short + refused + runts + oversized + unwanted > 0 {
             tracing::warn!("frames dropped: {dropped:?}");
         }
-        self.negotiated(0);
+        self.set_features(0);
     }
 }

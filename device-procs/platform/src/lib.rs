@@ -1,16 +1,16 @@
 //! `device-platform`: what a PC has besides PCI devices, in a process of its own.
 //!
 //! The runner passes on the port and memory accesses that nobody else claims
-//! over the trap channel (`outrigger_protocol::trap`). [`board`] knows which port
+//! over the trap channel (`outrigger_protocol::trap`). [`isa_bus`] knows which port
 //! belongs to which of the [`devices`]; [`session`] serves a runner, with
-//! [`device_core::pace`] telling it when to sleep; [`output`] and [`input`] are the serial line's other
+//! [`device_core::adaptive_polling`] telling it when to sleep; [`output`] and [`input`] are the serial line's other
 //! end. Nothing is lost when the process is killed at any moment: all that counts
 //! is the [`state`], which lives in the runner's [`region`].
 
-mod board;
 mod devices;
 mod error;
 mod input;
+mod isa_bus;
 mod output;
 mod region;
 mod session;
@@ -22,14 +22,14 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser;
-use device_core::cli::Common;
+use device_core::cli::CommonOptions;
 use device_core::listen::Listener;
-use device_core::serve::{Ready, confine};
+use device_core::serve::{ReadyNotifier, confine};
 use outrigger_sandbox::{BASE, LISTENER, Policy, Rule, SOCKET};
 
 use crate::input::Input;
-use crate::output::{Output, Target};
-use crate::session::{Console, End, Session};
+use crate::output::{Output, OutputTarget};
+use crate::session::{SerialConsole, SessionEnd, TrapSession};
 use crate::wait::Woken;
 
 const NAME: &str = "device-platform";
@@ -40,9 +40,9 @@ const MAX_FILES: u64 = 64;
 /// registers, and debug and exit ports.
 #[derive(Parser)]
 #[command(name = NAME, version)]
-pub struct Options {
+pub struct PlatformOptions {
     #[command(flatten)]
-    common: Common,
+    common: CommonOptions,
 
     /// The serial port's other end: stdio, file=PATH (appended to), fd=N (an inherited
     /// file, open for writing), or null
@@ -50,14 +50,14 @@ pub struct Options {
     /// A terminal stays in the mode it is in: input arrives line by line, and
     /// Ctrl-C ends this program.
     #[arg(long, value_name = "stdio|file=PATH|fd=N|null", default_value = "stdio",
-          value_parser = Target::serial)]
-    serial: Target,
+          value_parser = OutputTarget::serial)]
+    serial: OutputTarget,
 
     /// Where bytes written to ports 0xe9, 0x402 and 0xf1 go: stderr, file=PATH
     /// (appended to), fd=N (an inherited file), or null [default: where the serial
     /// port's go]
-    #[arg(long, value_name = "stderr|file=PATH|fd=N|null", value_parser = Target::debug)]
-    debug_console: Option<Target>,
+    #[arg(long, value_name = "stderr|file=PATH|fd=N|null", value_parser = OutputTarget::debug)]
+    debug_console: Option<OutputTarget>,
 }
 
 /// What is needed beyond the tables that the processes share.
@@ -69,15 +69,15 @@ const SYSCALLS: &[Rule] = &[
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    let options: Options = outrigger_cli::parse();
+    let options: PlatformOptions = outrigger_cli::parse();
     let capabilities = serde_json::json!({ "type": "platform" });
     device_core::run_with(NAME, &options.common, &capabilities, || serve(&options))
 }
 
-fn serve(options: &Options) -> anyhow::Result<()> {
+fn serve(options: &PlatformOptions) -> anyhow::Result<()> {
     let common = &options.common;
     let mut listener = Listener::new(common)?;
-    let ready = Ready::new(common)?;
+    let ready = ReadyNotifier::new(common)?;
     let mut console = console(options)?;
     let signals = wait::ending_signals().context("signalfd")?;
 
@@ -105,7 +105,7 @@ fn serve(options: &Options) -> anyhow::Result<()> {
         let Some(stream) = listener.accept().context("accepting a runner")? else {
             return Ok(());
         };
-        let end = match Session::greet(stream, signals.as_fd(), &mut console) {
+        let end = match TrapSession::greet(stream, signals.as_fd(), &mut console) {
             Ok(mut session) => {
                 let end = session.serve();
                 session.finish();
@@ -114,17 +114,17 @@ fn serve(options: &Options) -> anyhow::Result<()> {
             Err(end) => end,
         };
         match end {
-            End::Signal => return Ok(()),
-            End::Left => tracing::debug!("the runner left"),
-            End::Failed(error) if listener.is_listening() => {
+            SessionEnd::Signal => return Ok(()),
+            SessionEnd::Left => tracing::debug!("the runner left"),
+            SessionEnd::Failed(error) if listener.is_listening() => {
                 tracing::warn!("runner dropped: {error}");
             }
-            End::Failed(error) => return Err(error.into()),
+            SessionEnd::Failed(error) => return Err(error.into()),
         }
     }
 }
 
-fn console(options: &Options) -> anyhow::Result<Console> {
+fn console(options: &PlatformOptions) -> anyhow::Result<SerialConsole> {
     let mut outputs = vec![Output::open("serial", &options.serial)?];
     if let Some(target) = &options.debug_console {
         let debug = Output::open("debug-console", target)?;
@@ -135,8 +135,8 @@ fn console(options: &Options) -> anyhow::Result<Console> {
     }
     let input = match options.serial {
         // Without standard input there is nothing to read, which is no error.
-        Target::Stdio => Input::stdin().unwrap_or_else(|_| Input::none()),
+        OutputTarget::Stdio => Input::stdin().unwrap_or_else(|_| Input::none()),
         _ => Input::none(),
     };
-    Ok(Console { outputs, input })
+    Ok(SerialConsole { outputs, input })
 }

@@ -16,7 +16,7 @@ use rustix::event::PollFlags;
 use rustix::fs::{FileType, OFlags, fcntl_getfl};
 use rustix::io::Errno;
 
-use crate::state::Stream;
+use crate::state::OutputStream;
 use crate::wait::is_ready;
 
 /// Most bytes of one write: what a pipe that is writable takes without blocking
@@ -27,7 +27,7 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// A value of `--serial` or `--debug-console`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
+pub enum OutputTarget {
     /// Standard output, and for the serial line standard input.
     Stdio,
     /// Standard error.
@@ -40,14 +40,14 @@ pub enum Target {
     Null,
 }
 
-impl Target {
+impl OutputTarget {
     /// Parses `stdio|file=PATH|fd=N|null`.
     ///
     /// # Errors
     /// What would have been right.
     pub fn serial(text: &str) -> Result<Self, String> {
         match text {
-            "stdio" => Ok(Target::Stdio),
+            "stdio" => Ok(OutputTarget::Stdio),
             _ => Self::common(text).ok_or_else(|| "must be stdio, file=PATH, fd=N or null".into()),
         }
     }
@@ -58,18 +58,18 @@ impl Target {
     /// What would have been right.
     pub fn debug(text: &str) -> Result<Self, String> {
         match text {
-            "stderr" => Ok(Target::Stderr),
+            "stderr" => Ok(OutputTarget::Stderr),
             _ => Self::common(text).ok_or_else(|| "must be stderr, file=PATH, fd=N or null".into()),
         }
     }
 
     fn common(text: &str) -> Option<Self> {
         match text.split_once('=') {
-            None if text == "null" => Some(Target::Null),
-            Some(("file", path)) if !path.is_empty() => Some(Target::File(path.into())),
+            None if text == "null" => Some(OutputTarget::Null),
+            Some(("file", path)) if !path.is_empty() => Some(OutputTarget::File(path.into())),
             Some(("fd", number)) => {
                 let number = number.parse().ok().filter(|&number| number >= 0);
-                number.map(Target::Fd)
+                number.map(OutputTarget::Fd)
             }
             _ => None,
         }
@@ -106,17 +106,23 @@ impl Output {
     ///
     /// # Errors
     /// One line that names the option and the file.
-    pub fn open(name: &'static str, target: &Target) -> anyhow::Result<Self> {
+    pub fn open(name: &'static str, target: &OutputTarget) -> anyhow::Result<Self> {
         let sink = match target {
-            Target::Null => Ok(Sink::Null),
-            Target::Stdio => reopen("/proc/self/fd/1", rustix::stdio::stdout()).map(Sink::Stream),
-            Target::Stderr => reopen("/proc/self/fd/2", rustix::stdio::stderr()).map(Sink::Stream),
-            Target::File(path) => open(path),
-            Target::Fd(fd) => adopt(*fd),
+            OutputTarget::Null => Ok(Sink::Null),
+            OutputTarget::Stdio => {
+                reopen("/proc/self/fd/1", rustix::stdio::stdout()).map(Sink::Stream)
+            }
+            OutputTarget::Stderr => {
+                reopen("/proc/self/fd/2", rustix::stdio::stderr()).map(Sink::Stream)
+            }
+            OutputTarget::File(path) => open(path),
+            OutputTarget::Fd(fd) => adopt(*fd),
         };
         let sink = sink.map_err(|error| match target {
-            Target::Fd(fd) => anyhow::anyhow!("--{name} fd={fd}: {error}"),
-            Target::File(path) => anyhow::anyhow!("--{name} file={}: {error}", path.display()),
+            OutputTarget::Fd(fd) => anyhow::anyhow!("--{name} fd={fd}: {error}"),
+            OutputTarget::File(path) => {
+                anyhow::anyhow!("--{name} file={}: {error}", path.display())
+            }
             _ => anyhow::anyhow!("--{name}: {error}"),
         })?;
         Ok(Output {
@@ -138,7 +144,7 @@ impl Output {
     ///
     /// # Errors
     /// fstat(2)'s.
-    pub fn settle(&mut self, stream: &mut Stream) -> io::Result<()> {
+    pub fn settle(&mut self, stream: &mut OutputStream) -> io::Result<()> {
         self.blocked = None;
         if let Sink::File(file, identity) = &self.sink {
             let size = rustix::fs::fstat(file)?.st_size as u64;
@@ -155,7 +161,7 @@ impl Output {
 
     /// Writes some of `bytes`, which stand at `stream.tail`; returns how many are
     /// done with. 0 means that it is blocked.
-    pub fn write(&mut self, stream: &Stream, bytes: &[u8]) -> usize {
+    pub fn write(&mut self, stream: &OutputStream, bytes: &[u8]) -> usize {
         if self.blocked.is_some() {
             return 0;
         }
@@ -269,7 +275,7 @@ mod tests {
 
     use super::*;
 
-    fn write_all(output: &mut Output, stream: &mut Stream, bytes: &[u8]) {
+    fn write_all(output: &mut Output, stream: &mut OutputStream, bytes: &[u8]) {
         stream.head += bytes.len() as u64;
         output.settle(stream).unwrap();
         let len = output.write(stream, bytes);
@@ -279,16 +285,19 @@ mod tests {
 
     #[test]
     fn targets_parse() {
-        assert_eq!(Target::serial("stdio"), Ok(Target::Stdio));
-        assert_eq!(Target::debug("file=a=b"), Ok(Target::File("a=b".into())));
-        assert_eq!(Target::debug("null"), Ok(Target::Null));
-        assert_eq!(Target::serial("fd=7"), Ok(Target::Fd(7)));
+        assert_eq!(OutputTarget::serial("stdio"), Ok(OutputTarget::Stdio));
+        assert_eq!(
+            OutputTarget::debug("file=a=b"),
+            Ok(OutputTarget::File("a=b".into()))
+        );
+        assert_eq!(OutputTarget::debug("null"), Ok(OutputTarget::Null));
+        assert_eq!(OutputTarget::serial("fd=7"), Ok(OutputTarget::Fd(7)));
         for wrong in [
             "", "stderr", "file", "file=", "null=", "pty", "fd", "fd=", "fd=-1", "fd=x",
         ] {
-            assert!(Target::serial(wrong).is_err(), "{wrong}");
+            assert!(OutputTarget::serial(wrong).is_err(), "{wrong}");
         }
-        assert!(Target::debug("stdio").is_err());
+        assert!(OutputTarget::debug("stdio").is_err());
     }
 
     #[test]
@@ -296,9 +305,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         std::fs::write(&path, "old ").unwrap();
-        let target = Target::File(path.clone());
+        let target = OutputTarget::File(path.clone());
         let mut output = Output::open("serial", &target).unwrap();
-        let mut stream = Stream::default();
+        let mut stream = OutputStream::default();
         write_all(&mut output, &mut stream, b"one ");
         // A successor that does not know that "two " is written.
         let mut copy = stream;
@@ -311,7 +320,7 @@ mod tests {
         write_all(&mut successor, &mut copy, b"four ");
         assert_eq!(std::fs::read(&path).unwrap(), b"four ");
         let other = dir.path().join("other");
-        let mut output = Output::open("serial", &Target::File(other.clone())).unwrap();
+        let mut output = Output::open("serial", &OutputTarget::File(other.clone())).unwrap();
         write_all(&mut output, &mut copy, b"five");
         assert_eq!(std::fs::read(&other).unwrap(), b"five");
         assert!(!output.is_same_file(&successor));
@@ -325,9 +334,9 @@ mod tests {
             let mut options = File::options();
             options.create(true).write(true).append(append);
             let fd = options.open(&path).unwrap().into_raw_fd();
-            Output::open("serial", &Target::Fd(fd)).unwrap()
+            Output::open("serial", &OutputTarget::Fd(fd)).unwrap()
         };
-        let mut stream = Stream::default();
+        let mut stream = OutputStream::default();
         write_all(&mut open(false), &mut stream, b"one ");
         let mut copy = stream;
         write_all(&mut open(false), &mut stream, b"two ");
@@ -347,7 +356,7 @@ mod tests {
             blocked: None,
             dropped: 0,
         };
-        let stream = Stream::default();
+        let stream = OutputStream::default();
         let mut total = 0;
         loop {
             match output.write(&stream, &[0; CHUNK]) {

@@ -29,7 +29,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::error::Error;
-use crate::state::{STREAMS, State, Stream};
+use crate::state::{OutputStream, PlatformState, STREAMS};
 
 /// "ORPS" in little-endian order.
 const AREA_MAGIC: u32 = 0x5350_524f;
@@ -37,15 +37,15 @@ const AREA_MAGIC: u32 = 0x5350_524f;
 const AREA_VERSION: u32 = 1;
 
 const COPIES: [usize; 2] = [1024, 2048];
-const COPY_WORDS: usize = size_of::<State>() / 8;
+const COPY_WORDS: usize = size_of::<PlatformState>() / 8;
 /// Offset and size of the rings.
 const RINGS: [(usize, usize); STREAMS] = [(4096, 16 * 1024), (20 * 1024, 4096)];
 /// Sizes of the rings in bytes.
 pub const RING_SIZES: [usize; STREAMS] = [RINGS[0].1, RINGS[1].1];
 
-const _: () = assert!(size_of::<State>().is_multiple_of(8));
-const _: () = assert!(size_of::<State>() <= COPIES[1] - COPIES[0]);
-const _: () = assert!(COPIES[1] + size_of::<State>() <= RINGS[0].0);
+const _: () = assert!(size_of::<PlatformState>().is_multiple_of(8));
+const _: () = assert!(size_of::<PlatformState>() <= COPIES[1] - COPIES[0]);
+const _: () = assert!(COPIES[1] + size_of::<PlatformState>() <= RINGS[0].0);
 const _: () = assert!(RINGS[0].0 + RINGS[0].1 <= RINGS[1].0);
 const _: () = assert!(RINGS[1].0 + RINGS[1].1 <= STATE_SIZE);
 
@@ -57,14 +57,14 @@ struct Root {
 }
 
 /// The region, mapped.
-pub struct Region {
+pub struct StateRegion {
     start: *mut u8,
     vcpus: usize,
     /// Which copy counts.
     current: Cell<usize>,
 }
 
-impl Region {
+impl StateRegion {
     /// Maps what the runner sent with its greeting, for `vcpus` vCPUs.
     ///
     /// # Errors
@@ -100,7 +100,7 @@ impl Region {
             )
         }
         .map_err(Error::io("mapping the region"))?;
-        let region = Region {
+        let region = StateRegion {
             start: start.cast(),
             vcpus: count,
             current: Cell::new(0),
@@ -135,7 +135,7 @@ impl Region {
     /// # Errors
     /// When there is something that no version of this program could have left,
     /// or another version.
-    pub fn load(&self) -> Result<Option<State>, Error> {
+    pub fn load(&self) -> Result<Option<PlatformState>, Error> {
         let root = self.root();
         if root.magic.load(Ordering::Acquire) != AREA_MAGIC {
             return Ok(None);
@@ -154,7 +154,7 @@ impl Region {
         for (word, kept) in words.iter_mut().zip(self.copy(copy)) {
             *word = kept.load(Ordering::Relaxed);
         }
-        let state = State::read_from_bytes(words.as_bytes())
+        let state = PlatformState::read_from_bytes(words.as_bytes())
             .map_err(|_| Error::Region("the registers do not fit".into()))?;
         state
             .check(RING_SIZES)
@@ -164,7 +164,7 @@ impl Region {
     }
 
     /// Puts a first state into a new region.
-    pub fn initialise(&self, state: &State) {
+    pub fn initialise(&self, state: &PlatformState) {
         self.commit(state);
         let root = self.root();
         root.version.store(AREA_VERSION, Ordering::Relaxed);
@@ -172,7 +172,7 @@ impl Region {
     }
 
     /// Makes `state` the one that counts, at one stroke.
-    pub fn commit(&self, state: &State) {
+    pub fn commit(&self, state: &PlatformState) {
         let next = 1 - self.current.get();
         for (bytes, word) in state
             .as_bytes()
@@ -188,7 +188,7 @@ impl Region {
     }
 
     /// Adds a byte to ring `at`, whose `stream` takes note; false when it is full.
-    pub fn push(&self, at: usize, stream: &mut Stream, byte: u8) -> bool {
+    pub fn push(&self, at: usize, stream: &mut OutputStream, byte: u8) -> bool {
         let ring = self.ring(at);
         if stream.pending() >= ring.len() as u64 {
             return false;
@@ -200,7 +200,7 @@ impl Region {
 
     /// Copies the first bytes of ring `at` that are not written out; returns how
     /// many.
-    pub fn peek(&self, at: usize, stream: &Stream, buffer: &mut [u8]) -> usize {
+    pub fn peek(&self, at: usize, stream: &OutputStream, buffer: &mut [u8]) -> usize {
         let ring = self.ring(at);
         let len = (stream.pending() as usize).min(buffer.len());
         for (i, byte) in buffer[..len].iter_mut().enumerate() {
@@ -235,7 +235,7 @@ impl Region {
     }
 }
 
-impl Drop for Region {
+impl Drop for StateRegion {
     fn drop(&mut self) {
         // SAFETY: nothing borrowed from the region outlives it. A failure would
         // leave it mapped, which does no harm.
@@ -249,13 +249,13 @@ mod tests {
     use crate::state::SERIAL;
     use rustix::fs::MemfdFlags;
 
-    fn region() -> (OwnedFd, Region) {
+    fn region() -> (OwnedFd, StateRegion) {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let fd = rustix::fs::memfd_create("test", flags).unwrap();
         rustix::fs::ftruncate(&fd, REGION_SIZE as u64).unwrap();
         rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK).unwrap();
         rustix::io::pwrite(&fd, [MAGIC, VERSION, 2].as_bytes(), 0).unwrap();
-        let region = Region::map(&fd, 2).unwrap();
+        let region = StateRegion::map(&fd, 2).unwrap();
         (fd, region)
     }
 
@@ -263,12 +263,12 @@ mod tests {
     fn what_was_committed_last_is_found() {
         let (fd, region) = region();
         assert!(region.load().unwrap().is_none());
-        let mut state = State::power_on();
+        let mut state = PlatformState::power_on();
         region.initialise(&state);
         for seq in 0..5 {
             state.set_applied(1, seq, u64::from(seq));
             region.commit(&state);
-            let successor = Region::map(&fd, 2).unwrap();
+            let successor = StateRegion::map(&fd, 2).unwrap();
             assert_eq!(successor.load().unwrap(), Some(state));
             // What is not committed is not seen, however far it got.
             let other = COPIES[1 - region.current.get()];
@@ -282,8 +282,8 @@ mod tests {
     #[test]
     fn garbage_is_refused() {
         let (fd, region) = region();
-        region.initialise(&State::power_on());
-        assert!(Region::map(&fd, 3).is_err());
+        region.initialise(&PlatformState::power_on());
+        assert!(StateRegion::map(&fd, 3).is_err());
         let put = |offset: usize, value: u32| {
             rustix::io::pwrite(&fd, value.as_bytes(), offset as u64).unwrap();
         };
@@ -293,17 +293,17 @@ mod tests {
         put(STATE_OFFSET + 4, 77);
         assert!(region.load().unwrap_err().to_string().contains("77"));
         put(4, 9);
-        assert!(Region::map(&fd, 2).is_err());
+        assert!(StateRegion::map(&fd, 2).is_err());
     }
 
     #[test]
     fn a_ring_takes_as_much_as_fits_and_gives_it_back_in_order() {
         let (_fd, region) = region();
         // Close to where positions wrap.
-        let mut stream = Stream {
+        let mut stream = OutputStream {
             head: u64::MAX - 5,
             tail: u64::MAX - 5,
-            ..Stream::default()
+            ..OutputStream::default()
         };
         let mut taken = 0;
         while region.push(SERIAL, &mut stream, taken as u8) {

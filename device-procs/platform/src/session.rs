@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use device_core::Poller;
-use device_core::pace::{Next, Pace};
+use device_core::adaptive_polling::{AdaptivePolling, PollAction};
 use outrigger_protocol::channel;
 use outrigger_protocol::trap::{
     FromPlatform, ToPlatform, TrapRequest, TrapSlot, VERSION, first_open,
@@ -20,8 +20,8 @@ use crate::devices::uart;
 use crate::error::Error;
 use crate::input::Input;
 use crate::output::{Blocked, CHUNK, Output};
-use crate::region::Region;
-use crate::state::{DEBUG, SERIAL, State};
+use crate::region::StateRegion;
+use crate::state::{DEBUG, PlatformState, SERIAL};
 use crate::wait::{self, Woken, is_ready};
 
 /// How long a runner may take for its part of the greeting and for a message.
@@ -42,7 +42,7 @@ const INPUT: u64 = 3;
 const OUTPUT: u64 = 4;
 
 /// What the streams are connected to.
-pub struct Console {
+pub struct SerialConsole {
     /// The serial line's output, and the debug console's if that has one of its
     /// own; at the places of their streams.
     pub outputs: Vec<Output>,
@@ -51,7 +51,7 @@ pub struct Console {
 }
 
 /// How a session ended.
-pub enum End {
+pub enum SessionEnd {
     /// The runner has left.
     Left,
     /// A signal wants this process to end.
@@ -60,33 +60,33 @@ pub enum End {
     Failed(Error),
 }
 
-impl From<Error> for End {
+impl From<Error> for SessionEnd {
     fn from(error: Error) -> Self {
         use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
         match error {
             Error::Io { source, .. }
                 if matches!(source.kind(), BrokenPipe | ConnectionReset | UnexpectedEof) =>
             {
-                End::Left
+                SessionEnd::Left
             }
-            error => End::Failed(error),
+            error => SessionEnd::Failed(error),
         }
     }
 }
 
 /// A connected runner.
-pub struct Session<'a> {
+pub struct TrapSession<'a> {
     stream: UnixStream,
-    region: Region,
+    region: StateRegion,
     /// What the region's area says, or will say with the next commit.
-    state: State,
+    state: PlatformState,
     line: OwnedFd,
-    console: &'a mut Console,
+    console: &'a mut SerialConsole,
     poller: Poller,
-    pace: Pace,
+    polling: AdaptivePolling,
 }
 
-impl<'a> Session<'a> {
+impl<'a> TrapSession<'a> {
     /// Exchanges greetings over `stream`, then takes up where a predecessor
     /// stopped.
     ///
@@ -95,12 +95,12 @@ impl<'a> Session<'a> {
     pub fn greet(
         stream: UnixStream,
         signals: BorrowedFd,
-        console: &'a mut Console,
-    ) -> Result<Self, End> {
+        console: &'a mut SerialConsole,
+    ) -> Result<Self, SessionEnd> {
         let what = "waiting for the greeting";
         match wait::for_input(&stream, signals, Some(DEADLINE)).map_err(Error::io(what))? {
             Woken::Ready => {}
-            Woken::Signal => return Err(End::Signal),
+            Woken::Signal => return Err(SessionEnd::Signal),
             Woken::Late => return Err(Error::Greeting(format!("none in {DEADLINE:?}")).into()),
         }
         let what = "setting a deadline";
@@ -113,7 +113,7 @@ impl<'a> Session<'a> {
 
         let (region, doorbell) = hello(&stream)?;
         let found = region.load()?;
-        let mut state = found.unwrap_or_else(State::power_on);
+        let mut state = found.unwrap_or_else(PlatformState::power_on);
         settle(&mut state, console)?;
         if found.is_some() {
             region.commit(&state);
@@ -136,47 +136,47 @@ impl<'a> Session<'a> {
             }
             _ => console.input.set_ready(),
         }
-        Ok(Session {
+        Ok(TrapSession {
             stream,
             region,
             state,
             line,
             console,
             poller,
-            pace: Pace::new(LOOK),
+            polling: AdaptivePolling::new(LOOK),
         })
     }
 
     /// Serves the runner until the session ends.
-    pub fn serve(&mut self) -> End {
+    pub fn serve(&mut self) -> SessionEnd {
         match self.run() {
             Ok(never) => match never {},
             Err(end) => end,
         }
     }
 
-    fn run(&mut self) -> Result<Infallible, End> {
+    fn run(&mut self) -> Result<Infallible, SessionEnd> {
         // A predecessor may have died between an answer and waking whoever waits
         // for it, or between a commit and raising the line.
         for slot in self.region.slots() {
             wake(slot);
         }
-        if self.state.board.uart.is_pending() {
+        if self.state.bus.uart.is_pending() {
             self.raise();
         }
         loop {
             self.send_owed_event()?;
             if self.step() {
-                if self.pace.worked() {
+                if self.polling.found_work() {
                     self.look_around()?;
                 }
                 continue;
             }
             self.take_input();
-            match self.pace.idle() {
-                Next::Look => std::hint::spin_loop(),
-                Next::LookAround => self.look_around()?,
-                Next::Sleep => self.sleep()?,
+            match self.polling.found_nothing() {
+                PollAction::Poll => std::hint::spin_loop(),
+                PollAction::CheckEvents => self.look_around()?,
+                PollAction::Sleep => self.sleep()?,
             }
         }
     }
@@ -209,7 +209,7 @@ impl<'a> Session<'a> {
             // A predecessor did; only the answer is missing.
             return false;
         }
-        let outcome = self.state.board.access(&request.access);
+        let outcome = self.state.bus.access(&request.access);
         let debug = DEBUG.min(self.console.outputs.len() - 1);
         for (at, byte) in [(SERIAL, outcome.serial), (debug, outcome.debug)] {
             if let Some(byte) = byte
@@ -246,14 +246,14 @@ impl<'a> Session<'a> {
     }
 
     fn take_input(&mut self) {
-        let room = self.state.board.uart.room();
+        let room = self.state.bus.uart.room();
         if room == 0 || !self.console.input.is_ready() {
             return;
         }
         let mut buffer = [0; uart::FIFO];
         let len = self.console.input.read(&mut buffer[..room]);
         if len > 0 {
-            let interrupt = self.state.board.uart.receive(&buffer[..len]);
+            let interrupt = self.state.bus.uart.receive(&buffer[..len]);
             self.region.commit(&self.state);
             if interrupt {
                 self.raise();
@@ -296,12 +296,12 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn look_around(&mut self) -> Result<(), End> {
+    fn look_around(&mut self) -> Result<(), SessionEnd> {
         self.drain_all();
         self.wait(Some(Duration::ZERO))
     }
 
-    fn sleep(&mut self) -> Result<(), End> {
+    fn sleep(&mut self) -> Result<(), SessionEnd> {
         self.drain_all();
         self.region.header().prepare_sleep();
         if first_open(self.region.slots()).is_some() {
@@ -319,12 +319,12 @@ impl<'a> Session<'a> {
             });
         let end = self.wait(retry.min());
         self.region.header().finish_sleep();
-        self.pace.slept(start.elapsed());
+        self.polling.slept(start.elapsed());
         end
     }
 
     /// Waits for anything but requests, and sees to it.
-    fn wait(&mut self, timeout: Option<Duration>) -> Result<(), End> {
+    fn wait(&mut self, timeout: Option<Duration>) -> Result<(), SessionEnd> {
         let mut tokens = Vec::new();
         self.poller
             .wait(&mut tokens, timeout)
@@ -332,7 +332,7 @@ impl<'a> Session<'a> {
         for token in tokens {
             match token {
                 STREAM => self.take_messages()?,
-                SIGNALS => return Err(End::Signal),
+                SIGNALS => return Err(SessionEnd::Signal),
                 INPUT => self.console.input.set_ready(),
                 // It only wakes; the requests are found in the slots.
                 DOORBELL => {}
@@ -401,7 +401,7 @@ impl<'a> Session<'a> {
 }
 
 /// Takes the runner's greeting.
-fn hello(stream: &UnixStream) -> Result<(Region, OwnedFd), Error> {
+fn hello(stream: &UnixStream) -> Result<(StateRegion, OwnedFd), Error> {
     let (message, fds) = channel::receive(stream).map_err(Error::io("receiving the greeting"))?;
     let ToPlatform::Hello { version, vcpus } = message else {
         return Err(Error::Greeting(format!("{message:?} comes first")));
@@ -413,11 +413,11 @@ fn hello(stream: &UnixStream) -> Result<(Region, OwnedFd), Error> {
     }
     let [region, doorbell] = <[OwnedFd; 2]>::try_from(fds)
         .map_err(|fds| Error::Greeting(format!("{} descriptors instead of 2", fds.len())))?;
-    Ok((Region::map(&region, vcpus)?, doorbell))
+    Ok((StateRegion::map(&region, vcpus)?, doorbell))
 }
 
 /// Makes the streams fit the outputs.
-fn settle(state: &mut State, console: &mut Console) -> Result<(), Error> {
+fn settle(state: &mut PlatformState, console: &mut SerialConsole) -> Result<(), Error> {
     for (output, stream) in console.outputs.iter_mut().zip(&mut state.streams) {
         output
             .settle(stream)

@@ -6,8 +6,8 @@
 use outrigger_protocol::trap::FromPlatform;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use crate::board::Board;
-use crate::devices::Event;
+use crate::devices::PlatformEvent;
+use crate::isa_bus::IsaBus;
 
 /// Where a ring's bytes stand. Positions count from the start of the stream and
 /// never wrap; a ring holds those from `tail` to `head`.
@@ -15,7 +15,7 @@ use crate::devices::Event;
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
 #[repr(C)]
-pub struct Stream {
+pub struct OutputStream {
     /// Where the next byte from the guest goes.
     pub head: u64,
     /// The first byte that is not written out.
@@ -27,7 +27,7 @@ pub struct Stream {
     pub file: [u64; 2],
 }
 
-impl Stream {
+impl OutputStream {
     /// How many bytes wait to be written out.
     pub fn pending(&self) -> u64 {
         self.head.wrapping_sub(self.tail)
@@ -52,31 +52,31 @@ const EXIT: u8 = 3;
 /// All that is committed at one stroke.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub struct State {
+pub struct PlatformState {
     /// The devices' registers.
-    pub board: Board,
+    pub bus: IsaBus,
     /// The answer to the request that was carried out last.
     pub answer: u64,
     /// That request: slot and number.
     vcpu: u32,
     seq: u32,
     /// Output on its way.
-    pub streams: [Stream; STREAMS],
+    pub streams: [OutputStream; STREAMS],
     event: u8,
     exit_code: u8,
     event_sent: u8,
     reserved: [u8; 5],
 }
 
-impl State {
+impl PlatformState {
     /// As the power comes on.
     pub fn power_on() -> Self {
-        State {
-            board: Board::power_on(),
+        PlatformState {
+            bus: IsaBus::power_on(),
             answer: 0,
             vcpu: NOBODY,
             seq: 0,
-            streams: [Stream::default(); STREAMS],
+            streams: [OutputStream::default(); STREAMS],
             event: NO_EVENT,
             exit_code: 0,
             event_sent: 0,
@@ -86,7 +86,7 @@ impl State {
 
     /// The machine's reset. Output on its way stays on its way.
     pub fn reset(&mut self) {
-        self.board.reset();
+        self.bus.reset();
         self.event = NO_EVENT;
         self.event_sent = 0;
     }
@@ -106,12 +106,12 @@ impl State {
     /// Notes what the guest asks for. Until the runner has reset the machine, only
     /// the first wish counts: a guest repeats a reset until it happens, and must
     /// not be reset again for each time.
-    pub fn set_event(&mut self, event: Event) {
+    pub fn set_event(&mut self, event: PlatformEvent) {
         if self.event == NO_EVENT {
             (self.event, self.exit_code) = match event {
-                Event::PowerOff => (POWER_OFF, 0),
-                Event::Reset => (RESET, 0),
-                Event::Exit(code) => (EXIT, code),
+                PlatformEvent::PowerOff => (POWER_OFF, 0),
+                PlatformEvent::Reset => (RESET, 0),
+                PlatformEvent::Exit(code) => (EXIT, code),
             };
         }
     }
@@ -144,7 +144,7 @@ impl State {
                 return Err("an output ring is fuller than full");
             }
         }
-        self.board.uart.check()
+        self.bus.uart.check()
     }
 }
 
@@ -154,22 +154,22 @@ mod tests {
 
     #[test]
     fn only_the_first_event_counts_until_a_reset() {
-        let mut state = State::power_on();
+        let mut state = PlatformState::power_on();
         assert_eq!(state.owed_event(), None);
-        state.set_event(Event::Reset);
-        state.set_event(Event::PowerOff);
+        state.set_event(PlatformEvent::Reset);
+        state.set_event(PlatformEvent::PowerOff);
         assert_eq!(state.owed_event(), Some(FromPlatform::ResetRequest));
         state.set_event_sent();
-        state.set_event(Event::Reset);
+        state.set_event(PlatformEvent::Reset);
         assert_eq!(state.owed_event(), None);
         state.reset();
-        state.set_event(Event::Exit(7));
+        state.set_event(PlatformEvent::Exit(7));
         assert_eq!(state.owed_event(), Some(FromPlatform::Exit { code: 7 }));
     }
 
     #[test]
     fn rings_fuller_than_full_are_refused() {
-        let mut state = State::power_on();
+        let mut state = PlatformState::power_on();
         state.streams[DEBUG].head = 17;
         state.check([16, 17]).unwrap();
         assert!(state.check([16, 16]).is_err());

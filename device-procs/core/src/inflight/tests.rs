@@ -21,7 +21,7 @@ const USED: u64 = 0x2000;
 /// What outlives a process: guest memory, the table, and the driver.
 struct World {
     memory: MemoryTable,
-    shape: Shape,
+    shape: InflightLayout,
     table: File,
     offered: u16,
     reaped: u16,
@@ -45,7 +45,7 @@ impl World {
             user: 0,
             offset: 0,
         };
-        let shape = Shape {
+        let shape = InflightLayout {
             queues: QUEUES as u16,
             size: SIZE,
         };
@@ -111,10 +111,10 @@ impl World {
         }
     }
 
-    fn table(&self) -> Arc<Table> {
+    fn table(&self) -> Arc<InflightTable> {
         let file = self.table.try_clone().unwrap();
         let len = self.shape.len();
-        Arc::new(Table::map(self.shape, file, 0, len, QUEUES, SIZE).unwrap())
+        Arc::new(InflightTable::map(self.shape, file, 0, len, QUEUES, SIZE).unwrap())
     }
 
     /// A process starts the ring, and is told a base that is wrong.
@@ -142,11 +142,11 @@ impl World {
         let mut ring = self.start();
         let mut taken: Vec<u16> = Vec::new();
         for _ in 0..rounds {
-            ring.begin();
+            ring.disable_notification();
             for _ in 0..random.below(5) {
                 let Some(chain) = ring.pop(memory) else { break };
                 if random.below(6) == 0 {
-                    ring.unpop(&chain);
+                    ring.undo_pop(&chain);
                 } else {
                     taken.push(chain.head);
                 }
@@ -156,8 +156,8 @@ impl World {
                 let at = random.below(taken.len() as u64) as usize;
                 batch.push((taken.swap_remove(at), 0));
             }
-            ring.push_all(&batch);
-            ring.finish();
+            ring.add_used_batch(&batch);
+            ring.flush();
             assert!(ring.is_running());
         }
     }
@@ -179,13 +179,13 @@ impl World {
 
 fn drain(ring: &mut Ring, memory: &crate::GuestMemory) {
     loop {
-        ring.begin();
+        ring.disable_notification();
         let Some(chain) = ring.pop(memory) else {
             break;
         };
         let head = chain.head;
-        ring.push(head, 0);
-        ring.finish();
+        ring.add_used(head, 0);
+        ring.flush();
     }
 }
 
@@ -217,15 +217,15 @@ fn two_deaths_in_a_row_lose_nothing() {
     let scenario = |world: &World| {
         let memory = world.memory.memory();
         let mut ring = world.start();
-        ring.begin();
+        ring.disable_notification();
         let heads: Vec<u16> = (0..5).map_while(|_| Some(ring.pop(memory)?.head)).collect();
         let batch = |some: &[u16]| some.iter().map(|&head| (head, 0)).collect::<Vec<_>>();
         if let [first, second, third, rest @ ..] = &heads[..] {
-            ring.push_all(&batch(&[*second, *third]));
-            ring.push_all(&batch(rest));
-            ring.push(*first, 0);
+            ring.add_used_batch(&batch(&[*second, *third]));
+            ring.add_used_batch(&batch(rest));
+            ring.add_used(*first, 0);
         }
-        ring.finish();
+        ring.flush();
     };
     let mut both = 0;
     for first in 0.. {
@@ -259,37 +259,37 @@ fn requests_are_done_again_in_the_order_in_which_they_were_taken() {
     }
     let memory = Arc::clone(world.memory.memory());
     let mut ring = world.start();
-    ring.begin();
+    ring.disable_notification();
     for _ in 0..3 {
         ring.pop(&memory).unwrap();
     }
-    ring.push(2, 0);
+    ring.add_used(2, 0);
     drop(ring);
 
     let mut ring = world.start();
-    assert_eq!(ring.left_overs(), 2);
-    ring.begin();
+    assert_eq!(ring.to_resubmit(), 2);
+    ring.disable_notification();
     let first = ring.pop(&memory).unwrap();
     assert_eq!(first.head, 6);
     // Given back, it comes again, and before what is new.
     assert_eq!(ring.pop(&memory).unwrap().head, 3);
     assert_eq!(ring.pop(&memory).unwrap().head, 0);
-    ring.unpop(&first);
+    ring.undo_pop(&first);
     for head in [6, 3, 0] {
         assert_eq!(ring.pop(&memory).unwrap().head, head);
-        ring.push(head, 0);
+        ring.add_used(head, 0);
     }
     assert!(ring.pop(&memory).is_none() && ring.is_running());
-    assert_eq!(ring.left_overs(), 0);
+    assert_eq!(ring.to_resubmit(), 0);
     world.reap();
     assert!(world.outstanding.is_empty());
 
     // What was given back is not in flight.
     world.offer(4);
     let chain = ring.pop(&memory).unwrap();
-    ring.unpop(&chain);
+    ring.undo_pop(&chain);
     drop(ring);
-    assert_eq!(world.start().left_overs(), 0);
+    assert_eq!(world.start().to_resubmit(), 0);
 }
 
 /// Whether a process that finds `world` works on, which it must not with `wrong`.
@@ -355,7 +355,7 @@ fn a_table_full_of_anything_does_no_harm() {
 
 #[test]
 fn a_table_has_the_shape_of_its_rings() {
-    let shape = |queues, size| Shape { queues, size };
+    let shape = |queues, size| InflightLayout { queues, size };
     for wrong in [
         shape(0, 8),
         shape(3, 8),
@@ -372,7 +372,7 @@ fn a_table_has_the_shape_of_its_rings() {
     assert_eq!(len, 2 * 192);
     let map = |offset, len| {
         let file = file.try_clone().unwrap();
-        Table::map(shape(2, 4), file, offset, len, QUEUES, SIZE).map(Arc::new)
+        InflightTable::map(shape(2, 4), file, offset, len, QUEUES, SIZE).map(Arc::new)
     };
     let table = map(0, len).unwrap();
     assert!(table.must_hold(1, 8).is_ok() && table.must_hold(0, 4).is_ok());

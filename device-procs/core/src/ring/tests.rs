@@ -42,7 +42,7 @@ struct Pair {
     /// Heads that the driver waits for.
     outstanding: Vec<u16>,
     /// Heads that the device has.
-    taken: Vec<u16>,
+    in_flight: Vec<u16>,
     is_dry: bool,
     pushed: bool,
 }
@@ -87,7 +87,7 @@ impl Pair {
             theirs,
             available: index,
             outstanding: Vec::new(),
-            taken: Vec::new(),
+            in_flight: Vec::new(),
             is_dry: false,
             pushed: false,
         };
@@ -98,7 +98,7 @@ impl Pair {
         pair.ours.start(eventfd(0, flags).unwrap(), None);
         pair.ours.set_enabled(true);
         // The interrupt that a ring in use may owe.
-        pair.ours.finish();
+        pair.ours.flush();
         pair.has_interrupt();
         pair
     }
@@ -149,30 +149,30 @@ impl Pair {
         };
         assert_eq!(ours, theirs.next().map(|chain| chain.head_index()));
         assert_eq!(self.ours.next_avail, self.theirs.next_avail());
-        self.taken.extend(ours);
+        self.in_flight.extend(ours);
         self.is_dry |= ours.is_none();
         true
     }
 
     /// The device completes some of what it has, in any order.
     fn push(&mut self, random: &mut Random) {
-        let count = random.below(self.taken.len() as u64 + 1);
+        let count = random.below(self.in_flight.len() as u64 + 1);
         let mut batch = Vec::new();
         for _ in 0..count {
-            let at = random.below(self.taken.len() as u64) as usize;
-            let (head, written) = (self.taken.swap_remove(at), random.below(1 << 32) as u32);
+            let at = random.below(self.in_flight.len() as u64) as usize;
+            let (head, written) = (self.in_flight.swap_remove(at), random.below(1 << 32) as u32);
             self.outstanding.retain(|&other| other != head);
             self.theirs
                 .add_used(&*self.their_memory, head, written)
                 .unwrap();
             batch.push((head, written));
         }
-        self.ours.push_all(&batch);
+        self.ours.add_used_batch(&batch);
         self.pushed |= count > 0;
     }
 
     fn finish(&mut self) {
-        self.ours.finish();
+        self.ours.flush();
         let mut wanted = std::mem::take(&mut self.pushed);
         if wanted {
             let flags: u16 = self.memory.read_obj(GuestAddress(AVAILABLE)).unwrap();
@@ -185,7 +185,7 @@ impl Pair {
 
     fn rest(&mut self) {
         self.ours.pending = false;
-        self.ours.rest();
+        self.ours.enable_notification();
         if std::mem::take(&mut self.is_dry) {
             let more = self
                 .theirs
@@ -196,7 +196,7 @@ impl Pair {
     }
 
     fn begin(&mut self) {
-        self.ours.begin();
+        self.ours.disable_notification();
         self.theirs
             .disable_notification(&*self.their_memory)
             .unwrap();
@@ -271,12 +271,12 @@ fn a_driver_has_no_more_in_work_than_entries() {
         .map_while(|_| Some(pair.ours.pop(&pair.memory)?.head))
         .collect();
     assert_eq!(chains.len(), 4);
-    // One of them again, although it is in work.
+    // One of them again, although it is in flight.
     pair.put(AVAILABLE + 2, pair.available.wrapping_add(1));
     assert!(pair.ours.pop(&pair.memory).is_none());
     assert!(!pair.ours.is_running());
     // It was broken, so it gets nothing more.
-    pair.ours.push(chains[0], 0);
+    pair.ours.add_used(chains[0], 0);
     assert_eq!(pair.ours.next_used, pair.theirs.next_used());
     pair.must_be_the_same();
 }
@@ -306,32 +306,32 @@ fn what_is_refused_behind_a_request_that_is_put_back_is_completed_once() {
         };
         ring.set_addresses(addresses, &table).unwrap();
         ring.place(&table).unwrap();
-        let shape = crate::inflight::Shape { queues: 1, size: 4 };
+        let shape = crate::inflight::InflightLayout { queues: 1, size: 4 };
         let (file, len) = crate::inflight::create(shape, 1, 4).unwrap();
-        let tracked = Arc::new(Table::map(shape, file, 0, len, 1, 4).unwrap());
+        let tracked = Arc::new(InflightTable::map(shape, file, 0, len, 1, 4).unwrap());
         let tracked = inflight.then_some(&tracked);
         ring.start(eventfd(0, flags).unwrap(), tracked);
         ring.set_enabled(true);
         for _ in 0..3 {
-            ring.begin();
+            ring.disable_notification();
             let first = ring.pop(&memory).unwrap();
             let second = ring.pop(&memory).unwrap();
             assert_eq!((first.head, second.head), (0, 2));
             ring.refuse(&second);
-            ring.unpop(&first);
-            ring.finish();
+            ring.undo_pop(&first);
+            ring.flush();
             assert_eq!((ring.next_avail, ring.next_used), (0, 0));
         }
-        ring.begin();
+        ring.disable_notification();
         let first = ring.pop(&memory).unwrap();
         let second = ring.pop(&memory).unwrap();
         ring.refuse(&second);
-        ring.push(first.head, 0);
+        ring.add_used(first.head, 0);
         // What was before it stays refused.
         let third = ring.pop(&memory).unwrap();
-        ring.unpop(&third);
-        ring.finish();
-        assert_eq!((ring.next_avail, ring.next_used, ring.in_work), (3, 3, 0));
+        ring.undo_pop(&third);
+        ring.flush();
+        assert_eq!((ring.next_avail, ring.next_used, ring.in_flight), (3, 3, 0));
         let used = |at: u64| memory.read_obj::<u32>(GuestAddress(USED + 4 + 8 * at));
         let mut heads = [0, 1, 2].map(|at| used(at).unwrap());
         heads.sort_unstable();

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::CORE;
-use crate::inflight::Table;
+use crate::inflight::InflightTable;
 use crate::memory::MemoryTable;
 use crate::ring::RingAddresses;
-use crate::{Context, Device, Error, GuestMemory, Poller, Ring};
+use crate::{Device, DeviceContext, Error, GuestMemory, Poller, Ring};
 
 /// What the lock protects.
-pub struct State {
+pub struct WorkerState {
     device: Box<dyn Device>,
     rings: Vec<Option<Ring>>,
     pub(super) memory: Arc<GuestMemory>,
@@ -21,7 +21,7 @@ pub struct State {
 
 /// What a worker found to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Found {
+pub(super) enum WorkFound {
     Nothing,
     /// It is done.
     Work,
@@ -29,7 +29,7 @@ pub(super) enum Found {
     More,
 }
 
-impl State {
+impl WorkerState {
     pub(super) fn new(
         device: Box<dyn Device>,
         own: &[usize],
@@ -42,7 +42,7 @@ impl State {
                 *place = Some(Ring::new(index, queue_size)?);
             }
         }
-        Ok(State {
+        Ok(WorkerState {
             device,
             rings,
             memory: Arc::default(),
@@ -57,13 +57,13 @@ impl State {
     }
 
     /// Does what there is to do. While it is `looking`, it finds work without being told.
-    pub(super) fn work(&mut self, tokens: &[u64], poller: &Poller, looking: bool) -> Found {
-        let State {
+    pub(super) fn work(&mut self, tokens: &[u64], poller: &Poller, looking: bool) -> WorkFound {
+        let WorkerState {
             device,
             rings,
             memory,
         } = self;
-        let mut cx = Context {
+        let mut cx = DeviceContext {
             rings,
             memory,
             poller,
@@ -76,47 +76,47 @@ impl State {
             if token & CORE == 0 {
                 found = true;
                 refill(&mut cx);
-                device.ready(token, &mut cx);
+                device.handle_event(token, &mut cx);
             } else if let Some(Some(ring)) = cx.rings.get_mut((token & !CORE) as usize) {
                 ring.pending = true;
             }
         }
         if looking {
             for ring in cx.rings.iter_mut().flatten() {
-                ring.look();
+                ring.poll();
             }
             refill(&mut cx);
             found |= device.poll(&mut cx);
         }
         for index in 0..cx.rings.len() {
             match cx.ring(index) {
-                Some(ring) if ring.pending => ring.begin(),
+                Some(ring) if ring.pending => ring.disable_notification(),
                 _ => continue,
             }
             found = true;
-            device.kicked(index, &mut cx);
+            device.process_queue(index, &mut cx);
         }
         for ring in cx.rings.iter_mut().flatten() {
-            ring.finish();
+            ring.flush();
         }
         match (found, self.is_pending()) {
-            (_, true) => Found::More,
-            (true, false) => Found::Work,
-            (false, false) => Found::Nothing,
+            (_, true) => WorkFound::More,
+            (true, false) => WorkFound::Work,
+            (false, false) => WorkFound::Nothing,
         }
     }
 
     /// Before a sleep: doorbells on; returns whether something came in between.
-    pub(super) fn rest(&mut self) -> bool {
+    pub(super) fn enable_notification(&mut self) -> bool {
         for ring in self.rings.iter_mut().flatten() {
-            ring.rest();
+            ring.enable_notification();
         }
         self.is_pending()
     }
 
-    /// A stop leaves nothing of a ring in work, not even what was so before the start.
+    /// A stop leaves nothing of a ring in flight, not even what was so before the start.
     fn drain(&mut self, index: usize, poller: &Poller) {
-        let mut cx = Context {
+        let mut cx = DeviceContext {
             rings: &mut self.rings,
             memory: &self.memory,
             poller,
@@ -126,22 +126,22 @@ impl State {
                 return;
             };
             ring.refill();
-            let left = ring.left_overs();
-            // A device that may have no more in work than this must complete it first.
-            self.device.drain(index, &mut cx);
+            let left = ring.to_resubmit();
+            // A device that may have no more in flight than this must complete it first.
+            self.device.drain_queue(index, &mut cx);
             if left == 0 {
                 break;
             }
-            self.device.kicked(index, &mut cx);
+            self.device.process_queue(index, &mut cx);
             // One that does not want them leaves them to the next process; and what it took
-            // before the ring broke is in work.
-            if cx.ring(index).is_none_or(|ring| ring.left_overs() == left) {
-                self.device.drain(index, &mut cx);
+            // before the ring broke is in flight.
+            if cx.ring(index).is_none_or(|ring| ring.to_resubmit() == left) {
+                self.device.drain_queue(index, &mut cx);
                 break;
             }
         }
         for ring in self.rings.iter_mut().flatten() {
-            ring.finish();
+            ring.flush();
         }
     }
 
@@ -158,8 +158,8 @@ impl State {
     }
 
     /// A front end has come, on this socket.
-    pub fn connected(&mut self, socket: BorrowedFd<'_>) {
-        self.device.connected(socket);
+    pub fn frontend_connected(&mut self, socket: BorrowedFd<'_>) {
+        self.device.frontend_connected(socket);
     }
 
     /// The driver's feature bits.
@@ -167,10 +167,10 @@ impl State {
         for ring in self.rings.iter_mut().flatten() {
             ring.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
         }
-        self.device.negotiated(features);
+        self.device.set_features(features);
     }
 
-    /// Completes all that is in work.
+    /// Completes all that is in flight.
     pub fn quiesce(&mut self, poller: &Poller) {
         for index in 0..self.rings.len() {
             self.drain(index, poller);
@@ -198,7 +198,7 @@ impl State {
         kick: OwnedFd,
         enable: bool,
         table: &MemoryTable,
-        inflight: Option<&Arc<Table>>,
+        inflight: Option<&Arc<InflightTable>>,
         poller: &Poller,
     ) -> Result<(), Error> {
         let token = CORE | index as u64;
@@ -213,7 +213,7 @@ impl State {
                 let _ = poller.remove(old);
             }
         } else {
-            // What is in work of a broken ring must not be completed in the new one.
+            // What is in flight of a broken ring must not be completed in the new one.
             self.end(index, poller)?;
             let ring = self.ring(index)?;
             ring.place(table)?;
@@ -221,12 +221,12 @@ impl State {
                 ring.must_fit(inflight)?;
             }
             self.device
-                .starting(index)
+                .start_queue(index)
                 .map_err(Error::io(format!("queue {index}: starting")))?;
             // Last what cannot be taken back: a doorbell that stayed in the poller would be
             // in its own way next time.
             if let Err(error) = watch(&kick) {
-                self.device.stopped(index);
+                self.device.stop_queue(index);
                 return Err(error);
             }
             self.ring(index)?.start(kick, inflight);
@@ -237,7 +237,7 @@ impl State {
         Ok(())
     }
 
-    /// Changes where a ring is. A running one moves when nothing of it is in work.
+    /// Changes where a ring is. A running one moves when nothing of it is in flight.
     ///
     /// # Errors
     /// When there is no such ring, or it cannot be there; then it stays where it is.
@@ -254,7 +254,7 @@ impl State {
         self.ring(index)?.set_addresses(addresses, table)
     }
 
-    /// Enables a ring, or disables it when nothing of it is in work any more.
+    /// Enables a ring, or disables it when nothing of it is in flight any more.
     ///
     /// # Errors
     /// When there is no such ring.
@@ -289,7 +289,7 @@ impl State {
         if let Some(kick) = self.ring(index)?.end() {
             let _ = poller.remove(kick);
         }
-        self.device.stopped(index);
+        self.device.stop_queue(index);
         Ok(())
     }
 
@@ -304,7 +304,7 @@ impl State {
     /// The front end left: all rings stop and its memory is unmapped.
     pub fn close(&mut self, poller: &Poller) {
         self.reset(poller);
-        self.device.closed();
+        self.device.frontend_disconnected();
     }
 
     /// All rings stop, and nothing of what the front end has set stays.
@@ -323,7 +323,7 @@ impl State {
 }
 
 /// All rings may be served a batch's worth again.
-fn refill(cx: &mut Context<'_>) {
+fn refill(cx: &mut DeviceContext<'_>) {
     for ring in cx.rings.iter_mut().flatten() {
         ring.refill();
     }

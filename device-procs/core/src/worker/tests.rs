@@ -1,4 +1,4 @@
-//! A device that notes what it is told, and keeps requests in work until it is drained.
+//! A device that notes what it is told, and keeps requests in flight until it is drained.
 
 use std::fs::File;
 use std::io;
@@ -9,10 +9,10 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
-use crate::inflight::{Shape, Table, create};
+use crate::inflight::{InflightLayout, InflightTable, create};
 use crate::memory::{MemoryTable, RegionInfo};
 use crate::ring::RingAddresses;
-use crate::{Context, Device};
+use crate::{Device, DeviceContext};
 
 const SIZE: u16 = 8;
 const MEMORY: u64 = 0x1_0000;
@@ -28,30 +28,30 @@ const PLACE: RingAddresses = RingAddresses {
 struct Notes {
     told: Vec<String>,
     refuse: bool,
-    /// Nothing stays in work.
+    /// Nothing stays in flight.
     at_once: bool,
 }
 
 #[derive(Default)]
-struct Recorder {
+struct RecordingDevice {
     notes: Arc<Mutex<Notes>>,
-    in_work: Vec<(usize, u16)>,
+    in_flight: Vec<(usize, u16)>,
     /// No more than so many requests at a time.
     depth: usize,
 }
 
-impl Recorder {
+impl RecordingDevice {
     fn note(&self, what: String) {
         self.notes.lock().unwrap().told.push(what);
     }
 }
 
-impl Device for Recorder {
-    fn connected(&mut self, _socket: BorrowedFd<'_>) {
+impl Device for RecordingDevice {
+    fn frontend_connected(&mut self, _socket: BorrowedFd<'_>) {
         self.note("connected".into());
     }
 
-    fn starting(&mut self, queue: usize) -> io::Result<()> {
+    fn start_queue(&mut self, queue: usize) -> io::Result<()> {
         self.note(format!("starting {queue}"));
         match self.notes.lock().unwrap().refuse {
             true => Err(io::Error::other("no medium")),
@@ -59,39 +59,39 @@ impl Device for Recorder {
         }
     }
 
-    fn stopped(&mut self, queue: usize) {
-        assert!(self.in_work.iter().all(|&(of, _)| of != queue));
+    fn stop_queue(&mut self, queue: usize) {
+        assert!(self.in_flight.iter().all(|&(of, _)| of != queue));
         self.note(format!("stopped {queue}"));
     }
 
-    fn kicked(&mut self, queue: usize, cx: &mut Context<'_>) {
+    fn process_queue(&mut self, queue: usize, cx: &mut DeviceContext<'_>) {
         let memory = cx.memory;
         let Some(ring) = cx.ring(queue) else { return };
-        while self.in_work.len() < self.depth
+        while self.in_flight.len() < self.depth
             && let Some(chain) = ring.pop(memory)
         {
-            self.in_work.push((queue, chain.head));
+            self.in_flight.push((queue, chain.head));
         }
         if self.notes.lock().unwrap().at_once {
-            self.drain(queue, cx);
+            self.drain_queue(queue, cx);
         }
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> bool {
-        let found = !self.in_work.is_empty();
-        (0..2).for_each(|queue| self.drain(queue, cx));
+    fn poll(&mut self, cx: &mut DeviceContext<'_>) -> bool {
+        let found = !self.in_flight.is_empty();
+        (0..2).for_each(|queue| self.drain_queue(queue, cx));
         found
     }
 
-    fn drain(&mut self, queue: usize, cx: &mut Context<'_>) {
-        let done = self.in_work.extract_if(.., |&mut (of, _)| of == queue);
+    fn drain_queue(&mut self, queue: usize, cx: &mut DeviceContext<'_>) {
+        let done = self.in_flight.extract_if(.., |&mut (of, _)| of == queue);
         let done: Vec<(u16, u32)> = done.map(|(_, head)| (head, 0)).collect();
         if let Some(ring) = cx.ring(queue) {
-            ring.push_all(&done);
+            ring.add_used_batch(&done);
         }
     }
 
-    fn closed(&mut self) {
+    fn frontend_disconnected(&mut self) {
         self.note("closed".into());
     }
 }
@@ -113,9 +113,9 @@ impl World {
             user: 0,
             offset: 0,
         };
-        let recorder = Recorder {
+        let recorder = RecordingDevice {
             depth,
-            ..Recorder::default()
+            ..RecordingDevice::default()
         };
         let world = World {
             notes: Arc::clone(&recorder.notes),
@@ -136,11 +136,11 @@ impl World {
         world
     }
 
-    fn control<R>(&self, f: impl FnOnce(&mut State, &Poller) -> R) -> R {
+    fn control<R>(&self, f: impl FnOnce(&mut WorkerState, &Poller) -> R) -> R {
         self.worker.control(f)
     }
 
-    fn start_with(&self, queue: usize, inflight: Option<&Arc<Table>>) -> Result<(), Error> {
+    fn start_with(&self, queue: usize, inflight: Option<&Arc<InflightTable>>) -> Result<(), Error> {
         let kick = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
         self.control(|state, poller| state.start(queue, kick, false, &self.table, inflight, poller))
     }
@@ -204,7 +204,7 @@ fn at(queue: usize) -> RingAddresses {
 fn a_device_hears_of_each_start_and_stop_once() {
     let world = World::new(SIZE.into());
     let socket = memfd_create("socket", MemfdFlags::CLOEXEC).unwrap();
-    world.control(|state, _| state.connected(socket.as_fd()));
+    world.control(|state, _| state.frontend_connected(socket.as_fd()));
     world.start(1).unwrap();
     assert_eq!(world.told(), ["connected", "starting 1"]);
     // Another doorbell for a ring that runs is no start.
@@ -307,7 +307,7 @@ fn a_ring_that_broke_gets_nothing_and_starts_anew() {
     world.batch();
     world.control(|state, _| {
         assert!(!state.ring(0).unwrap().is_running());
-        state.ring(0).unwrap().push(0, 0);
+        state.ring(0).unwrap().add_used(0, 0);
     });
     assert_eq!(world.told(), ["starting 0"]);
     assert_eq!(world.used_index(0), 0);
@@ -329,14 +329,14 @@ fn a_ring_that_broke_gets_nothing_and_starts_anew() {
 
 #[test]
 fn a_stop_takes_left_overs_that_come_in_several_turns() {
-    let shape = Shape {
+    let shape = InflightLayout {
         queues: 2,
         size: SIZE,
     };
     let (file, len) = create(shape, 2, SIZE).unwrap();
     let table = || {
         let file = file.try_clone().unwrap();
-        Arc::new(Table::map(shape, file, 0, len, 2, SIZE).unwrap())
+        Arc::new(InflightTable::map(shape, file, 0, len, 2, SIZE).unwrap())
     };
     let first = World::new(6);
     first.offer(0, 6);
@@ -366,18 +366,18 @@ fn a_stop_takes_left_overs_that_come_in_several_turns() {
     assert_eq!(third.used_index(0), 6);
 }
 
-/// What a stop takes of the left-overs is in work when the driver breaks the ring, and must
+/// What a stop takes of the left-overs is in flight when the driver breaks the ring, and must
 /// not be any more when the ring is gone and its memory with it.
 #[test]
 fn left_overs_of_a_ring_that_breaks_while_it_stops_are_completed() {
-    let shape = Shape {
+    let shape = InflightLayout {
         queues: 2,
         size: SIZE,
     };
     let (file, len) = create(shape, 2, SIZE).unwrap();
     let table = || {
         let file = file.try_clone().unwrap();
-        Arc::new(Table::map(shape, file, 0, len, 2, SIZE).unwrap())
+        Arc::new(InflightTable::map(shape, file, 0, len, 2, SIZE).unwrap())
     };
     let first = World::new(SIZE.into());
     first.offer(0, 2);
@@ -390,7 +390,7 @@ fn left_overs_of_a_ring_that_breaks_while_it_stops_are_completed() {
     second.control(|state, poller| state.set_memory(&second.table, poller));
     second.start_with(0, Some(&table())).unwrap();
     second.offer(0, 2 + SIZE + 1);
-    // `stopped` looks that nothing is in work.
+    // `stopped` looks that nothing is in flight.
     second.stop(0);
     assert_eq!(second.told(), ["starting 0", "stopped 0"]);
 }
@@ -399,30 +399,30 @@ fn left_overs_of_a_ring_that_breaks_while_it_stops_are_completed() {
 fn doorbells_stay_off_until_a_last_look() {
     let world = World::new(SIZE.into());
     let look = || world.control(|state, poller| state.work(&[], poller, true));
-    let rest = || world.control(|state, _| state.rest());
+    let rest = || world.control(|state, _| state.enable_notification());
     world.start(0).unwrap();
-    assert_eq!(look(), Found::Work);
-    assert_eq!(look(), Found::Nothing);
+    assert_eq!(look(), WorkFound::Work);
+    assert_eq!(look(), WorkFound::Nothing);
     assert!(world.is_doorbell_off(0));
     world.offer(0, 3);
-    assert_eq!(look(), Found::Work);
+    assert_eq!(look(), WorkFound::Work);
     assert_eq!(world.used_index(0), 0);
     // The device has completed them meanwhile.
-    assert_eq!(look(), Found::Work);
-    assert_eq!((look(), world.used_index(0)), (Found::Nothing, 3));
+    assert_eq!(look(), WorkFound::Work);
+    assert_eq!((look(), world.used_index(0)), (WorkFound::Nothing, 3));
     assert!(world.is_doorbell_off(0));
 
     world.offer(0, 4);
     assert!(rest());
     assert!(!world.is_doorbell_off(0));
-    assert_eq!(look(), Found::Work);
+    assert_eq!(look(), WorkFound::Work);
     assert!(world.is_doorbell_off(0));
     assert!(!rest());
     assert!(!world.is_doorbell_off(0));
     // Whoever sleeps is not to look.
-    assert_eq!(look(), Found::Work);
+    assert_eq!(look(), WorkFound::Work);
     world.offer(0, 5);
-    assert_eq!((look(), world.used_index(0)), (Found::Nothing, 4));
+    assert_eq!((look(), world.used_index(0)), (WorkFound::Nothing, 4));
 }
 
 /// What the kernel says of a thread: whether it sleeps, and how often it has been switched

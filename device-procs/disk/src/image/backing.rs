@@ -9,9 +9,9 @@ use std::path::Path;
 use imago::FormatAccess;
 use imago::raw::Raw;
 
-use super::guard::Guard;
+use super::metadata_file::MetadataFile;
 use super::qcow2::{self, storage::Storage};
-use super::{Backing, Format, Origin, looks_like, not_a_disk, open_file};
+use super::{BackingPolicy, ImageFormat, ImageOrigin, looks_like, not_a_disk, open_file};
 use crate::lock;
 
 /// Images on top of each other. QEMU has no limit; each has memory of its own here.
@@ -25,10 +25,10 @@ const MOST: u32 = 16;
 pub fn open(
     name: &str,
     format: Option<&str>,
-    origin: &Origin<'_>,
+    origin: &ImageOrigin<'_>,
 ) -> io::Result<FormatAccess<Storage>> {
     let on = |why: String| io::Error::other(format!("its backing file {name}: {why}"));
-    if origin.backing == Backing::Deny {
+    if origin.backing == BackingPolicy::Deny {
         return Err(on(
             "no other files are opened unless asked for (--backing allow)".into(),
         ));
@@ -55,7 +55,7 @@ pub fn open(
             return Err(not_a_disk());
         }
         if origin.lock {
-            lock::take(&file, lock::Use::Read)?;
+            lock::take(&file, lock::ImageAccess::Read)?;
         }
         let said = path.display().to_string();
         let format = match (format, looks_like(&file)) {
@@ -68,12 +68,12 @@ pub fn open(
             }
         };
         match format.parse() {
-            Ok(Format::Raw) => {
-                let storage = Storage::new(Guard::new(file, &said)?);
+            Ok(ImageFormat::Raw) => {
+                let storage = Storage::new(MetadataFile::new(file, &said)?);
                 Ok(FormatAccess::new(Raw::open_image(storage, false)?))
             }
-            Ok(Format::Qcow2) => {
-                let below = Origin {
+            Ok(ImageFormat::Qcow2) => {
+                let below = ImageOrigin {
                     name: &said,
                     directory: path.parent(),
                     depth: origin.depth + 1,
@@ -90,10 +90,10 @@ pub fn open(
 }
 
 /// An image that does not say what its backing file `name` is.
-pub fn without_format(name: &str, origin: &Origin<'_>) -> io::Error {
+pub fn without_format(name: &str, origin: &ImageOrigin<'_>) -> io::Error {
     match origin.backing {
-        Backing::Deny => open(name, None, origin).err().unwrap_or_else(not_a_disk),
-        Backing::Allow => io::Error::other(format!(
+        BackingPolicy::Deny => open(name, None, origin).err().unwrap_or_else(not_a_disk),
+        BackingPolicy::Allow => io::Error::other(format!(
             "its backing file {name}: the image does not say which format that has \
              (qemu-img rebase -u -b {name} -F FORMAT)"
         )),

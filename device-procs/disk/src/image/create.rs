@@ -10,10 +10,10 @@ use imago::FormatCreateBuilder;
 use imago::qcow2::Qcow2;
 use rustix::fs::{AtFlags, CWD, RenameFlags};
 
-use super::guard::Guard;
+use super::metadata_file::MetadataFile;
 use super::qcow::header::Header;
 use super::qcow2::storage::Storage;
-use super::{Backing, Format, Origin, SECTOR, backing, open_file};
+use super::{BackingPolicy, ImageFormat, ImageOrigin, SECTOR, backing, open_file};
 use crate::lock;
 
 /// Longest name of another file that QEMU, and we, read in an image.
@@ -21,13 +21,13 @@ const MAX_NAME: usize = 1023;
 
 /// What image to make.
 #[derive(Args, Clone, Debug)]
-pub struct Options {
+pub struct CreateOptions {
     /// The image's file
     file: PathBuf,
 
     /// Its format
     #[arg(long, value_enum, value_name = "raw|qcow2|qcow")]
-    format: Format,
+    format: ImageFormat,
 
     /// Size of the disk: a number of bytes, or with K, M, G or T
     #[arg(long, value_name = "SIZE", value_parser = outrigger_cli::size::parse)]
@@ -53,7 +53,7 @@ pub struct Options {
     force: bool,
 }
 
-impl Options {
+impl CreateOptions {
     /// Makes the image: all of it, or nothing.
     ///
     /// # Errors
@@ -74,12 +74,12 @@ impl Options {
             return refused("--size: no disk is that large");
         }
         let largest = match self.format {
-            Format::Raw => 0,
-            Format::Qcow2 => 2 << 20,
-            Format::Qcow => 64 << 10,
+            ImageFormat::Raw => 0,
+            ImageFormat::Qcow2 => 2 << 20,
+            ImageFormat::Qcow => 64 << 10,
         };
         if let Some(cluster) = self.cluster_size {
-            if self.format == Format::Raw {
+            if self.format == ImageFormat::Raw {
                 return refused("--cluster-size: a raw image has no clusters");
             }
             if !cluster.is_power_of_two() || !(512..=largest).contains(&cluster) {
@@ -88,23 +88,23 @@ impl Options {
             }
         }
         if let Some((name, format)) = self.below() {
-            if self.format == Format::Raw {
+            if self.format == ImageFormat::Raw {
                 return refused("--backing: a raw image cannot lie on another one");
             }
-            let origin = Origin {
+            let origin = ImageOrigin {
                 name: "",
                 directory: Some(self.directory()),
-                backing: Backing::Allow,
+                backing: BackingPolicy::Allow,
                 lock: false,
                 depth: 0,
             };
             // That it can be opened is all that matters here.
             let said = match self.format {
                 // It has no room for the word.
-                Format::Qcow if format != "raw" => {
+                ImageFormat::Qcow if format != "raw" => {
                     return refused("--backing-format: a qcow image can lie on a raw one only");
                 }
-                Format::Qcow => None,
+                ImageFormat::Qcow => None,
                 _ => Some(format),
             };
             drop(backing::open(name, said, &origin)?);
@@ -142,7 +142,7 @@ impl Options {
             }
             Ok(_) if !self.force => return Err(there_already()),
             Ok(metadata) => {
-                lock::take(&open_file(&self.file, false)?, lock::Use::Grow)?;
+                lock::take(&open_file(&self.file, false)?, lock::ImageAccess::Grow)?;
                 Some(metadata)
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -173,15 +173,15 @@ impl Options {
     }
 
     fn fill(&self, file: File) -> io::Result<()> {
-        let guard = Guard::new(file, &self.file.display().to_string())?;
+        let guard = MetadataFile::new(file, &self.file.display().to_string())?;
         match self.format {
-            Format::Raw => guard.zero(0, self.size, true),
-            Format::Qcow => {
+            ImageFormat::Raw => guard.zero(0, self.size, true),
+            ImageFormat::Qcow => {
                 let bits = self.cluster_size.map(u64::ilog2);
                 let name = self.below().map(|(name, _)| name);
                 Header::new(self.size, bits, name).create(&guard)
             }
-            Format::Qcow2 => {
+            ImageFormat::Qcow2 => {
                 let mut image =
                     Qcow2::<Storage>::create_builder(Storage::new(guard)).size(self.size);
                 if let Some(cluster) = self.cluster_size {

@@ -6,13 +6,13 @@ use miniz_oxide::inflate::TINFLStatus;
 use miniz_oxide::inflate::core::inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF;
 use miniz_oxide::inflate::core::{DecompressorOxide, decompress};
 
-use super::guard::{Guard, damaged};
+use super::metadata_file::{MetadataFile, damaged};
 
 /// The cluster of `size` bytes that is compressed in `len` bytes of the file at `at`.
 ///
 /// # Errors
 /// The medium's; or one that says that there is no such thing.
-pub fn inflate(guard: &Guard, at: u64, len: usize, size: usize) -> io::Result<Vec<u8>> {
+pub fn inflate(guard: &MetadataFile, at: u64, len: usize, size: usize) -> io::Result<Vec<u8>> {
     let mut compressed = vec![0; len];
     guard.read_padded(&mut [IoSliceMut::new(&mut compressed)], at)?;
     let mut cluster = vec![0; size];

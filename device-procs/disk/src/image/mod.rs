@@ -2,8 +2,8 @@
 
 mod backing;
 pub mod create;
-mod guard;
 mod inflate;
+mod metadata_file;
 mod qcow;
 mod qcow2;
 mod raw;
@@ -54,7 +54,7 @@ impl Geometry {
 
 /// How a disk lies in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Format {
+pub enum ImageFormat {
     /// The file is the disk
     Raw,
     /// QEMU's, versions 2 and 3
@@ -63,7 +63,7 @@ pub enum Format {
     Qcow,
 }
 
-impl FromStr for Format {
+impl FromStr for ImageFormat {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
@@ -73,7 +73,7 @@ impl FromStr for Format {
 
 /// What is done with files that an image names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Backing {
+pub enum BackingPolicy {
     /// They are not opened, and the image is refused
     Deny,
     /// They are read, wherever they are
@@ -82,13 +82,13 @@ pub enum Backing {
 
 /// Where an image comes from, and what may be done for it.
 #[derive(Clone, Copy, Debug)]
-pub struct Origin<'a> {
+pub struct ImageOrigin<'a> {
     /// What users call it.
     pub name: &'a str,
     /// What the names of other files in it are relative to, if that is known.
     pub directory: Option<&'a Path>,
     /// Whether those are opened.
-    pub backing: Backing,
+    pub backing: BackingPolicy,
     /// Whether they are locked.
     pub lock: bool,
     /// Images on top of this one.
@@ -103,14 +103,14 @@ pub struct Origin<'a> {
 /// One line that says what is wrong with it and what to do.
 pub fn open(
     file: File,
-    format: Option<Format>,
+    format: Option<ImageFormat>,
     read_only: bool,
-    origin: &Origin<'_>,
+    origin: &ImageOrigin<'_>,
 ) -> io::Result<Box<dyn Image>> {
     let format = match format {
         Some(format) => format,
         None => match looks_like(&file) {
-            None => Format::Raw,
+            None => ImageFormat::Raw,
             Some(other) => {
                 return Err(io::Error::other(format!(
                     "it begins like an image of format {other}: --format {other} if it is one, \
@@ -120,7 +120,7 @@ pub fn open(
         },
     };
     Ok(match format {
-        Format::Raw => {
+        ImageFormat::Raw => {
             let image = raw::RawImage::new(file, read_only)?;
             if image.padding() > 0 {
                 tracing::warn!(
@@ -132,8 +132,8 @@ pub fn open(
             }
             Box::new(image)
         }
-        Format::Qcow2 => Box::new(qcow2::Qcow2Image::open(file, origin, read_only)?),
-        Format::Qcow => Box::new(qcow::QcowImage::open(file, origin, read_only)?),
+        ImageFormat::Qcow2 => Box::new(qcow2::Qcow2Image::open(file, origin, read_only)?),
+        ImageFormat::Qcow => Box::new(qcow::QcowImage::open(file, origin, read_only)?),
     })
 }
 
@@ -296,7 +296,7 @@ pub trait Image: Send + Sync {
 
     /// What tests make fail.
     #[cfg(test)]
-    fn guard_of(&self) -> Option<&guard::Guard> {
+    fn guard_of(&self) -> Option<&metadata_file::MetadataFile> {
         None
     }
 

@@ -10,20 +10,20 @@ use device_core::GuestMemory;
 use device_core::chain::Buffers;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-use super::{Backing, Extent, Format, Image, Origin, SECTOR, open, open_file};
-use crate::lock::{self, Use};
+use super::{BackingPolicy, Extent, Image, ImageFormat, ImageOrigin, SECTOR, open, open_file};
+use crate::lock::{self, ImageAccess};
 use crate::transfer;
 
 /// Most bytes of a request.
 pub const LARGEST: usize = 1 << 20;
 
 /// An image as the rest of the program uses it.
-pub struct Disk {
+pub struct TestDisk {
     pub image: Arc<dyn Image>,
     memory: Mutex<GuestMemory>,
 }
 
-impl Disk {
+impl TestDisk {
     pub fn new(image: Arc<dyn Image>) -> Self {
         // Two regions, so that buffers come in pieces.
         let half = LARGEST / 2;
@@ -31,7 +31,7 @@ impl Disk {
             (GuestAddress(0), half + 4096),
             (GuestAddress(1 << 30), half + 4096),
         ];
-        Disk {
+        TestDisk {
             image,
             memory: Mutex::new(GuestMemory::from_ranges(&ranges).unwrap()),
         }
@@ -146,7 +146,7 @@ impl Step {
         }
     }
 
-    pub fn run(&self, disk: &Disk) -> io::Result<Vec<u8>> {
+    pub fn run(&self, disk: &TestDisk) -> io::Result<Vec<u8>> {
         match self {
             Step::Read(offset, len) => return disk.read(*offset, *len),
             Step::Write(offset, bytes) => disk.write(*offset, bytes)?,
@@ -170,7 +170,7 @@ impl Step {
 }
 
 /// Runs `count` random steps and compares with `model`, which knows the disk's content.
-pub fn exercise(disk: &Disk, model: &mut [u8], random: &mut Random, count: usize) {
+pub fn exercise(disk: &TestDisk, model: &mut [u8], random: &mut Random, count: usize) {
     for number in 0..count {
         let step = Step::random(random, model.len() as u64);
         let read = step.run(disk).unwrap_or_else(|e| panic!("{number}: {e}"));
@@ -198,7 +198,7 @@ pub fn exercise(disk: &Disk, model: &mut [u8], random: &mut Random, count: usize
 }
 
 /// Compares all of the disk with `model`.
-pub fn compare(disk: &Disk, model: &[u8]) {
+pub fn compare(disk: &TestDisk, model: &[u8]) {
     for (index, expected) in model.chunks(LARGEST).enumerate() {
         let offset = (index * LARGEST) as u64;
         let read = disk.read(offset, expected.len()).unwrap();
@@ -261,24 +261,30 @@ impl Workshop {
     }
 
     /// The image, opened as the program does.
-    pub fn open(&self, name: &str, format: Format, read_only: bool) -> io::Result<Disk> {
+    pub fn open(&self, name: &str, format: ImageFormat, read_only: bool) -> io::Result<TestDisk> {
         open_at(
             &self.path(name),
             Some(format),
             read_only,
-            Backing::Allow,
+            BackingPolicy::Allow,
             true,
         )
     }
 
     /// The image, opened once more by somebody who waits for his turn.
-    pub fn open_again(&self, name: &str, format: Format) -> io::Result<Disk> {
-        open_at(&self.path(name), Some(format), false, Backing::Allow, false)
+    pub fn open_again(&self, name: &str, format: ImageFormat) -> io::Result<TestDisk> {
+        open_at(
+            &self.path(name),
+            Some(format),
+            false,
+            BackingPolicy::Allow,
+            false,
+        )
     }
 
     /// qemu-img finds nothing worse than space that is lost.
-    pub fn is_sound(&self, name: &str, format: Format) {
-        if format != Format::Qcow2 {
+    pub fn is_sound(&self, name: &str, format: ImageFormat) {
+        if format != ImageFormat::Qcow2 {
             return; // it has no check of others
         }
         let output = Command::new("qemu-img")
@@ -294,13 +300,13 @@ impl Workshop {
 
 pub fn open_at(
     path: &Path,
-    format: Option<Format>,
+    format: Option<ImageFormat>,
     read_only: bool,
-    backing: Backing,
+    backing: BackingPolicy,
     lock: bool,
-) -> io::Result<Disk> {
+) -> io::Result<TestDisk> {
     let name = path.display().to_string();
-    let origin = Origin {
+    let origin = ImageOrigin {
         name: &name,
         directory: path.parent(),
         backing,
@@ -309,10 +315,14 @@ pub fn open_at(
     };
     let file = open_file(path, read_only)?;
     if lock {
-        let to = if read_only { Use::Read } else { Use::Grow };
+        let to = if read_only {
+            ImageAccess::Read
+        } else {
+            ImageAccess::Grow
+        };
         lock::take(&file, to)?;
     }
-    open(file, format, read_only, &origin).map(|image| Disk::new(image.into()))
+    open(file, format, read_only, &origin).map(|image| TestDisk::new(image.into()))
 }
 
 /// Tries once more what may find a lock of an image that is closed: a process that another

@@ -7,8 +7,8 @@ use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::sync::Arc;
 
-use super::Format;
-use super::testing::{Disk, Random, Step, Workshop, compare, exercise, pattern};
+use super::ImageFormat;
+use super::testing::{Random, Step, TestDisk, Workshop, compare, exercise, pattern};
 
 const SIZE: usize = 2 << 20;
 
@@ -21,7 +21,7 @@ fn times(count: u64) -> u64 {
 /// An image that has a bit of everything, and its content.
 struct Subject {
     shop: Workshop,
-    format: Format,
+    format: ImageFormat,
     content: Vec<u8>,
 }
 
@@ -41,7 +41,7 @@ impl Subject {
         shop.agree("disk", "qcow2", &content);
         Subject {
             shop,
-            format: Format::Qcow2,
+            format: ImageFormat::Qcow2,
             content,
         }
     }
@@ -59,7 +59,7 @@ impl Subject {
         shop.agree("disk", "qcow", &content);
         Subject {
             shop,
-            format: Format::Qcow,
+            format: ImageFormat::Qcow,
             content,
         }
     }
@@ -73,13 +73,13 @@ impl Subject {
         ]
     }
 
-    fn open(&self) -> Disk {
+    fn open(&self) -> TestDisk {
         self.shop.open("disk", self.format, false).unwrap()
     }
 
     fn name(&self) -> &'static str {
         match self.format {
-            Format::Qcow2 => "qcow2",
+            ImageFormat::Qcow2 => "qcow2",
             _ => "qcow",
         }
     }
@@ -93,7 +93,7 @@ fn changes(random: &mut Random, count: usize) -> Vec<Step> {
         .collect()
 }
 
-fn apply(step: &Step, model: &mut [u8], disk: &Disk) {
+fn apply(step: &Step, model: &mut [u8], disk: &TestDisk) {
     match step {
         Step::Write(at, bytes) => model[*at as usize..][..bytes.len()].copy_from_slice(bytes),
         Step::Zero(..) => model[step.range()].fill(0),
@@ -106,7 +106,7 @@ fn apply(step: &Step, model: &mut [u8], disk: &Disk) {
 }
 
 /// Compares all but `unsure`, where each byte is as before, 0, or new; returns the content.
-fn compare_around(disk: &Disk, model: &[u8], unsure: &Step) -> Vec<u8> {
+fn compare_around(disk: &TestDisk, model: &[u8], unsure: &Step) -> Vec<u8> {
     let mut now = Vec::new();
     for offset in (0..SIZE).step_by(SIZE / 4) {
         now.extend(disk.read(offset as u64, SIZE / 4).unwrap());
@@ -137,7 +137,7 @@ fn another_process_goes_on_wherever_one_was_killed() {
         let steps = changes(&mut Random::new(seed), times(9) as usize);
         let mut deaths = 0;
         // qcow images take few writes.
-        let every = times(1) > 1 || subject.format == Format::Qcow;
+        let every = times(1) > 1 || subject.format == ImageFormat::Qcow;
         for lives in (0..).step_by(if every { 1 } else { 3 }) {
             std::fs::write(subject.shop.path("disk"), &original).unwrap();
             let heir = subject.shop.open_again("disk", subject.format).unwrap();
@@ -177,7 +177,7 @@ fn another_process_goes_on_wherever_tables_grew() {
     let shop = Workshop::new();
     shop.create("disk", "qcow2", "cluster_size=512,refcount_bits=64", "2M");
     let full = pattern(SIZE);
-    let disk = shop.open("disk", Format::Qcow2, false).unwrap();
+    let disk = shop.open("disk", ImageFormat::Qcow2, false).unwrap();
     for at in (0..SIZE - (128 << 10)).step_by(32 << 10) {
         disk.write(at as u64, &full[at..][..32 << 10]).unwrap();
     }
@@ -188,8 +188,8 @@ fn another_process_goes_on_wherever_tables_grew() {
     let mut deaths = 0;
     for lives in (0..).step_by(if times(1) > 1 { 1 } else { 5 }) {
         std::fs::write(shop.path("disk"), &original).unwrap();
-        let heir = shop.open_again("disk", Format::Qcow2).unwrap();
-        let disk = shop.open_again("disk", Format::Qcow2).unwrap();
+        let heir = shop.open_again("disk", ImageFormat::Qcow2).unwrap();
+        let disk = shop.open_again("disk", ImageFormat::Qcow2).unwrap();
         disk.image.guard_of().unwrap().faults.die_after(lives);
         let mut model = full.clone();
         model[SIZE - (128 << 10)..].fill(0);
@@ -208,7 +208,7 @@ fn another_process_goes_on_wherever_tables_grew() {
         };
         let died = grow_and_write().is_err();
         drop(disk);
-        shop.is_sound("disk", Format::Qcow2);
+        shop.is_sound("disk", ImageFormat::Qcow2);
         heir.image.reload().unwrap();
         let capacity = heir.image.geometry().capacity as usize;
         assert!(sizes.iter().rev().take(2).any(|&size| size == capacity));
@@ -228,7 +228,7 @@ fn another_process_goes_on_wherever_tables_grew() {
         let len = capacity as u64 / 2;
         heir.write(len - 8192, &full[..16 << 10]).unwrap();
         drop(heir);
-        shop.is_sound("disk", Format::Qcow2);
+        shop.is_sound("disk", ImageFormat::Qcow2);
     }
     assert!(deaths > 20, "{deaths}");
 }
@@ -325,7 +325,7 @@ fn queues_work_side_by_side() {
                     let model = &model;
                     scope.spawn(move || {
                         let mut random = Random::new(400 + 10 * index as u64 + thread as u64);
-                        let disk = Disk::new(image);
+                        let disk = TestDisk::new(image);
                         let mut stripes: Vec<_> = (0..SIZE)
                             .step_by(STRIPE)
                             .skip(thread)
@@ -357,7 +357,7 @@ fn queues_work_side_by_side() {
 }
 
 /// One step of a part of a disk, which begins at `from` and reads as `model`.
-fn one(disk: &Disk, from: u64, step: &Step, model: &mut [u8]) {
+fn one(disk: &TestDisk, from: u64, step: &Step, model: &mut [u8]) {
     let shifted = match step.clone() {
         Step::Read(at, len) => Step::Read(at + from, len),
         Step::Write(at, bytes) => Step::Write(at + from, bytes),

@@ -8,7 +8,7 @@ pub mod uart;
 
 /// What a guest asks of the whole machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
+pub enum PlatformEvent {
     /// Switch it off.
     PowerOff,
     /// Reset it.

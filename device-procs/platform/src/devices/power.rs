@@ -6,7 +6,7 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::Event;
+use super::PlatformEvent;
 
 /// The first port of the PM1a block: status, enable and control, two bytes each.
 pub const PM1_PORT: u16 = 0x600;
@@ -58,7 +58,7 @@ impl Power {
     }
 
     /// Writes the byte at `offset` of the PM1a block.
-    pub fn write_pm1(&mut self, offset: u16, value: u8) -> Option<Event> {
+    pub fn write_pm1(&mut self, offset: u16, value: u8) -> Option<PlatformEvent> {
         let offset = usize::from(offset);
         match offset {
             // Writing 1 clears.
@@ -70,7 +70,7 @@ impl Power {
                 self.pm1[offset] = value & SLEEP_TYPE;
                 if value & SLEEP != 0 {
                     if value & SLEEP_TYPE == SOFT_OFF {
-                        return Some(Event::PowerOff);
+                        return Some(PlatformEvent::PowerOff);
                     }
                     tracing::debug!("the guest asked for a sleep state that does not exist");
                 }
@@ -86,9 +86,9 @@ impl Power {
     }
 
     /// Writes the reset control register.
-    pub fn write_reset(&mut self, value: u8) -> Option<Event> {
+    pub fn write_reset(&mut self, value: u8) -> Option<PlatformEvent> {
         self.reset_control = value & RESET_KIND;
-        (value & RESET != 0).then_some(Event::Reset)
+        (value & RESET != 0).then_some(PlatformEvent::Reset)
     }
 }
 
@@ -104,7 +104,7 @@ mod tests {
         assert_eq!(power.write_pm1(5, 0x1c), None);
         assert_eq!(power.read_pm1(5), 0x1c);
         assert_eq!(power.write_pm1(5, 0x24), None);
-        assert_eq!(power.write_pm1(5, 0x20), Some(Event::PowerOff));
+        assert_eq!(power.write_pm1(5, 0x20), Some(PlatformEvent::PowerOff));
         assert_eq!(power.read_pm1(5), 0);
     }
 
@@ -127,6 +127,6 @@ mod tests {
         let mut power = Power::power_on();
         assert_eq!(power.write_reset(0x02), None);
         assert_eq!(power.read_reset(), 0x02);
-        assert_eq!(power.write_reset(0x06), Some(Event::Reset));
+        assert_eq!(power.write_reset(0x06), Some(PlatformEvent::Reset));
     }
 }

@@ -51,7 +51,7 @@ pub struct Uart {
 
 /// What an access to a register does outside the registers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Effect {
+pub struct UartEffect {
     /// The value, if it was a read.
     pub value: u8,
     /// A byte for the line.
@@ -104,19 +104,19 @@ impl Uart {
     }
 
     /// The driver reads the register at `offset`.
-    pub fn read(&mut self, offset: u8) -> Effect {
+    pub fn read(&mut self, offset: u8) -> UartEffect {
         if offset == IIR && self.interrupt_identification & IIR_RECEIVED != 0 {
             // Goes only with the data, and before an empty transmitter.
-            return Effect {
+            return UartEffect {
                 value: IIR_FIFO | IIR_RECEIVED,
-                ..Effect::default()
+                ..UartEffect::default()
             };
         }
         self.with_chip(|chip| chip.read(offset))
     }
 
     /// The driver writes the register at `offset`.
-    pub fn write(&mut self, offset: u8, value: u8) -> Effect {
+    pub fn write(&mut self, offset: u8, value: u8) -> UartEffect {
         self.with_chip(|chip| {
             // Neither the trigger nor the wire fails.
             let _ = chip.write(offset, value);
@@ -149,18 +149,18 @@ impl Uart {
         self.interrupt_identification & IIR_NONE == 0
     }
 
-    fn with_chip(&mut self, work: impl FnOnce(&mut Chip) -> u8) -> Effect {
+    fn with_chip(&mut self, work: impl FnOnce(&mut Chip) -> u8) -> UartEffect {
         let edge = Cell::new(false);
         let chip = Chip::from_state(&self.load(), Edge(&edge), NoEvents, Wire::default());
         let Ok(mut chip) = chip else {
             // Only for a FIFO that is too full, and `check` has seen to that.
-            return Effect::default();
+            return UartEffect::default();
         };
         // What was pending already has raised the line before.
         edge.set(false);
         let value = work(&mut chip);
         self.store(&chip.state());
-        Effect {
+        UartEffect {
             value,
             sent: chip.writer().0,
             interrupt: edge.get(),

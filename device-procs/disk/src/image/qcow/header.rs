@@ -15,7 +15,7 @@
 
 use std::io::{self, IoSlice};
 
-use super::super::guard::Guard;
+use super::super::metadata_file::MetadataFile;
 use super::super::qcow2::header::MAGIC;
 
 /// Length in bytes.
@@ -49,7 +49,7 @@ impl Header {
     ///
     /// # Errors
     /// The medium's; else a line that says what is wrong with the image.
-    pub fn read(guard: &Guard) -> io::Result<Self> {
+    pub fn read(guard: &MetadataFile) -> io::Result<Self> {
         let len = guard.look_again()?;
         if len < LEN as u64 {
             return Err(refused("it is no qcow image"));
@@ -131,7 +131,7 @@ impl Header {
     ///
     /// # Errors
     /// The medium's.
-    pub fn update(&self, guard: &Guard) -> io::Result<()> {
+    pub fn update(&self, guard: &MetadataFile) -> io::Result<()> {
         let mut bytes = [0; LEN - SIZE];
         guard.read(&mut bytes, SIZE as u64)?;
         bytes[..8].copy_from_slice(&self.size.to_be_bytes());
@@ -143,7 +143,7 @@ impl Header {
     ///
     /// # Errors
     /// The medium's; or one that says that the disk is too large.
-    pub fn create(&self, guard: &Guard) -> io::Result<()> {
+    pub fn create(&self, guard: &MetadataFile) -> io::Result<()> {
         let name = self.backing.as_deref().unwrap_or("");
         let mut bytes = Vec::with_capacity(LEN);
         bytes.extend(MAGIC);

@@ -19,16 +19,16 @@ use device_core::chain::Buffers;
 use imago::FormatAccess;
 use imago::io_buffers::IoVectorMut;
 
-use super::guard::Guard;
 use super::inflate::inflate;
+use super::metadata_file::MetadataFile;
 use super::qcow2::storage::Storage;
-use super::{Extent, Geometry, Image, Origin, SECTOR, backing};
+use super::{Extent, Geometry, Image, ImageOrigin, SECTOR, backing};
 use header::Header;
 use tables::{Entry, Tables};
 
 /// A qcow image.
 pub struct QcowImage {
-    guard: Guard,
+    guard: MetadataFile,
     geometry: Geometry,
     capacity: AtomicU64,
     cluster: u64,
@@ -43,12 +43,12 @@ impl QcowImage {
     ///
     /// # Errors
     /// One line that says what is wrong with the image.
-    pub fn open(file: File, origin: &Origin<'_>, read_only: bool) -> io::Result<Self> {
+    pub fn open(file: File, origin: &ImageOrigin<'_>, read_only: bool) -> io::Result<Self> {
         if !file.metadata()?.is_file() {
             let why = "a qcow image grows with its file, so it must be a regular one";
             return Err(io::Error::other(why));
         }
-        let guard = Guard::new(file, origin.name)?;
+        let guard = MetadataFile::new(file, origin.name)?;
         let header = Header::read(&guard)?;
         // The format has no word for what the other file is. As everywhere, that is raw,
         // unless it looks like something else.
@@ -163,7 +163,7 @@ impl Image for QcowImage {
     }
 
     #[cfg(test)]
-    fn guard_of(&self) -> Option<&Guard> {
+    fn guard_of(&self) -> Option<&MetadataFile> {
         Some(&self.guard)
     }
 

@@ -8,7 +8,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use super::super::guard::{Guard, beyond, damaged};
+use super::super::metadata_file::{MetadataFile, beyond, damaged};
 use super::header::{Header, LEN};
 
 /// Bytes of memory for L2 tables.
@@ -51,7 +51,7 @@ struct Top {
 }
 
 impl Top {
-    fn read(guard: &Guard, header: &Header) -> io::Result<Self> {
+    fn read(guard: &MetadataFile, header: &Header) -> io::Result<Self> {
         let mut bytes = vec![0; header.l1_entries() as usize * 8];
         guard.read(&mut bytes, header.l1)?;
         let mut top = Top {
@@ -99,7 +99,7 @@ impl Tables {
     ///
     /// # Errors
     /// The medium's; or a line about tables that cannot be.
-    pub fn load(guard: &Guard, header: &Header) -> io::Result<Self> {
+    pub fn load(guard: &MetadataFile, header: &Header) -> io::Result<Self> {
         let tables = MEMORY / (8 << header.l2_bits);
         Ok(Tables {
             cluster_bits: header.cluster_bits,
@@ -121,7 +121,7 @@ impl Tables {
     ///
     /// # Errors
     /// As [`Tables::load`].
-    pub fn reload(&self, guard: &Guard, header: &Header) -> io::Result<()> {
+    pub fn reload(&self, guard: &MetadataFile, header: &Header) -> io::Result<()> {
         if (header.cluster_bits, header.l2_bits) != (self.cluster_bits, self.l2_bits) {
             return Err(io::Error::other("it is another image than before"));
         }
@@ -141,7 +141,7 @@ impl Tables {
     }
 
     /// The L2 table for L1 entry `index`, if there is one.
-    fn table(&self, guard: &Guard, index: u64) -> io::Result<Option<Table>> {
+    fn table(&self, guard: &MetadataFile, index: u64) -> io::Result<Option<Table>> {
         let place = &self.recent[index as usize % self.recent.len()];
         if let Some((of, table)) = &*place.read().unwrap_or_else(PoisonError::into_inner)
             && *of == index
@@ -168,7 +168,7 @@ impl Tables {
     ///
     /// # Errors
     /// When that cannot be.
-    fn decode(&self, guard: &Guard, entry: u64) -> io::Result<Entry> {
+    fn decode(&self, guard: &MetadataFile, entry: u64) -> io::Result<Entry> {
         if entry == 0 {
             return Ok(Entry::Nothing);
         }
@@ -196,7 +196,7 @@ impl Tables {
     ///
     /// # Errors
     /// The medium's; or that an entry cannot be.
-    pub fn find(&self, guard: &Guard, offset: u64, len: u64) -> io::Result<(Entry, u64)> {
+    pub fn find(&self, guard: &MetadataFile, offset: u64, len: u64) -> io::Result<(Entry, u64)> {
         let cluster = 1u64 << self.cluster_bits;
         let within = offset & (cluster - 1);
         let (index, first) = self.indices(offset);
@@ -235,7 +235,13 @@ impl Tables {
     ///
     /// # Errors
     /// The medium's; then it is as before.
-    pub fn enter(&self, guard: &Guard, offset: u64, host: u64, count: u64) -> io::Result<()> {
+    pub fn enter(
+        &self,
+        guard: &MetadataFile,
+        offset: u64,
+        host: u64,
+        count: u64,
+    ) -> io::Result<()> {
         let (index, first) = self.indices(offset);
         let entries = (0..count).map(|step| host + (step << self.cluster_bits));
         let bytes: Vec<u8> = entries.clone().flat_map(u64::to_be_bytes).collect();
@@ -252,7 +258,13 @@ impl Tables {
     }
 
     /// Appends an L2 table that begins, from entry `first` on, with `bytes`.
-    fn enter_table(&self, guard: &Guard, index: u64, first: usize, bytes: &[u8]) -> io::Result<()> {
+    fn enter_table(
+        &self,
+        guard: &MetadataFile,
+        index: u64,
+        first: usize,
+        bytes: &[u8],
+    ) -> io::Result<()> {
         let mut table = vec![0; 8 << self.l2_bits];
         let here = table.get_mut(first * 8..first * 8 + bytes.len());
         here.ok_or(io::ErrorKind::InvalidInput)?
@@ -274,7 +286,7 @@ impl Tables {
     ///
     /// # Errors
     /// The medium's; then it is as before.
-    pub fn grow(&self, guard: &Guard, header: &mut Header) -> io::Result<()> {
+    pub fn grow(&self, guard: &MetadataFile, header: &mut Header) -> io::Result<()> {
         let mut top = self.top_mut();
         let wanted = header.l1_entries() as usize;
         header.l1 = top.at;

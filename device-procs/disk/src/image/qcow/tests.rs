@@ -1,7 +1,7 @@
 //! Against QEMU, a model in memory, sudden ends, and tables that are none.
 
 use super::super::testing::{Random, Workshop, exercise, pattern};
-use super::super::{Extent, Format};
+use super::super::{Extent, ImageFormat};
 
 const SIZE: usize = 8 << 20;
 
@@ -9,7 +9,7 @@ fn agrees(shop: &Workshop, name: &str, mut model: Vec<u8>, seed: u64, steps: usi
     println!("seed {seed}");
     let mut random = Random::new(seed);
     for _ in 0..3 {
-        let disk = shop.open(name, Format::Qcow, false).unwrap();
+        let disk = shop.open(name, ImageFormat::Qcow, false).unwrap();
         exercise(&disk, &mut model, &mut random, steps / 3);
         disk.image.reload().unwrap();
         exercise(&disk, &mut model, &mut random, 20);
@@ -37,7 +37,7 @@ fn compressed_clusters_are_read_and_replaced() {
     shell.args(["-c", convert]).current_dir(directory);
     shell.status().unwrap();
     shop.agree("disk", "qcow", &model);
-    let disk = shop.open("disk", Format::Qcow, true).unwrap();
+    let disk = shop.open("disk", ImageFormat::Qcow, true).unwrap();
     assert!(matches!(
         disk.image.map(0, 4096),
         Ok(Extent::Special { .. })
@@ -93,13 +93,13 @@ fn headers_that_cannot_be_are_refused_in_a_word() {
         let mut image = image.clone();
         image[at..at + bytes.len()].copy_from_slice(&bytes);
         std::fs::write(shop.path("bad"), image).unwrap();
-        let error = shop.open("bad", Format::Qcow, false).err();
+        let error = shop.open("bad", ImageFormat::Qcow, false).err();
         let said = error.map_or("taken".to_owned(), |error| error.to_string());
         assert!(said.contains(why), "{at} {bytes:?}: {said}");
     }
     for len in 0..48 {
         std::fs::write(shop.path("bad"), &image[..len]).unwrap();
-        shop.open("bad", Format::Qcow, true).err().unwrap();
+        shop.open("bad", ImageFormat::Qcow, true).err().unwrap();
     }
 }
 
@@ -109,10 +109,10 @@ fn what_is_below_must_not_look_like_an_image() {
     let shop = Workshop::new();
     shop.raw("base", &pattern(1 << 20));
     shop.create("disk", "qcow", "backing_file=base,backing_fmt=raw", "1M");
-    drop(shop.open("disk", Format::Qcow, false).unwrap());
+    drop(shop.open("disk", ImageFormat::Qcow, false).unwrap());
     shop.create("base", "qcow2", "", "1M");
     let why = shop
-        .open("disk", Format::Qcow, false)
+        .open("disk", ImageFormat::Qcow, false)
         .err()
         .unwrap()
         .to_string();

@@ -10,7 +10,7 @@ use device_core::chain::Buffers;
 use imago::io_buffers::IoVectorMut;
 use imago::{FormatAccess, ShallowMapping};
 
-use super::super::guard::damaged;
+use super::super::metadata_file::damaged;
 use super::storage::Storage;
 
 /// Fills `buffers` with the disk's bytes from `offset` on.

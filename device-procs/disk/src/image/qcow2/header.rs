@@ -4,7 +4,7 @@
 
 use std::io;
 
-use super::super::guard::Guard;
+use super::super::metadata_file::MetadataFile;
 
 /// The first four bytes of qcow and qcow2 images.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -47,7 +47,7 @@ impl Header {
     ///
     /// # Errors
     /// The medium's; else a line that says what is wrong with the image and what to do.
-    pub fn read(guard: &Guard, writable: bool) -> io::Result<Self> {
+    pub fn read(guard: &MetadataFile, writable: bool) -> io::Result<Self> {
         let len = guard.look_again()?;
         let mut bytes = vec![0; len.min(V3_LEN as u64) as usize];
         guard.read(&mut bytes, 0)?;

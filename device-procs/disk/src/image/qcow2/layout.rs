@@ -10,7 +10,7 @@ use std::collections::HashSet;
 use std::io::{self, IoSlice};
 use std::ops::Range;
 
-use super::super::guard::{Guard, beyond, damaged};
+use super::super::metadata_file::{MetadataFile, beyond, damaged};
 use super::header::{Header, SIZE, V2_LEN, pointers};
 
 /// Bits of a table's entry that hold an offset in the file.
@@ -44,7 +44,7 @@ impl Layout {
     ///
     /// # Errors
     /// The medium's; or a line about tables that cannot be.
-    pub fn load(guard: &Guard, header: &Header, writable: bool) -> io::Result<Self> {
+    pub fn load(guard: &MetadataFile, header: &Header, writable: bool) -> io::Result<Self> {
         let range = |(offset, entries): (u64, u64)| offset..offset + entries * 8;
         let mut layout = Layout {
             bits: header.cluster_bits,
@@ -72,7 +72,7 @@ impl Layout {
         Ok(layout)
     }
 
-    fn load_blocks(&mut self, guard: &Guard) -> io::Result<()> {
+    fn load_blocks(&mut self, guard: &MetadataFile) -> io::Result<()> {
         let mut blocks = Vec::new();
         read_table(guard, &self.refcounts.clone(), |entry| {
             if entry & !OFFSET != 0 {
@@ -88,7 +88,7 @@ impl Layout {
     }
 
     /// What the tables lie in must not be free, or something else will lie there soon.
-    fn check_refcounts(&self, guard: &Guard) -> io::Result<()> {
+    fn check_refcounts(&self, guard: &MetadataFile) -> io::Result<()> {
         let mut clusters: Vec<u64> = self.taken.iter().copied().collect();
         clusters.sort_unstable();
         let mut block = Vec::new();
@@ -133,7 +133,7 @@ impl Layout {
     }
 
     /// Notes a table of one cluster; there is none at 0.
-    fn take_table(&mut self, guard: &Guard, offset: u64) -> io::Result<()> {
+    fn take_table(&mut self, guard: &MetadataFile, offset: u64) -> io::Result<()> {
         if offset == 0 {
             return Ok(());
         }
@@ -182,7 +182,12 @@ impl Layout {
     }
 
     /// The first cluster in this range of the file that counts as free there.
-    pub fn first_free(&self, guard: &Guard, offset: u64, len: u64) -> io::Result<Option<u64>> {
+    pub fn first_free(
+        &self,
+        guard: &MetadataFile,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<Option<u64>> {
         let last = offset.saturating_add(len.saturating_sub(1)) >> self.bits;
         let mut cluster = offset >> self.bits;
         while cluster <= last {
@@ -212,7 +217,7 @@ impl Layout {
 
     /// Where in the file, offset and length, the cluster with the disk's byte `offset` is,
     /// if it is a compressed one.
-    pub fn compressed(&self, guard: &Guard, offset: u64) -> io::Result<Option<(u64, u64)>> {
+    pub fn compressed(&self, guard: &MetadataFile, offset: u64) -> io::Result<Option<(u64, u64)>> {
         let entry = |at: u64| {
             let mut word = [0; 8];
             guard.read(&mut word, at)?;
@@ -238,7 +243,7 @@ impl Layout {
 
     /// Marks `cluster` as used in the file, unless it is. What imago has in memory says
     /// so already and is written later.
-    fn mark(&self, guard: &Guard, cluster: u64) -> io::Result<()> {
+    fn mark(&self, guard: &MetadataFile, cluster: u64) -> io::Result<()> {
         let (index, at) = self.refcount_index(cluster);
         // A block that describes itself is not in the table yet.
         let Some(block) = self.block(index) else {
@@ -265,7 +270,7 @@ impl Layout {
     /// nothing is broken.
     pub fn write(
         &mut self,
-        guard: &Guard,
+        guard: &MetadataFile,
         buffers: &mut [IoSlice<'_>],
         offset: u64,
     ) -> io::Result<()> {
@@ -298,7 +303,7 @@ impl Layout {
     /// which costs more than to read it, and much more once it must get to the medium.
     fn write_changes(
         &mut self,
-        guard: &Guard,
+        guard: &MetadataFile,
         buffers: &mut [IoSlice<'_>],
         offset: u64,
     ) -> io::Result<()> {
@@ -322,7 +327,7 @@ impl Layout {
 
     /// Marks what the entries `new`, to be written at `offset`, point to; returns what
     /// is there so far.
-    fn mark_targets(&self, guard: &Guard, new: &[u8], offset: u64) -> io::Result<Vec<u8>> {
+    fn mark_targets(&self, guard: &MetadataFile, new: &[u8], offset: u64) -> io::Result<Vec<u8>> {
         let mut old = vec![0; new.len()];
         guard.read(&mut old, offset)?;
         for (new, old) in entries(new).zip(entries(&old)) {
@@ -349,14 +354,19 @@ impl Layout {
     ///
     /// # Errors
     /// The medium's; the image is read-only then.
-    pub fn set_size(&mut self, guard: &Guard, size: u64) -> io::Result<()> {
+    pub fn set_size(&mut self, guard: &MetadataFile, size: u64) -> io::Result<()> {
         guard.write_table(&mut [IoSlice::new(&size.to_be_bytes())], SIZE as u64)?;
         self.size = size;
         Ok(())
     }
 
     /// imago writes the version 2 part, with new places for the tables.
-    fn write_header(&mut self, guard: &Guard, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+    fn write_header(
+        &mut self,
+        guard: &MetadataFile,
+        bytes: &mut [u8],
+        offset: u64,
+    ) -> io::Result<()> {
         if offset != 0 || bytes.len() != V2_LEN {
             let error = damaged("something else was to be written over its header");
             guard.give_up(&error);
@@ -415,7 +425,7 @@ fn joined(buffers: &[IoSlice<'_>]) -> Vec<u8> {
 
 /// Calls `each` with every entry of a table.
 fn read_table(
-    guard: &Guard,
+    guard: &MetadataFile,
     range: &Range<u64>,
     mut each: impl FnMut(u64) -> io::Result<()>,
 ) -> io::Result<()> {

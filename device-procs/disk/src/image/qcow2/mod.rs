@@ -11,7 +11,7 @@
 mod compressed;
 pub mod header;
 mod layout;
-mod places;
+mod mapping_cache;
 pub mod storage;
 #[cfg(test)]
 mod tests;
@@ -27,10 +27,10 @@ use imago::format::PreallocateMode;
 use imago::qcow2::Qcow2;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, ShallowMapping};
 
-use super::guard::Guard;
-use super::{Extent, Geometry, Image, Origin, SECTOR, backing};
+use super::metadata_file::MetadataFile;
+use super::{Extent, Geometry, Image, ImageOrigin, SECTOR, backing};
 use header::{AUTOCLEAR, Header};
-use places::Places;
+use mapping_cache::MappingCache;
 use storage::Storage;
 
 /// A qcow2 image.
@@ -45,13 +45,13 @@ pub struct Qcow2Image {
     marks_zeroes: bool,
     /// Size of the backing file's disk.
     backing: Option<u64>,
-    places: Places,
+    mappings: MappingCache,
     /// Held by whoever changes the tables.
     turn: Mutex<()>,
     /// What the tables say of new clusters is not in the file yet.
     unsettled: AtomicBool,
     /// Held for writing while clusters that are mapped become zeros, and for reading from
-    /// a look into the tables until [`Places`] knows of it.
+    /// a look into the tables until [`MappingCache`] knows of it.
     zeroing: RwLock<()>,
 }
 
@@ -80,8 +80,8 @@ pub struct Opened {
 ///
 /// # Errors
 /// One line that says what is wrong with the image and what to do about it.
-pub fn access(file: File, origin: &Origin<'_>, writable: bool) -> io::Result<Opened> {
-    let guard = Guard::new(file, origin.name)?;
+pub fn access(file: File, origin: &ImageOrigin<'_>, writable: bool) -> io::Result<Opened> {
+    let guard = MetadataFile::new(file, origin.name)?;
     let header = Header::read(&guard, writable)?;
     let backing = match &header.backing {
         None => None,
@@ -114,7 +114,7 @@ impl Qcow2Image {
     ///
     /// # Errors
     /// As there.
-    pub fn open(file: File, origin: &Origin<'_>, read_only: bool) -> io::Result<Self> {
+    pub fn open(file: File, origin: &ImageOrigin<'_>, read_only: bool) -> io::Result<Self> {
         let Opened {
             access,
             storage,
@@ -139,14 +139,14 @@ impl Qcow2Image {
             bits: header.cluster_bits,
             marks_zeroes,
             backing,
-            places: Places::new(header.cluster_bits, capacity),
+            mappings: MappingCache::new(header.cluster_bits, capacity),
             turn: Mutex::new(()),
             unsettled: AtomicBool::new(false),
             zeroing: RwLock::new(()),
         })
     }
 
-    fn guard(&self) -> &Guard {
+    fn guard(&self) -> &MetadataFile {
         self.storage.guard()
     }
 
@@ -203,7 +203,7 @@ impl Qcow2Image {
                 self.storage.check_used(at, found)?;
             }
             if self.has(at, found)? {
-                self.places.note(offset, at, found);
+                self.mappings.note(offset, at, found);
             }
         }
         Ok((mapped, found, settled))
@@ -213,7 +213,7 @@ impl Qcow2Image {
     /// as a whole.
     fn has(&self, at: u64, len: u64) -> io::Result<bool> {
         let end = at.saturating_add(len);
-        let end = end.next_multiple_of(1 << self.bits); // `Places` goes by clusters
+        let end = end.next_multiple_of(1 << self.bits); // `MappingCache` goes by clusters
         Ok(end <= self.guard().len() || end <= self.guard().look_again()?)
     }
 
@@ -316,7 +316,7 @@ impl Qcow2Image {
             let (mapped, mut len) = self.look(at, end - at)?;
             if !matches!(mapped, Mapped::Zero { .. }) {
                 let _alone = self.zeroing.write().unwrap_or_else(PoisonError::into_inner);
-                self.places.forget(at, len);
+                self.mappings.forget(at, len);
                 let (start, done) = self.access.inner().ensure_zero_mapping(at, len)?;
                 if start != at || done == 0 {
                     return Err(io::Error::other("clusters could not be marked as zeros"));
@@ -371,12 +371,12 @@ impl Image for Qcow2Image {
     }
 
     #[cfg(test)]
-    fn guard_of(&self) -> Option<&Guard> {
+    fn guard_of(&self) -> Option<&MetadataFile> {
         Some(self.guard())
     }
 
     fn map(&self, offset: u64, len: u64) -> io::Result<Extent> {
-        if let Some((offset, len)) = self.places.find(offset, len) {
+        if let Some((offset, len)) = self.mappings.find(offset, len) {
             return Ok(Extent::Data { offset, len });
         }
         let (mapped, len, _) = self.find(offset, len)?;
@@ -389,7 +389,7 @@ impl Image for Qcow2Image {
 
     fn place(&self, offset: u64, len: u64) -> io::Result<Extent> {
         self.guard().usable()?;
-        if let Some((offset, len)) = self.places.find(offset, len) {
+        if let Some((offset, len)) = self.mappings.find(offset, len) {
             return Ok(Extent::Data { offset, len });
         }
         Ok(match self.find(offset, len)? {
@@ -454,7 +454,7 @@ impl Image for Qcow2Image {
         let _alone = self.zeroing.write().unwrap_or_else(PoisonError::into_inner);
         let header = Header::read(self.guard(), !self.geometry.read_only)?;
         self.storage.load(&header, !self.geometry.read_only)?;
-        self.places.clear();
+        self.mappings.clear();
         // SAFETY: all that imago had to write is in the file, for `settle` follows every
         // change; or there was an error, and the file is what counts.
         unsafe { self.access.inner().invalidate_cache() }?;

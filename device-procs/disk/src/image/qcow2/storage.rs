@@ -1,4 +1,4 @@
-//! What imago reads and writes: the image's file, by way of [`Guard`] and [`Layout`].
+//! What imago reads and writes: the image's file, by way of [`MetadataFile`] and [`Layout`].
 
 use std::fmt;
 use std::io;
@@ -8,8 +8,8 @@ use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 
-use super::super::guard::{Guard, beyond, damaged};
 use super::super::inflate::inflate;
+use super::super::metadata_file::{MetadataFile, beyond, damaged};
 use super::header::Header;
 use super::layout::Layout;
 
@@ -19,7 +19,7 @@ pub struct Storage(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    guard: Guard,
+    guard: MetadataFile,
     /// Of a qcow2 image.
     layout: RwLock<Option<Layout>>,
     helper: CommonStorageHelper,
@@ -27,7 +27,7 @@ struct Inner {
 
 impl Storage {
     /// A file without tables, or one whose tables come later.
-    pub fn new(guard: Guard) -> Self {
+    pub fn new(guard: MetadataFile) -> Self {
         Storage(Arc::new(Inner {
             guard,
             layout: RwLock::new(None),
@@ -36,7 +36,7 @@ impl Storage {
     }
 
     /// The file.
-    pub fn guard(&self) -> &Guard {
+    pub fn guard(&self) -> &MetadataFile {
         &self.0.guard
     }
 

@@ -1,7 +1,7 @@
 //! Against QEMU, a model in memory, sudden ends, and tables that are none.
 
-use super::super::testing::{Disk, Random, Workshop, exercise, open_at, patiently, pattern};
-use super::super::{Backing, Extent, Format, Image, Origin};
+use super::super::testing::{Random, TestDisk, Workshop, exercise, open_at, patiently, pattern};
+use super::super::{BackingPolicy, Extent, Image, ImageFormat, ImageOrigin};
 use super::Qcow2Image;
 
 const SIZE: usize = 8 << 20;
@@ -11,7 +11,7 @@ fn agrees(shop: &Workshop, name: &str, mut model: Vec<u8>, seed: u64, steps: usi
     println!("seed {seed}");
     let mut random = Random::new(seed);
     for _ in 0..3 {
-        let disk = shop.open(name, Format::Qcow2, false).unwrap();
+        let disk = shop.open(name, ImageFormat::Qcow2, false).unwrap();
         exercise(&disk, &mut model, &mut random, steps / 3);
         disk.image.reload().unwrap();
         exercise(&disk, &mut model, &mut random, 20);
@@ -99,7 +99,7 @@ fn refusal(shop: &Workshop, name: &str, at: usize, bytes: &[u8], read_only: bool
     }
     image[at..at + bytes.len()].copy_from_slice(bytes);
     std::fs::write(shop.path("bad"), image).unwrap();
-    let error = shop.open("bad", Format::Qcow2, read_only).err();
+    let error = shop.open("bad", ImageFormat::Qcow2, read_only).err();
     let error = error.unwrap_or_else(|| panic!("{at}: {bytes:?} is taken"));
     error.to_string()
 }
@@ -177,7 +177,7 @@ fn headers_that_cannot_be_are_refused_in_a_word() {
     }
     for len in [0, 3, 71, 100, 104, 60_000] {
         std::fs::write(shop.path("bad"), &image[..len]).unwrap();
-        let error = shop.open("bad", Format::Qcow2, true).err().unwrap();
+        let error = shop.open("bad", ImageFormat::Qcow2, true).err().unwrap();
         assert!(!error.to_string().contains('\n'), "{error}");
     }
 }
@@ -189,16 +189,16 @@ fn bitmaps_are_not_made_wrong() {
     shop.qemu_img(&["bitmap", "--add", "disk", "changes"]);
     let why = refusal(&shop, "disk", 0, b"Q", false);
     assert!(why.contains("bitmaps"), "{why}");
-    shop.open("disk", Format::Qcow2, true).unwrap();
+    shop.open("disk", ImageFormat::Qcow2, true).unwrap();
 
     // Features that we do not know are cleared, and no others touched.
     shop.create("other", "qcow2", "", "8M");
     let mut image = std::fs::read(shop.path("other")).unwrap();
     image[88..96].copy_from_slice(&(1u64 << 40).to_be_bytes());
     std::fs::write(shop.path("other"), &image).unwrap();
-    drop(shop.open("other", Format::Qcow2, true).unwrap());
+    drop(shop.open("other", ImageFormat::Qcow2, true).unwrap());
     assert_eq!(std::fs::read(shop.path("other")).unwrap(), image);
-    drop(shop.open("other", Format::Qcow2, false).unwrap());
+    drop(shop.open("other", ImageFormat::Qcow2, false).unwrap());
     image[88..96].fill(0);
     assert_eq!(std::fs::read(shop.path("other")).unwrap(), image);
 }
@@ -209,21 +209,27 @@ fn other_files_are_opened_only_when_asked_for_and_as_what_they_are_called() {
     shop.raw("base", &pattern(1 << 20));
     shop.create("disk", "qcow2", "backing_file=base,backing_fmt=raw", "1M");
     let open = |name: &str, backing| {
-        let result = open_at(&shop.path(name), Some(Format::Qcow2), false, backing, true);
+        let result = open_at(
+            &shop.path(name),
+            Some(ImageFormat::Qcow2),
+            false,
+            backing,
+            true,
+        );
         result.map_err(|error| error.to_string())
     };
-    let why = open("disk", Backing::Deny).err().unwrap();
+    let why = open("disk", BackingPolicy::Deny).err().unwrap();
     assert!(
         why.contains("base") && why.contains("--backing allow"),
         "{why}"
     );
-    open("disk", Backing::Allow).unwrap();
+    open("disk", BackingPolicy::Allow).unwrap();
 
     // A guest that once had the file below as its disk, and wrote a header.
     shop.create("trap", "qcow2", "", "1M");
     let trap = std::fs::read(shop.path("trap")).unwrap();
     std::fs::write(shop.path("base"), &trap).unwrap();
-    let disk = open("disk", Backing::Allow).unwrap();
+    let disk = open("disk", BackingPolicy::Allow).unwrap();
     assert!(disk.read(0, 512).unwrap() == trap[..512]);
     drop(disk);
 
@@ -247,7 +253,7 @@ fn other_files_are_opened_only_when_asked_for_and_as_what_they_are_called() {
         shop.qemu_img(&[
             "create", "-q", "-u", "-f", "qcow2", "-o", options, "odd", "1M",
         ]);
-        let said = open("odd", Backing::Allow).err().unwrap();
+        let said = open("odd", BackingPolicy::Allow).err().unwrap();
         assert!(said.contains(why), "{options}: {said}");
     }
     // Images on top of each other: itself, and very many.
@@ -258,9 +264,9 @@ fn other_files_are_opened_only_when_asked_for_and_as_what_they_are_called() {
     std::fs::rename(shop.path("it"), shop.path("loop")).unwrap();
     open_at(
         &shop.path("loop"),
-        Some(Format::Qcow2),
+        Some(ImageFormat::Qcow2),
         true,
-        Backing::Allow,
+        BackingPolicy::Allow,
         true,
     )
     .err()
@@ -274,8 +280,8 @@ fn other_files_are_opened_only_when_asked_for_and_as_what_they_are_called() {
         ]);
         below = name;
     }
-    open("layer14", Backing::Allow).unwrap();
-    let why = open("layer17", Backing::Allow).err().unwrap();
+    open("layer14", BackingPolicy::Allow).unwrap();
+    let why = open("layer17", BackingPolicy::Allow).err().unwrap();
     assert!(why.contains("on top of each other"), "{why}");
     assert!(!why.contains('\n'));
     // No word of the format.
@@ -287,9 +293,9 @@ fn other_files_are_opened_only_when_asked_for_and_as_what_they_are_called() {
     let at = at.unwrap();
     image[at..at + 4].copy_from_slice(b"none");
     std::fs::write(shop.path("mute"), image).unwrap();
-    let why = open("mute", Backing::Allow).err().unwrap();
+    let why = open("mute", BackingPolicy::Allow).err().unwrap();
     assert!(why.contains("which format"), "{why}");
-    let why = open("mute", Backing::Deny).err().unwrap();
+    let why = open("mute", BackingPolicy::Deny).err().unwrap();
     assert!(why.contains("--backing allow"), "{why}");
 }
 
@@ -299,20 +305,27 @@ fn what_is_below_is_locked() {
     let shop = Workshop::new();
     shop.raw("base", &pattern(1 << 20));
     shop.create("disk", "qcow2", "backing_file=base,backing_fmt=raw", "1M");
-    let open =
-        |name: &str, format| open_at(&shop.path(name), Some(format), false, Backing::Allow, true);
-    let disk = open("disk", Format::Qcow2).unwrap();
-    let why = open("base", Format::Raw).err().unwrap().to_string();
+    let open = |name: &str, format| {
+        open_at(
+            &shop.path(name),
+            Some(format),
+            false,
+            BackingPolicy::Allow,
+            true,
+        )
+    };
+    let disk = open("disk", ImageFormat::Qcow2).unwrap();
+    let why = open("base", ImageFormat::Raw).err().unwrap().to_string();
     assert!(why.contains("locked"), "{why}");
     drop(disk);
-    let base = patiently(|| open("base", Format::Raw));
-    let why = open("disk", Format::Qcow2).err().unwrap().to_string();
+    let base = patiently(|| open("base", ImageFormat::Raw));
+    let why = open("disk", ImageFormat::Qcow2).err().unwrap().to_string();
     assert!(why.contains("base: it is locked"), "{why}");
     drop(base);
 }
 
 /// What was written to a disk that is made of clusters of `1 << bits` is at `offset`.
-fn place(disk: &Disk, offset: u64) -> u64 {
+fn place(disk: &TestDisk, offset: u64) -> u64 {
     match disk.image.place(offset, 512).unwrap() {
         Extent::Data { offset, .. } => offset,
         other => panic!("{other:?}"),
@@ -324,7 +337,7 @@ fn place(disk: &Disk, offset: u64) -> u64 {
 fn clusters_keep_their_places() {
     let shop = Workshop::new();
     shop.create("disk", "qcow2", "cluster_size=4k", "8M");
-    let disk = shop.open("disk", Format::Qcow2, false).unwrap();
+    let disk = shop.open("disk", ImageFormat::Qcow2, false).unwrap();
     disk.write(4096, &[1; 4096]).unwrap();
     let then = place(&disk, 4096);
     disk.image.discard(4096, 4096).unwrap();
@@ -350,10 +363,10 @@ fn what_is_not_in_the_file_yet_is_no_place() {
     shop.create("disk", "qcow2", "", "8M");
     let path = shop.path("disk");
     let file = super::super::open_file(&path, false).unwrap();
-    let origin = Origin {
+    let origin = ImageOrigin {
         name: "disk",
         directory: None,
-        backing: Backing::Deny,
+        backing: BackingPolicy::Deny,
         lock: false,
         depth: 0,
     };
@@ -385,7 +398,7 @@ fn no_table_is_a_place_for_data() {
     shop.raw("base", &pattern(SIZE));
     let options = "cluster_size=4k,backing_file=base,backing_fmt=raw";
     shop.create("disk", "qcow2", options, "8M");
-    let disk = shop.open("disk", Format::Qcow2, false).unwrap();
+    let disk = shop.open("disk", ImageFormat::Qcow2, false).unwrap();
     for at in [0, 2 << 20] {
         disk.write(at, &[1; 4096]).unwrap();
     }
@@ -398,7 +411,7 @@ fn no_table_is_a_place_for_data() {
         let mut image = good.clone();
         image[at as usize..][..value.len()].copy_from_slice(value);
         std::fs::write(shop.path("disk"), image).unwrap();
-        shop.open("disk", Format::Qcow2, false).unwrap()
+        shop.open("disk", ImageFormat::Qcow2, false).unwrap()
     };
 
     // A table as something compressed, whose place is free once it is written anew; or as
@@ -457,7 +470,7 @@ fn a_compressed_cluster_has_a_beginning() {
     let above = "cluster_size=8k,backing_file=disk,backing_fmt=qcow2";
     shop.create("above", "qcow2", above, "64k");
     for name in ["above", "disk"] {
-        let disk = shop.open(name, Format::Qcow2, false).unwrap();
+        let disk = shop.open(name, ImageFormat::Qcow2, false).unwrap();
         for (range, sound) in [
             (4096..4608, false),
             (4096..8192, false),
@@ -486,8 +499,8 @@ fn what_is_below_stays_there_when_the_disk_grows() {
     for written in [false, true] {
         for lives in 0.. {
             shop.create("disk", "qcow2", options, "65k");
-            let heir = shop.open_again("disk", Format::Qcow2).unwrap();
-            let disk = shop.open_again("disk", Format::Qcow2).unwrap();
+            let heir = shop.open_again("disk", ImageFormat::Qcow2).unwrap();
+            let disk = shop.open_again("disk", ImageFormat::Qcow2).unwrap();
             if written {
                 // The rest of its cluster, beyond the end, comes from below.
                 disk.write(64 << 10, &[9; 512]).unwrap();
@@ -495,7 +508,7 @@ fn what_is_below_stays_there_when_the_disk_grows() {
             disk.image.guard_of().unwrap().faults.die_after(lives);
             let grown = disk.image.grow(LARGER).is_ok();
             drop(disk);
-            shop.is_sound("disk", Format::Qcow2);
+            shop.is_sound("disk", ImageFormat::Qcow2);
             heir.image.reload().unwrap();
             let capacity = heir.image.geometry().capacity;
             assert!(capacity == LARGER || capacity == 65 << 10 && !grown);

@@ -16,8 +16,8 @@ fn file(content: &[u8]) -> File {
     file
 }
 
-fn engine(file: &File) -> Engine {
-    Engine::new(file.as_fd(), None).unwrap()
+fn engine(file: &File) -> IoEngine {
+    IoEngine::new(file.as_fd(), None).unwrap()
 }
 
 fn iovec(memory: &mut [u8]) -> libc::iovec {
@@ -27,11 +27,11 @@ fn iovec(memory: &mut [u8]) -> libc::iovec {
     }
 }
 
-fn part(request: usize, task: Task, offset: u64, memory: Vec<libc::iovec>) -> Part {
-    Part {
+fn part(request: usize, task: IoOp, offset: u64, memory: Vec<libc::iovec>) -> IoTransfer {
+    IoTransfer {
         request,
         task,
-        way: Way::Cached,
+        path: IoPath::Cached,
         offset,
         memory,
         bounce: None,
@@ -48,11 +48,11 @@ fn no_end_of_a_transfer_waits_for_another_request() {
     poller.add_readable(&engine, 0).unwrap();
     let mut memory = vec![[0u8; 4]; MAX_PARTS as usize];
     for (number, memory) in memory.iter_mut().enumerate() {
-        let part = part(number, Task::Read, 0, vec![iovec(memory)]);
+        let part = part(number, IoOp::Read, 0, vec![iovec(memory)]);
         engine.begin(part).unwrap();
     }
     assert!(engine.is_full());
-    let one_more = part(0, Task::Flush, 0, vec![]);
+    let one_more = part(0, IoOp::Flush, 0, vec![]);
     assert!(engine.begin(one_more).is_err());
     engine.submit().unwrap();
     let start = Instant::now();
@@ -82,7 +82,7 @@ fn what_was_short_goes_on() {
     let mut engine = engine(&file);
     let mut memory = vec![0; content.len()];
     let pieces = memory.chunks_mut(1).map(iovec).collect();
-    engine.begin(part(1, Task::Read, 0, pieces)).unwrap();
+    engine.begin(part(1, IoOp::Read, 0, pieces)).unwrap();
     engine.wait().unwrap();
     let (request, result) = engine.ended().unwrap();
     result.unwrap();
@@ -91,7 +91,7 @@ fn what_was_short_goes_on() {
 
     let mut changed: Vec<u8> = content.iter().map(|byte| !byte).collect();
     let pieces = changed.chunks_mut(1).map(iovec).collect();
-    let durable = Task::Write { durable: true };
+    let durable = IoOp::Write { durable: true };
     engine.begin(part(2, durable, 0, pieces)).unwrap();
     engine.wait().unwrap();
     engine.ended().unwrap().1.unwrap();
@@ -107,9 +107,9 @@ fn bounces_are_no_more_than_fit() {
     let mut begun = 0;
     while !engine.is_full() {
         engine
-            .begin(Part {
+            .begin(IoTransfer {
                 bounce: Some(Bounce::new(1 << 20, 4096).unwrap()),
-                ..part(0, Task::Read, 0, vec![iovec(&mut memory)])
+                ..part(0, IoOp::Read, 0, vec![iovec(&mut memory)])
             })
             .unwrap();
         begun += 1;

@@ -5,15 +5,15 @@ use std::time::Duration;
 use device_core::Control;
 use outrigger_protocol::device::DeviceStats;
 
-use crate::drive::Drive;
+use crate::block_backend::BlockBackend;
 
-impl Control for Drive {
+impl Control for BlockBackend {
     fn resize(&self, size: Option<u64>) -> Result<u64, String> {
         self.grow(size).map_err(|error| error.to_string())
     }
 
     fn flush(&self) -> Result<(), String> {
-        Drive::flush(self).map_err(|error| error.to_string())
+        BlockBackend::flush(self).map_err(|error| error.to_string())
     }
 
     // Each queue has a worker of its own.

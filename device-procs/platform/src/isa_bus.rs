@@ -13,7 +13,7 @@ use crate::devices::i8042::{self, I8042};
 use crate::devices::power::{self, Power};
 use crate::devices::rtc::{self, Rtc};
 use crate::devices::uart::{self, Uart};
-use crate::devices::{Event, uart::Effect};
+use crate::devices::{PlatformEvent, uart::UartEffect};
 
 /// Debug consoles: Bochs' and QEMU's, OVMF's, and one more.
 const DEBUG_PORTS: [u16; 3] = [0xe9, 0x402, 0xf1];
@@ -25,7 +25,7 @@ const EXIT_PORT: u16 = 0xf4;
 /// All registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
-pub struct Board {
+pub struct IsaBus {
     pub uart: Uart,
     rtc: Rtc,
     i8042: I8042,
@@ -45,13 +45,13 @@ pub struct Outcome {
     /// The serial port's interrupt line goes up.
     pub interrupt: bool,
     /// Something for the runner to do.
-    pub event: Option<Event>,
+    pub event: Option<PlatformEvent>,
 }
 
-impl Board {
+impl IsaBus {
     /// As the power comes on.
     pub fn power_on() -> Self {
-        Board {
+        IsaBus {
             uart: Uart::power_on(),
             rtc: Rtc::power_on(),
             i8042: I8042::power_on(),
@@ -63,9 +63,9 @@ impl Board {
     pub fn reset(&mut self) {
         let mut rtc = self.rtc;
         rtc.reset();
-        *self = Board {
+        *self = IsaBus {
             rtc,
-            ..Board::power_on()
+            ..IsaBus::power_on()
         };
     }
 
@@ -117,7 +117,7 @@ impl Board {
         } else if let Some(offset) = offset(port, power::PM1_PORT, power::PM1_SIZE) {
             self.power.write_pm1(offset, value)
         } else {
-            let reset = |asked: bool| asked.then_some(Event::Reset);
+            let reset = |asked: bool| asked.then_some(PlatformEvent::Reset);
             match port {
                 rtc::INDEX_PORT => {
                     self.rtc.select(value);
@@ -130,7 +130,7 @@ impl Board {
                 i8042::DATA_PORT => reset(self.i8042.write_data(value)),
                 i8042::COMMAND_PORT => reset(self.i8042.command(value)),
                 power::RESET_PORT => self.power.write_reset(value),
-                EXIT_PORT => Some(Event::Exit(value)),
+                EXIT_PORT => Some(PlatformEvent::Exit(value)),
                 _ => {
                     if DEBUG_PORTS.contains(&port) {
                         outcome.debug = Some(value);
@@ -144,7 +144,7 @@ impl Board {
 }
 
 impl Outcome {
-    fn note(&mut self, effect: Effect) {
+    fn note(&mut self, effect: UartEffect) {
         self.serial = self.serial.or(effect.sent);
         self.interrupt |= effect.interrupt;
     }
@@ -160,7 +160,7 @@ mod tests {
     use super::*;
 
     fn access(
-        board: &mut Board,
+        bus: &mut IsaBus,
         space: Space,
         address: u64,
         size: u8,
@@ -172,21 +172,21 @@ mod tests {
             size,
             write,
         };
-        board.access(&access)
+        bus.access(&access)
     }
 
-    fn read(board: &mut Board, port: u64, size: u8) -> u64 {
-        access(board, Space::Port, port, size, None).value
+    fn read(bus: &mut IsaBus, port: u64, size: u8) -> u64 {
+        access(bus, Space::Port, port, size, None).value
     }
 
-    fn write(board: &mut Board, port: u64, size: u8, value: u64) -> Outcome {
-        access(board, Space::Port, port, size, Some(value))
+    fn write(bus: &mut IsaBus, port: u64, size: u8, value: u64) -> Outcome {
+        access(bus, Space::Port, port, size, Some(value))
     }
 
     #[test]
     fn what_nobody_claims_reads_as_ones_in_every_size() {
-        let mut board = Board::power_on();
-        let before = board;
+        let mut bus = IsaBus::power_on();
+        let before = bus;
         for (space, address) in [
             (Space::Port, 0x3e8),
             (Space::Port, 0xfffd),
@@ -196,61 +196,61 @@ mod tests {
             (Space::Memory, 0xfed0_0000),
         ] {
             for size in [1, 2, 4, 8] {
-                let value = access(&mut board, space, address, size, None).value;
+                let value = access(&mut bus, space, address, size, None).value;
                 assert_eq!(value, !0 >> (64 - 8 * u32::from(size)));
-                let outcome = access(&mut board, space, address, size, Some(!0));
+                let outcome = access(&mut bus, space, address, size, Some(!0));
                 assert_eq!(outcome, Outcome::default());
             }
         }
-        assert_eq!(board, before);
+        assert_eq!(bus, before);
         // Sizes that no guest can make do no harm either.
         for size in [0, 3, 9, 255] {
-            read(&mut board, 0x3f8, size);
-            write(&mut board, 0x3f8, size, 0);
+            read(&mut bus, 0x3f8, size);
+            write(&mut bus, 0x3f8, size, 0);
         }
     }
 
     #[test]
     fn registers_may_be_accessed_in_any_size() {
-        let mut board = Board::power_on();
-        assert_eq!(read(&mut board, 0x604, 2), 1);
-        assert_eq!(read(&mut board, 0x600, 8), 0xffff_0001_0000_0000);
-        let off = write(&mut board, 0x604, 2, 0x2000);
-        assert_eq!(off.event, Some(Event::PowerOff));
-        let off = write(&mut board, 0x605, 1, 0x20);
-        assert_eq!(off.event, Some(Event::PowerOff));
-        write(&mut board, 0x3fb, 1, 0x80);
-        write(&mut board, 0x3f8, 2, 0x1234);
-        assert_eq!(read(&mut board, 0x3f8, 2), 0x1234);
-        write(&mut board, 0x70, 2, 0x5a40);
-        write(&mut board, 0x70, 1, 0x40);
-        assert_eq!(read(&mut board, 0x71, 1), 0x5a);
+        let mut bus = IsaBus::power_on();
+        assert_eq!(read(&mut bus, 0x604, 2), 1);
+        assert_eq!(read(&mut bus, 0x600, 8), 0xffff_0001_0000_0000);
+        let off = write(&mut bus, 0x604, 2, 0x2000);
+        assert_eq!(off.event, Some(PlatformEvent::PowerOff));
+        let off = write(&mut bus, 0x605, 1, 0x20);
+        assert_eq!(off.event, Some(PlatformEvent::PowerOff));
+        write(&mut bus, 0x3fb, 1, 0x80);
+        write(&mut bus, 0x3f8, 2, 0x1234);
+        assert_eq!(read(&mut bus, 0x3f8, 2), 0x1234);
+        write(&mut bus, 0x70, 2, 0x5a40);
+        write(&mut bus, 0x70, 1, 0x40);
+        assert_eq!(read(&mut bus, 0x71, 1), 0x5a);
     }
 
     #[test]
     fn debug_and_exit_ports_do_their_work() {
-        let mut board = Board::power_on();
+        let mut bus = IsaBus::power_on();
         for port in DEBUG_PORTS {
-            assert_eq!(read(&mut board, port.into(), 1), 0xe9);
-            let outcome = write(&mut board, port.into(), 1, 0x41);
+            assert_eq!(read(&mut bus, port.into(), 1), 0xe9);
+            let outcome = write(&mut bus, port.into(), 1, 0x41);
             assert_eq!((outcome.debug, outcome.serial), (Some(0x41), None));
         }
         // The exit port's neighbours take the upper bytes.
-        let outcome = write(&mut board, 0xf4, 4, 0x1122_3344);
-        assert_eq!(outcome.event, Some(Event::Exit(0x44)));
+        let outcome = write(&mut bus, 0xf4, 4, 0x1122_3344);
+        assert_eq!(outcome.event, Some(PlatformEvent::Exit(0x44)));
     }
 
     #[test]
     fn a_reset_leaves_only_what_the_battery_keeps() {
-        let mut board = Board::power_on();
-        write(&mut board, 0x3ff, 1, 0x55);
-        write(&mut board, 0x70, 1, 0x40);
-        write(&mut board, 0x71, 1, 0xaa);
-        write(&mut board, 0x602, 2, 0x0120);
-        board.reset();
-        assert_eq!(read(&mut board, 0x3ff, 1), 0);
-        assert_eq!(read(&mut board, 0x602, 2), 0);
-        write(&mut board, 0x70, 1, 0x40);
-        assert_eq!(read(&mut board, 0x71, 1), 0xaa);
+        let mut bus = IsaBus::power_on();
+        write(&mut bus, 0x3ff, 1, 0x55);
+        write(&mut bus, 0x70, 1, 0x40);
+        write(&mut bus, 0x71, 1, 0xaa);
+        write(&mut bus, 0x602, 2, 0x0120);
+        bus.reset();
+        assert_eq!(read(&mut bus, 0x3ff, 1), 0);
+        assert_eq!(read(&mut bus, 0x602, 2), 0);
+        write(&mut bus, 0x70, 1, 0x40);
+        assert_eq!(read(&mut bus, 0x71, 1), 0xaa);
     }
 }

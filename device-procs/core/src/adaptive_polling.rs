@@ -27,17 +27,17 @@ const STRIDE: u32 = 16;
 
 /// What to do when there is no request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
+pub enum PollAction {
     /// Look for a request again.
-    Look,
+    Poll,
     /// See to everything else, and come back.
-    LookAround,
+    CheckEvents,
     /// Sleep until something happens.
     Sleep,
 }
 
 /// The measure.
-pub struct Pace {
+pub struct AdaptivePolling {
     /// For how long it looks after the last request.
     look: Duration,
     /// It looks while this is not zero.
@@ -51,10 +51,10 @@ pub struct Pace {
     looked_around: Instant,
 }
 
-impl Pace {
+impl AdaptivePolling {
     /// Starts by looking, for `look` at a time; zero: it never looks.
     pub fn new(look: Duration) -> Self {
-        Pace {
+        AdaptivePolling {
             look,
             credit: if look.is_zero() { 0 } else { CREDIT },
             naps: 0,
@@ -66,7 +66,7 @@ impl Pace {
     }
 
     /// A request was carried out; true when it is time to look around.
-    pub fn worked(&mut self) -> bool {
+    pub fn found_work(&mut self) -> bool {
         if let Some(since) = self.quiet.take() {
             self.looked(since.elapsed() <= self.look);
         }
@@ -75,32 +75,32 @@ impl Pace {
     }
 
     /// Whether it looks before it sleeps, at present.
-    pub fn is_looking(&self) -> bool {
+    pub fn is_polling(&self) -> bool {
         self.credit > 0
     }
 
     /// There is no request.
-    pub fn idle(&mut self) -> Next {
+    pub fn found_nothing(&mut self) -> PollAction {
         if self.credit == 0 {
-            return Next::Sleep;
+            return PollAction::Sleep;
         }
         let Some(since) = self.quiet else {
             self.quiet = Some(Instant::now());
-            return Next::Look;
+            return PollAction::Poll;
         };
         self.count = self.count.wrapping_add(1);
         if !self.count.is_multiple_of(STRIDE) {
-            return Next::Look;
+            return PollAction::Poll;
         }
         let now = Instant::now();
         if now - since > self.look {
             self.quiet = None;
             self.looked(false);
-            Next::Sleep
+            PollAction::Sleep
         } else if self.is_time(now) {
-            Next::LookAround
+            PollAction::CheckEvents
         } else {
-            Next::Look
+            PollAction::Poll
         }
     }
 
@@ -142,65 +142,65 @@ mod tests {
 
     const LOOK: Duration = Duration::from_micros(50);
 
-    fn look_for_nothing(pace: &mut Pace) {
+    fn poll_in_vain(polling: &mut AdaptivePolling) {
         let start = Instant::now();
-        while pace.idle() != Next::Sleep {
+        while polling.found_nothing() != PollAction::Sleep {
             assert!(start.elapsed() < Duration::from_secs(10));
         }
     }
 
     #[test]
     fn looking_for_nothing_ends_and_is_tried_again_after_naps() {
-        let mut pace = Pace::new(LOOK);
+        let mut polling = AdaptivePolling::new(LOOK);
         for _ in 0..CREDIT / MISS {
-            assert_eq!(pace.idle(), Next::Look);
-            look_for_nothing(&mut pace);
+            assert_eq!(polling.found_nothing(), PollAction::Poll);
+            poll_in_vain(&mut polling);
         }
-        assert_eq!(pace.idle(), Next::Sleep);
+        assert_eq!(polling.found_nothing(), PollAction::Sleep);
         for _ in 0..2 * NAPS {
-            pace.slept(Duration::from_secs(1));
+            polling.slept(Duration::from_secs(1));
         }
-        assert_eq!(pace.idle(), Next::Sleep);
-        let nap = |pace: &mut Pace, count| {
+        assert_eq!(polling.found_nothing(), PollAction::Sleep);
+        let nap = |polling: &mut AdaptivePolling, count| {
             for _ in 0..count {
-                assert_eq!(pace.idle(), Next::Sleep);
-                pace.slept(Duration::from_micros(20));
+                assert_eq!(polling.found_nothing(), PollAction::Sleep);
+                polling.slept(Duration::from_micros(20));
             }
         };
-        nap(&mut pace, NAPS);
-        assert_eq!(pace.idle(), Next::Look);
+        nap(&mut polling, NAPS);
+        assert_eq!(polling.found_nothing(), PollAction::Poll);
         // One miss is enough then, and the next try is later ...
-        look_for_nothing(&mut pace);
-        nap(&mut pace, 2 * NAPS);
-        assert_eq!(pace.idle(), Next::Look);
-        look_for_nothing(&mut pace);
+        poll_in_vain(&mut polling);
+        nap(&mut polling, 2 * NAPS);
+        assert_eq!(polling.found_nothing(), PollAction::Poll);
+        poll_in_vain(&mut polling);
         // ... unless much was found before.
         for _ in 0..=CREDIT {
-            pace.looked(true);
+            polling.looked(true);
         }
         for _ in 0..CREDIT / MISS {
-            assert_eq!(pace.idle(), Next::Look);
-            look_for_nothing(&mut pace);
+            assert_eq!(polling.found_nothing(), PollAction::Poll);
+            poll_in_vain(&mut polling);
         }
-        nap(&mut pace, NAPS);
-        assert_eq!(pace.idle(), Next::Look);
+        nap(&mut polling, NAPS);
+        assert_eq!(polling.found_nothing(), PollAction::Poll);
     }
 
     #[test]
     fn without_a_time_it_never_looks() {
-        let mut pace = Pace::new(Duration::ZERO);
+        let mut polling = AdaptivePolling::new(Duration::ZERO);
         for _ in 0..2 * NAPS {
-            pace.worked();
-            assert_eq!(pace.idle(), Next::Sleep);
-            pace.slept(Duration::ZERO);
+            polling.found_work();
+            assert_eq!(polling.found_nothing(), PollAction::Sleep);
+            polling.slept(Duration::ZERO);
         }
     }
 
     #[test]
     fn it_looks_around_however_busy() {
-        let mut pace = Pace::new(LOOK);
+        let mut polling = AdaptivePolling::new(LOOK);
         let start = Instant::now();
-        while !pace.worked() {
+        while !polling.found_work() {
             assert!(start.elapsed() < Duration::from_secs(10));
         }
     }

@@ -1,31 +1,31 @@
 //! Requests in the order in which they were taken: a list through an array with a place
 //! for each head, so that any of them is found and taken out at once.
 
-use crate::chain::Origin;
+use crate::chain::ChainOrigin;
 
 /// A request that is taken and not completed.
 #[derive(Clone, Copy)]
 struct Link {
-    origin: Origin,
+    origin: ChainOrigin,
     before: Option<u16>,
     after: Option<u16>,
 }
 
 /// The list.
 #[derive(Default)]
-pub(super) struct Taken {
+pub(super) struct InFlightList {
     links: Vec<Option<Link>>,
     first: Option<u16>,
     last: Option<u16>,
     count: usize,
 }
 
-impl Taken {
+impl InFlightList {
     /// An empty list of requests of a ring with `size` entries.
     pub fn new(size: u16) -> Self {
-        Taken {
+        InFlightList {
             links: vec![None; size.into()],
-            ..Taken::default()
+            ..InFlightList::default()
         }
     }
 
@@ -42,7 +42,7 @@ impl Taken {
     ///
     /// # Errors
     /// When there can be none of this number, or it is there already.
-    pub fn push(&mut self, head: u16, origin: Origin) -> Result<(), String> {
+    pub fn push(&mut self, head: u16, origin: ChainOrigin) -> Result<(), String> {
         let before = self.last;
         match self.links.get_mut(usize::from(head)) {
             Some(free @ None) => {
@@ -52,7 +52,7 @@ impl Taken {
                     after: None,
                 });
             }
-            Some(Some(_)) => return Err(format!("request {head} is made again while in work")),
+            Some(Some(_)) => return Err(format!("request {head} is made again while in flight")),
             None => return Err(super::outside()),
         }
         match before.and_then(|before| self.link(before)) {
@@ -65,7 +65,7 @@ impl Taken {
     }
 
     /// Takes a request out; returns where it was found, if it is there.
-    pub fn remove(&mut self, head: u16) -> Option<Origin> {
+    pub fn remove(&mut self, head: u16) -> Option<ChainOrigin> {
         let link = self.links.get_mut(usize::from(head))?.take()?;
         match link.before.and_then(|before| self.link(before)) {
             Some(before) => before.after = link.after,
@@ -80,7 +80,7 @@ impl Taken {
     }
 
     /// Takes the last request out.
-    pub fn pop(&mut self) -> Option<(u16, Origin)> {
+    pub fn pop(&mut self) -> Option<(u16, ChainOrigin)> {
         let head = self.last?;
         Some((head, self.remove(head)?))
     }
@@ -97,13 +97,13 @@ mod tests {
         for seed in 0..500 {
             println!("seed {seed}");
             let mut random = Random::new(seed);
-            let (mut list, mut expected) = (Taken::new(SIZE), Vec::new());
+            let (mut list, mut expected) = (InFlightList::new(SIZE), Vec::new());
             for position in 0..100 {
                 let head = random.below(u64::from(SIZE) + 1) as u16;
                 let known = expected.iter().position(|&(other, _)| other == head);
                 match random.below(4) {
                     0 | 1 => {
-                        let origin = Origin::Available(position);
+                        let origin = ChainOrigin::Available(position);
                         let added = list.push(head, origin).is_ok();
                         assert_eq!(added, known.is_none() && head < SIZE);
                         if added {

@@ -30,7 +30,7 @@ pub const REGISTER_FILES_UPDATE: u8 = 6;
 
 /// Which of the image's two descriptors a transfer takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum IoPath {
     /// Through the page cache.
     Cached,
     /// Past it (O_DIRECT).
@@ -39,7 +39,7 @@ pub enum Way {
 
 /// What is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Task {
+pub enum IoOp {
     /// Fill memory.
     Read,
     /// Write memory; `durable`: onto the medium (RWF_DSYNC).
@@ -51,14 +51,14 @@ pub enum Task {
     Flush,
 }
 
-/// Part of a request, as one transfer.
-pub struct Part {
+/// IoTransfer of a request, as one transfer.
+pub struct IoTransfer {
     /// Number of the request that it belongs to.
     pub request: usize,
     /// What to do.
-    pub task: Task,
+    pub task: IoOp,
     /// By which descriptor.
-    pub way: Way,
+    pub path: IoPath,
     /// Offset in the file.
     pub offset: u64,
     /// The memory, which outlives the transfer.
@@ -67,38 +67,38 @@ pub struct Part {
     pub bounce: Option<Bounce>,
 }
 
-impl Part {
+impl IoTransfer {
     fn bounced(&self) -> usize {
         self.bounce.as_ref().map_or(0, Bounce::len)
     }
 }
 
-/// A [`Part`] in progress.
-struct Running {
-    part: Part,
+/// A [`IoTransfer`] in progress.
+struct InFlightTransfer {
+    part: IoTransfer,
     /// Pieces of `memory` that are done with.
     done: usize,
 }
 
 // SAFETY: the pointers in it are to memory that all threads share, and whoever made the
 // part sees to it that the memory stays.
-unsafe impl Send for Running {}
+unsafe impl Send for InFlightTransfer {}
 
 /// An io_uring and what is under way on it.
-pub struct Engine {
+pub struct IoEngine {
     ring: IoUring,
     /// Not registered with the ring: that outlives the process for a moment, and so would
     /// the image's lock.
     cached: RawFd,
     direct: RawFd,
-    running: Vec<Option<Running>>,
+    running: Vec<Option<InFlightTransfer>>,
     free: Vec<usize>,
     ended: Vec<(usize, io::Result<()>)>,
     /// Bytes of all bounces.
     bounced: usize,
 }
 
-impl Engine {
+impl IoEngine {
     /// An engine for `cached`, and for `direct` if there is such a way. Whoever has it
     /// keeps them open.
     ///
@@ -126,7 +126,7 @@ impl Engine {
             Restriction::register_op(REGISTER_FILES_UPDATE),
         ])?;
         submitter.register_enable_rings()?;
-        Ok(Engine {
+        Ok(IoEngine {
             ring,
             cached: cached.as_raw_fd(),
             direct: direct.map_or(-1, |fd| fd.as_raw_fd()),
@@ -160,11 +160,11 @@ impl Engine {
         self.running.len() - self.free.len() >= MAX_PARTS as usize || self.bounced >= MAX_BOUNCED
     }
 
-    /// Begins `part`; [`Engine::submit`] hands it to the kernel at the latest.
+    /// Begins `part`; [`IoEngine::submit`] hands it to the kernel at the latest.
     ///
     /// # Errors
     /// The kernel's, and when the engine is full; the part is not begun then.
-    pub fn begin(&mut self, part: Part) -> io::Result<()> {
+    pub fn begin(&mut self, part: IoTransfer) -> io::Result<()> {
         if self.is_full() {
             return Err(io::ErrorKind::WouldBlock.into());
         }
@@ -173,7 +173,7 @@ impl Engine {
             self.running.push(None);
             self.running.len() - 1
         });
-        self.running[index] = Some(Running { part, done: 0 });
+        self.running[index] = Some(InFlightTransfer { part, done: 0 });
         self.enqueue(index).inspect_err(|_| {
             self.running[index] = None;
             self.free.push(index);
@@ -189,9 +189,9 @@ impl Engine {
         let Some(Some(running)) = self.running.get(index) else {
             return Ok(());
         };
-        let file = types::Fd(match running.part.way {
-            Way::Cached => self.cached,
-            Way::Direct => self.direct,
+        let file = types::Fd(match running.part.path {
+            IoPath::Cached => self.cached,
+            IoPath::Direct => self.direct,
         });
         let entry = running.entry(file).user_data(index as u64);
         // SAFETY: the part's memory and its list of pieces stay until it has ended: `part`
@@ -243,7 +243,7 @@ impl Engine {
 
     /// The next of those that have ended: the number of its request, and how it went.
     /// Makes no system call unless the kernel has something that only one delivers.
-    /// [`Engine::submit`] afterwards, for what must go on.
+    /// [`IoEngine::submit`] afterwards, for what must go on.
     pub fn ended(&mut self) -> Option<(usize, io::Result<()>)> {
         if self.ended.is_empty() {
             self.collect();
@@ -291,7 +291,7 @@ impl Engine {
     }
 
     fn end(&mut self, index: usize, result: io::Result<()>) {
-        if let Some(Running { part, .. }) = self.running[index].take() {
+        if let Some(InFlightTransfer { part, .. }) = self.running[index].take() {
             self.free.push(index);
             self.bounced -= part.bounced();
             self.ended.push((part.request, result));
@@ -299,9 +299,9 @@ impl Engine {
     }
 }
 
-impl Running {
+impl InFlightTransfer {
     fn entry(&self, file: types::Fd) -> Entry {
-        let Part {
+        let IoTransfer {
             task,
             offset,
             memory,
@@ -314,14 +314,14 @@ impl Running {
         };
         let count = pieces.len().min(MAX_PIECES) as u32;
         match task {
-            Task::Read => opcode::Readv::new(file, pieces.as_ptr(), count)
+            IoOp::Read => opcode::Readv::new(file, pieces.as_ptr(), count)
                 .offset(*offset)
                 .build(),
-            Task::Write { durable } => opcode::Writev::new(file, pieces.as_ptr(), count)
+            IoOp::Write { durable } => opcode::Writev::new(file, pieces.as_ptr(), count)
                 .offset(*offset)
                 .rw_flags(if *durable { libc::RWF_DSYNC } else { 0 })
                 .build(),
-            Task::Flush => opcode::Fsync::new(file)
+            IoOp::Flush => opcode::Fsync::new(file)
                 .flags(types::FsyncFlags::DATASYNC)
                 .build(),
         }
@@ -333,7 +333,7 @@ impl Running {
         let count = match result {
             _ if -result == libc::EINTR => return None,
             ..0 => return Some(Err(io::Error::from_raw_os_error(-result))),
-            _ if matches!(part.task, Task::Flush) => return Some(Ok(())),
+            _ if matches!(part.task, IoOp::Flush) => return Some(Ok(())),
             // The file has become shorter.
             0 => return Some(Err(io::ErrorKind::UnexpectedEof.into())),
             count => count as usize,
@@ -341,7 +341,7 @@ impl Running {
         part.offset += count as u64;
         let finished = match &mut part.bounce {
             Some(bounce) => {
-                if matches!(part.task, Task::Read) {
+                if matches!(part.task, IoOp::Read) {
                     // SAFETY: the part's memory is there as long as it runs.
                     unsafe { bounce.deliver(count, &mut part.memory) };
                 }
@@ -357,7 +357,7 @@ impl Running {
     }
 }
 
-impl Drop for Engine {
+impl Drop for IoEngine {
     /// What is under way uses memory that goes with `self`.
     fn drop(&mut self) {
         while self.is_busy() {
@@ -370,7 +370,7 @@ impl Drop for Engine {
     }
 }
 
-impl AsFd for Engine {
+impl AsFd for IoEngine {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.descriptor()
     }

@@ -3,18 +3,18 @@
 use std::io;
 use std::time::Instant;
 
-use crate::disk::status;
-use crate::request::Request;
-use crate::stats::Kind;
+use crate::request::BlockRequest;
+use crate::stats::RequestKind;
+use crate::virtio_blk::status;
 
 /// A request under way.
-pub struct Active {
+pub struct InFlightRequest {
     /// Its queue.
     pub queue: usize,
     /// Its head in the ring.
     pub head: u16,
     /// What it is.
-    pub kind: Kind,
+    pub kind: RequestKind,
     /// Bytes of data that it moves.
     pub bytes: u64,
     /// Bytes of its buffers that count as written once it is completed.
@@ -30,15 +30,15 @@ pub struct Active {
 }
 
 // SAFETY: the pointer is to guest memory, which all threads share.
-unsafe impl Send for Active {}
+unsafe impl Send for InFlightRequest {}
 
-impl Active {
+impl InFlightRequest {
     /// A request of which nothing is done yet.
-    pub fn new(queue: usize, head: u16, begun: Instant, request: &Request<'_>) -> Self {
+    pub fn new(queue: usize, head: u16, begun: Instant, request: &BlockRequest<'_>) -> Self {
         // The status byte comes last, so all before it counts as written.
         let written = u32::try_from(request.data_len).map_or(u32::MAX, |it| it.saturating_add(1));
         let status = request.status.slices().first();
-        Active {
+        InFlightRequest {
             queue,
             head,
             kind: request.kind,
@@ -81,14 +81,14 @@ impl Active {
 
 /// Requests under way, by number.
 #[derive(Default)]
-pub struct Requests {
-    all: Vec<Option<Active>>,
+pub struct InFlightRequests {
+    all: Vec<Option<InFlightRequest>>,
     free: Vec<usize>,
 }
 
-impl Requests {
+impl InFlightRequests {
     /// Adds one; returns its number.
-    pub fn add(&mut self, active: Active) -> usize {
+    pub fn add(&mut self, active: InFlightRequest) -> usize {
         match self.free.pop() {
             Some(id) => {
                 self.all[id] = Some(active);
@@ -121,7 +121,7 @@ impl Requests {
     }
 
     /// Takes it out.
-    pub fn remove(&mut self, id: usize) -> Option<Active> {
+    pub fn remove(&mut self, id: usize) -> Option<InFlightRequest> {
         let active = self.all.get_mut(id)?.take()?;
         self.free.push(id);
         Some(active)
@@ -129,7 +129,7 @@ impl Requests {
 
     /// How many there are of `queue`.
     pub fn of_queue(&self, queue: usize) -> usize {
-        let of_queue = |it: &&Active| it.queue == queue;
+        let of_queue = |it: &&InFlightRequest| it.queue == queue;
         self.all.iter().flatten().filter(of_queue).count()
     }
 }

@@ -18,7 +18,7 @@ const ZEROES: usize = 64 * 1024;
 
 /// An image's file.
 #[derive(Debug)]
-pub struct Guard {
+pub struct MetadataFile {
     /// What users call it.
     name: String,
     file: File,
@@ -30,7 +30,7 @@ pub struct Guard {
     pub faults: faults::Faults,
 }
 
-impl Guard {
+impl MetadataFile {
     /// Guards `file`, which users call `name`.
     ///
     /// # Errors
@@ -38,7 +38,7 @@ impl Guard {
     pub fn new(mut file: File, name: &str) -> io::Result<Self> {
         // Of a block device, too, which fstat(2) does not say.
         let len = file.seek(SeekFrom::End(0))?;
-        Ok(Guard {
+        Ok(MetadataFile {
             name: name.to_owned(),
             file,
             len: AtomicU64::new(len),
@@ -110,7 +110,7 @@ impl Guard {
         })
     }
 
-    /// As [`Guard::read`], with zeros where the file has no more; but it must reach to
+    /// As [`MetadataFile::read`], with zeros where the file has no more; but it must reach to
     /// `offset` at least.
     ///
     /// # Errors
@@ -168,7 +168,7 @@ impl Guard {
     /// Writes guest memory where no table is.
     ///
     /// # Errors
-    /// As [`Guard::write`].
+    /// As [`MetadataFile::write`].
     pub fn write_guest(&self, buffers: &Buffers<'_>, offset: u64) -> io::Result<()> {
         self.usable()?;
         #[cfg(test)]

@@ -13,11 +13,11 @@ use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
 use crate::config;
 use crate::image::{Geometry, Image};
-use crate::stats::Recorder;
+use crate::stats::StatsRecorder;
 
 /// How writes get to the medium.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Cache {
+pub enum CacheMode {
     /// Through the host's page cache; a flush puts them onto the medium
     #[default]
     Writeback,
@@ -28,13 +28,13 @@ pub enum Cache {
 }
 
 /// What all queues share.
-pub struct Drive {
+pub struct BlockBackend {
     /// Where things are.
     pub image: Box<dyn Image>,
     /// The way past the page cache, if that is taken.
     pub direct: Option<Direct>,
     /// How writes get to the medium.
-    pub cache: Cache,
+    pub cache: CacheMode,
     /// The file is memory: reading it never waits for a medium.
     pub is_memory: bool,
     /// Block size that the guest sees, in bytes.
@@ -44,7 +44,7 @@ pub struct Drive {
     /// What the driver reads.
     pub config: ConfigSpace,
     /// One for each queue.
-    pub recorders: Vec<Recorder>,
+    pub recorders: Vec<StatsRecorder>,
     /// Writes may stay in a cache until the next flush (virtio 1.2 section 5.2.6.2).
     writeback: AtomicBool,
     /// Queues that run.
@@ -104,7 +104,7 @@ impl AsFd for Direct {
     }
 }
 
-impl Drive {
+impl BlockBackend {
     /// A disk before any driver, which sees blocks of `block` bytes or of the medium's
     /// size, and has `queues` queues.
     ///
@@ -112,7 +112,7 @@ impl Drive {
     /// One line that says why the image cannot be served like this.
     pub fn new(
         image: Box<dyn Image>,
-        cache: Cache,
+        cache: CacheMode,
         block: Option<u32>,
         serial: String,
         queues: u16,
@@ -123,11 +123,11 @@ impl Drive {
         let flags = rustix::fs::fcntl_getfl(file)?;
         rustix::fs::fcntl_setfl(file, flags - OFlags::NONBLOCK - OFlags::DIRECT)?;
         let direct = match cache {
-            Cache::None => Some(Direct::new(file).map_err(|error| {
+            CacheMode::None => Some(Direct::new(file).map_err(|error| {
                 let why = format!("there is no way past the page cache (--cache none): {error}");
                 io::Error::new(error.kind(), why)
             })?),
-            Cache::Writeback | Cache::Unsafe => None,
+            CacheMode::Writeback | CacheMode::Unsafe => None,
         };
         let geometry = image.geometry();
         let least = direct.as_ref().map_or(0, |direct| direct.align as u32);
@@ -141,7 +141,7 @@ impl Drive {
             let why = format!("its size is no multiple of its block size, {block} bytes");
             return Err(io::Error::other(why));
         }
-        let drive = Drive {
+        let backend = BlockBackend {
             is_memory: is_memory(file),
             image,
             direct,
@@ -149,12 +149,12 @@ impl Drive {
             block,
             serial,
             config: ConfigSpace::new(Vec::new()),
-            recorders: (0..queues).map(|_| Recorder::default()).collect(),
+            recorders: (0..queues).map(|_| StatsRecorder::default()).collect(),
             writeback: AtomicBool::new(true),
             running: Mutex::new(0),
         };
-        drive.announce();
-        Ok(drive)
+        backend.announce();
+        Ok(backend)
     }
 
     /// The driver has a cache to reckon with, or not.
@@ -169,7 +169,7 @@ impl Drive {
 
     /// Whether a write must be on the medium when it is completed.
     pub fn is_write_through(&self) -> bool {
-        self.cache != Cache::Unsafe && !self.writeback.load(Ordering::Acquire)
+        self.cache != CacheMode::Unsafe && !self.writeback.load(Ordering::Acquire)
     }
 
     /// Size and limits.

@@ -1,7 +1,7 @@
 //! A queue's worth of disk: requests from the ring to the image and back.
 //!
 //! What needs no wait is done at once, in the queue's thread: reading what the page cache
-//! holds, writing to it. All else goes on in the [`Engine`] while the queue's next
+//! holds, writing to it. All else goes on in the [`IoEngine`] while the queue's next
 //! requests are taken.
 
 use std::collections::VecDeque;
@@ -10,18 +10,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use device_core::chain::Buffers;
-use device_core::{Context, Device, Error, Poller};
+use device_core::{Device, DeviceContext, Error, Poller};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
 
-use crate::active::{Active, Requests};
+use crate::block_backend::{BlockBackend, CacheMode};
 use crate::bounce::Bounce;
 use crate::config::WRITEBACK;
-use crate::drive::{Cache, Drive};
-use crate::engine::{Engine, Part, Task, Way};
 use crate::image::Extent;
-use crate::request::{ID_SIZE, Operation, Refusal, Request};
+use crate::in_flight::{InFlightRequest, InFlightRequests};
+use crate::io_engine::{IoEngine, IoOp, IoPath, IoTransfer};
+use crate::request::{BlockOperation, BlockRequest, ID_SIZE, RequestError};
 use crate::transfer::{self, transfer};
 
 /// The engine has news.
@@ -41,54 +41,54 @@ const PAUSE: Duration = Duration::from_millis(1);
 const PAGE: u64 = 4096;
 
 /// One worker's disk.
-pub struct Disk {
+pub struct VirtioBlk {
     /// `None` where the host has no io_uring: then everything is done at once. Goes first,
     /// for it works on the drive's files until it is gone.
-    engine: Option<Engine>,
-    drive: Arc<Drive>,
-    requests: Requests,
+    engine: Option<IoEngine>,
+    backend: Arc<BlockBackend>,
+    requests: InFlightRequests,
     /// Completed and not pushed yet.
-    completed: VecDeque<Active>,
+    completed: VecDeque<InFlightRequest>,
     spare: Vec<libc::iovec>,
 }
 
 // SAFETY: the pointers in `spare` are left-overs that nobody follows.
-unsafe impl Send for Disk {}
+unsafe impl Send for VirtioBlk {}
 
-impl Disk {
+impl VirtioBlk {
     /// A disk before any driver.
-    pub fn new(drive: Arc<Drive>, engine: Option<Engine>) -> Self {
-        Disk {
+    pub fn new(backend: Arc<BlockBackend>, engine: Option<IoEngine>) -> Self {
+        VirtioBlk {
             engine,
-            drive,
-            requests: Requests::default(),
+            backend,
+            requests: InFlightRequests::default(),
             completed: VecDeque::new(),
             spare: Vec::new(),
         }
     }
 
     /// Does the request, or begins it; what can be said of it at once is in `active`.
-    fn begin(&mut self, id: usize, operation: Operation<'_>) -> io::Result<()> {
-        let drive = Arc::clone(&self.drive);
-        let through = drive.is_write_through();
+    fn begin(&mut self, id: usize, operation: BlockOperation<'_>) -> io::Result<()> {
+        let backend = Arc::clone(&self.backend);
+        let through = backend.is_write_through();
         match operation {
-            Operation::Read(offset, buffers) => self.read(id, offset, buffers),
-            Operation::Write(offset, buffers) => self.write(id, offset, buffers, through),
-            Operation::Flush if drive.cache == Cache::Unsafe => Ok(()),
-            Operation::Flush => self.flush(id),
-            Operation::GetId(buffers) => {
+            BlockOperation::Read(offset, buffers) => self.read(id, offset, buffers),
+            BlockOperation::Write(offset, buffers) => self.write(id, offset, buffers, through),
+            BlockOperation::Flush if backend.cache == CacheMode::Unsafe => Ok(()),
+            BlockOperation::Flush => self.flush(id),
+            BlockOperation::GetId(buffers) => {
                 let mut serial = [0; ID_SIZE];
-                serial[..drive.serial.len()].copy_from_slice(drive.serial.as_bytes());
+                serial[..backend.serial.len()].copy_from_slice(backend.serial.as_bytes());
                 buffers.copy_from(&serial);
                 Ok(())
             }
-            Operation::Discard(ranges) => ranges
+            BlockOperation::Discard(ranges) => ranges
                 .iter()
                 .filter(|range| range.len > 0)
-                .try_for_each(|range| drive.image.discard(range.offset, range.len)),
-            Operation::WriteZeroes(ranges) => {
+                .try_for_each(|range| backend.image.discard(range.offset, range.len)),
+            BlockOperation::WriteZeroes(ranges) => {
                 for range in ranges.iter().filter(|range| range.len > 0) {
-                    let image = &drive.image;
+                    let image = &backend.image;
                     image.write_zeroes(range.offset, range.len, range.unmap)?;
                 }
                 if through { self.flush(id) } else { Ok(()) }
@@ -97,12 +97,12 @@ impl Disk {
     }
 
     fn read(&mut self, id: usize, mut offset: u64, mut buffers: Buffers<'_>) -> io::Result<()> {
-        let drive = Arc::clone(&self.drive);
+        let backend = Arc::clone(&self.backend);
         while !buffers.is_empty() {
-            let len = match drive.image.map(offset, buffers.len() as u64)? {
+            let len = match backend.image.map(offset, buffers.len() as u64)? {
                 Extent::Data { offset: at, len } => {
                     let piece = take(&mut buffers, len)?;
-                    self.move_data(id, Task::Read, at, &piece)?;
+                    self.move_data(id, IoOp::Read, at, &piece)?;
                     len
                 }
                 Extent::Zero { len } => {
@@ -110,7 +110,7 @@ impl Disk {
                     len
                 }
                 Extent::Special { len } => {
-                    drive.image.read(offset, &take(&mut buffers, len)?)?;
+                    backend.image.read(offset, &take(&mut buffers, len)?)?;
                     len
                 }
             };
@@ -126,17 +126,17 @@ impl Disk {
         mut buffers: Buffers<'_>,
         durable: bool,
     ) -> io::Result<()> {
-        let drive = Arc::clone(&self.drive);
+        let backend = Arc::clone(&self.backend);
         let mut special = false;
         while !buffers.is_empty() {
-            let len = match drive.image.place(offset, buffers.len() as u64)? {
+            let len = match backend.image.place(offset, buffers.len() as u64)? {
                 Extent::Data { offset: at, len } => {
                     let piece = take(&mut buffers, len)?;
-                    self.move_data(id, Task::Write { durable }, at, &piece)?;
+                    self.move_data(id, IoOp::Write { durable }, at, &piece)?;
                     len
                 }
                 Extent::Zero { len } | Extent::Special { len } => {
-                    drive.image.write(offset, &take(&mut buffers, len)?)?;
+                    backend.image.write(offset, &take(&mut buffers, len)?)?;
                     special = true;
                     len
                 }
@@ -145,7 +145,7 @@ impl Disk {
         }
         // What was written is nowhere as long as the tables that point there may be lost, be
         // it another request that has changed them.
-        match durable && (special || drive.image.has_tables()) {
+        match durable && (special || backend.image.has_tables()) {
             true => self.flush(id),
             false => Ok(()),
         }
@@ -153,12 +153,12 @@ impl Disk {
 
     fn flush(&mut self, id: usize) -> io::Result<()> {
         if self.engine.is_none() {
-            return self.drive.flush();
+            return self.backend.flush();
         }
-        self.begin_part(Part {
+        self.begin_part(IoTransfer {
             request: id,
-            task: Task::Flush,
-            way: Way::Cached,
+            task: IoOp::Flush,
+            path: IoPath::Cached,
             offset: 0,
             memory: Vec::new(),
             bounce: None,
@@ -169,46 +169,46 @@ impl Disk {
     fn move_data(
         &mut self,
         id: usize,
-        task: Task,
+        task: IoOp,
         offset: u64,
         piece: &Buffers<'_>,
     ) -> io::Result<()> {
         let mut memory = self.iovecs(piece);
         let len = piece.len() as u64;
-        let drive = &*self.drive;
+        let backend = &*self.backend;
         if self.engine.is_none() {
-            let done = wait_for(drive, &task, offset, &mut memory);
+            let done = wait_for(backend, &task, offset, &mut memory);
             self.spare = memory;
             return done;
         }
-        let direct = drive.direct.as_ref().filter(|it| it.takes(offset, len));
+        let direct = backend.direct.as_ref().filter(|it| it.takes(offset, len));
         if let Some(direct) = direct {
             if direct.must_bounce(&memory) {
                 let align = direct.memory_align.max(512);
                 self.spare = memory;
                 return self.bounce(id, task, offset, piece.clone(), align);
             }
-            return self.begin_part(Part {
+            return self.begin_part(IoTransfer {
                 request: id,
                 task,
-                way: Way::Direct,
+                path: IoPath::Direct,
                 offset,
                 memory,
                 bounce: None,
             });
         }
         let is_whole = (offset | len).is_multiple_of(PAGE);
-        let done = now(drive, &task, offset, &mut memory, is_whole)?;
+        let done = now(backend, &task, offset, &mut memory, is_whole)?;
         if done == len {
             self.spare = memory;
             return Ok(());
         }
         let left = transfer::skip(&mut memory, 0).len();
         memory.drain(..memory.len() - left);
-        self.begin_part(Part {
+        self.begin_part(IoTransfer {
             request: id,
             task,
-            way: Way::Cached,
+            path: IoPath::Cached,
             offset: offset + done,
             memory,
             bounce: None,
@@ -219,7 +219,7 @@ impl Disk {
     fn bounce(
         &mut self,
         id: usize,
-        task: Task,
+        task: IoOp,
         mut offset: u64,
         mut rest: Buffers<'_>,
         align: usize,
@@ -228,14 +228,14 @@ impl Disk {
             let len = rest.len().min(LONGEST_BOUNCE);
             let memory = self.iovecs(&take(&mut rest, len as u64)?);
             let mut bounce = Bounce::new(len, align)?;
-            if matches!(task, Task::Write { .. }) {
+            if matches!(task, IoOp::Write { .. }) {
                 // SAFETY: the memory is guest memory of `len` bytes.
                 unsafe { bounce.take(&memory) };
             }
-            self.begin_part(Part {
+            self.begin_part(IoTransfer {
                 request: id,
                 task,
-                way: Way::Direct,
+                path: IoPath::Direct,
                 offset,
                 memory,
                 bounce: Some(bounce),
@@ -257,7 +257,7 @@ impl Disk {
 
     /// Hands `part` to the engine once there is room in it. Its memory stays: a worker's
     /// queues are drained before guest memory changes.
-    fn begin_part(&mut self, part: Part) -> io::Result<()> {
+    fn begin_part(&mut self, part: IoTransfer) -> io::Result<()> {
         let id = part.request;
         while let Some(engine) = &mut self.engine
             && engine.is_full()
@@ -281,7 +281,7 @@ impl Disk {
         let Some(active) = self.requests.remove(id) else {
             return;
         };
-        if let Some(recorder) = self.drive.recorders.get(active.queue) {
+        if let Some(recorder) = self.backend.recorders.get(active.queue) {
             let ok = active.status() == VIRTIO_BLK_S_OK as u8;
             recorder.completed(active.kind, active.bytes, ok, active.begun.elapsed());
         }
@@ -293,7 +293,7 @@ impl Disk {
     /// Takes what the engine has ended; returns whether there was anything.
     fn collect(&mut self) -> bool {
         let mut any = false;
-        while let Some((id, result)) = self.engine.as_mut().and_then(Engine::ended) {
+        while let Some((id, result)) = self.engine.as_mut().and_then(IoEngine::ended) {
             any = true;
             self.part_ended(id, result);
         }
@@ -301,9 +301,9 @@ impl Disk {
     }
 
     /// Hands what is completed to the driver.
-    fn push(&mut self, cx: &mut Context<'_>) {
+    fn push(&mut self, cx: &mut DeviceContext<'_>) {
         let mut batch = [(0, 0); TOGETHER];
-        while let Some(&Active { queue, .. }) = self.completed.front() {
+        while let Some(&InFlightRequest { queue, .. }) = self.completed.front() {
             let mut ring = cx.ring(queue);
             let mut count = 0;
             while count < TOGETHER
@@ -313,35 +313,35 @@ impl Disk {
                 batch[count] = (active.head, active.written);
                 count += 1;
                 if let (Some(ring), Some(why)) = (&mut ring, active.complaint()) {
-                    ring.complain(&why);
+                    ring.report_error(&why);
                 }
                 self.completed.pop_front();
             }
             if let Some(ring) = ring {
-                ring.push_all(&batch[..count]);
+                ring.add_used_batch(&batch[..count]);
             }
         }
     }
 
     /// Completes what the engine has ended, and lets it go on with what was short; returns
     /// whether there was anything.
-    fn reap(&mut self, cx: &mut Context<'_>) -> bool {
+    fn reap(&mut self, cx: &mut DeviceContext<'_>) -> bool {
         let any = self.collect();
         self.push(cx);
         self.submit(cx);
         any
     }
 
-    fn submit(&mut self, cx: &mut Context<'_>) {
-        let Some(Err(error)) = self.engine.as_mut().map(Engine::submit) else {
+    fn submit(&mut self, cx: &mut DeviceContext<'_>) {
+        let Some(Err(error)) = self.engine.as_mut().map(IoEngine::submit) else {
             return;
         };
         // The kernel is out of memory, say. Nothing else may happen that would make us
         // try again.
         std::thread::sleep(PAUSE);
-        for queue in 0..self.drive.recorders.len() {
+        for queue in 0..self.backend.recorders.len() {
             if let Some(ring) = cx.ring(queue) {
-                ring.complain(&format_args!("queue {queue}: io_uring: {error}"));
+                ring.report_error(&format_args!("queue {queue}: io_uring: {error}"));
                 ring.serve_again();
             }
         }
@@ -352,22 +352,22 @@ impl Disk {
 /// left in `memory`. Of a write that replaces whole pages (`is_whole`) the page cache takes
 /// all; any other may have to read first, and a durable one waits for the medium.
 fn now(
-    drive: &Drive,
-    task: &Task,
+    backend: &BlockBackend,
+    task: &IoOp,
     offset: u64,
     memory: &mut [libc::iovec],
     is_whole: bool,
 ) -> io::Result<u64> {
     let total: usize = memory.iter().map(|it| it.iov_len).sum();
     let (call, flags): (transfer::Vectored, _) = match task {
-        Task::Read if drive.is_memory => (libc::preadv2, 0),
-        Task::Read => (libc::preadv2, libc::RWF_NOWAIT),
-        Task::Write { .. } if drive.is_memory => (libc::pwritev2, 0),
-        Task::Write { durable: false } if is_whole => (libc::pwritev2, 0),
-        Task::Write { .. } | Task::Flush => return Ok(0),
+        IoOp::Read if backend.is_memory => (libc::preadv2, 0),
+        IoOp::Read => (libc::preadv2, libc::RWF_NOWAIT),
+        IoOp::Write { .. } if backend.is_memory => (libc::pwritev2, 0),
+        IoOp::Write { durable: false } if is_whole => (libc::pwritev2, 0),
+        IoOp::Write { .. } | IoOp::Flush => return Ok(0),
     };
     // SAFETY: the caller's pieces of guest memory.
-    let result = unsafe { transfer(call, drive.image.file(), offset, memory, flags) };
+    let result = unsafe { transfer(call, backend.image.file(), offset, memory, flags) };
     match result {
         Ok(()) => Ok(total as u64),
         Err(error) if flags == libc::RWF_NOWAIT && would_wait(&error) => {
@@ -379,15 +379,20 @@ fn now(
 }
 
 /// Does all of a transfer, however long it takes.
-fn wait_for(drive: &Drive, task: &Task, offset: u64, memory: &mut [libc::iovec]) -> io::Result<()> {
+fn wait_for(
+    backend: &BlockBackend,
+    task: &IoOp,
+    offset: u64,
+    memory: &mut [libc::iovec],
+) -> io::Result<()> {
     let (call, flags): (transfer::Vectored, _) = match task {
-        Task::Read => (libc::preadv2, 0),
-        Task::Write { durable: true } => (libc::pwritev2, libc::RWF_DSYNC),
-        Task::Write { durable: false } => (libc::pwritev2, 0),
-        Task::Flush => return drive.flush(),
+        IoOp::Read => (libc::preadv2, 0),
+        IoOp::Write { durable: true } => (libc::pwritev2, libc::RWF_DSYNC),
+        IoOp::Write { durable: false } => (libc::pwritev2, 0),
+        IoOp::Flush => return backend.flush(),
     };
     // SAFETY: the caller's pieces of guest memory.
-    unsafe { transfer(call, drive.image.file(), offset, memory, flags) }
+    unsafe { transfer(call, backend.image.file(), offset, memory, flags) }
 }
 
 /// Not in the page cache, or not a file that can tell.
@@ -418,16 +423,16 @@ fn fill_with_zeros(buffers: &Buffers<'_>) {
     }
 }
 
-impl Device for Disk {
-    fn attach(&mut self, poller: &Poller) -> io::Result<()> {
+impl Device for VirtioBlk {
+    fn register_sources(&mut self, poller: &Poller) -> io::Result<()> {
         match &self.engine {
             Some(engine) => poller.add_readable(engine, ENGINE),
             None => Ok(()),
         }
     }
 
-    fn connected(&mut self, socket: std::os::fd::BorrowedFd<'_>) {
-        if self.drive.direct.is_some()
+    fn frontend_connected(&mut self, socket: std::os::fd::BorrowedFd<'_>) {
+        if self.backend.direct.is_some()
             && let Some(engine) = &self.engine
             && let Err(error) = engine.hold(Some(socket))
         {
@@ -435,8 +440,8 @@ impl Device for Disk {
         }
     }
 
-    fn closed(&mut self) {
-        if self.drive.direct.is_some()
+    fn frontend_disconnected(&mut self) {
+        if self.backend.direct.is_some()
             && let Some(engine) = &self.engine
         {
             // Nothing is under way.
@@ -444,17 +449,17 @@ impl Device for Disk {
         }
     }
 
-    fn negotiated(&mut self, features: u64) {
+    fn set_features(&mut self, features: u64) {
         // Also what the field says until the driver writes to it (virtio 1.2 section
         // 5.2.5.2).
-        self.drive
+        self.backend
             .set_writeback(features & (1 << VIRTIO_BLK_F_FLUSH) != 0);
     }
 
     fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), Error> {
         match (offset, data) {
             (WRITEBACK, [value @ 0..=1]) => {
-                self.drive.set_writeback(*value == 1);
+                self.backend.set_writeback(*value == 1);
                 Ok(())
             }
             _ => Err(Error::ConfigRange {
@@ -464,17 +469,17 @@ impl Device for Disk {
         }
     }
 
-    fn starting(&mut self, _queue: usize) -> io::Result<()> {
-        self.drive.start_queue()
+    fn start_queue(&mut self, _queue: usize) -> io::Result<()> {
+        self.backend.start_queue()
     }
 
-    fn stopped(&mut self, _queue: usize) {
-        self.drive.stop_queue();
+    fn stop_queue(&mut self, _queue: usize) {
+        self.backend.stop_queue();
     }
 
-    fn kicked(&mut self, queue: usize, cx: &mut Context<'_>) {
+    fn process_queue(&mut self, queue: usize, cx: &mut DeviceContext<'_>) {
         let memory = cx.memory;
-        let geometry = self.drive.geometry();
+        let geometry = self.backend.geometry();
         let begun = Instant::now();
         let mut moved = 0;
         while let Some(ring) = cx.ring(queue) {
@@ -484,23 +489,23 @@ impl Device for Disk {
             }
             let Some(chain) = ring.pop(memory) else { break };
             let head = chain.head;
-            let Some(request) = Request::parse(chain, &geometry) else {
-                ring.complain(&format_args!(
+            let Some(request) = BlockRequest::parse(chain, &geometry) else {
+                ring.report_error(&format_args!(
                     "queue {queue}: request {head} has no status byte"
                 ));
-                ring.push(head, 0);
+                ring.add_used(head, 0);
                 continue;
             };
             moved += request.bytes;
-            let active = Active::new(queue, head, begun, &request);
+            let active = InFlightRequest::new(queue, head, begun, &request);
             let id = self.requests.add(active);
-            if let Some(recorder) = self.drive.recorders.get(queue) {
+            if let Some(recorder) = self.backend.recorders.get(queue) {
                 recorder.begun(1);
             }
             let result = match request.operation {
                 Ok(operation) => self.begin(id, operation),
-                Err(Refusal::Unsupported) => Err(io::ErrorKind::Unsupported.into()),
-                Err(Refusal::Invalid(why)) => Err(io::Error::other(format!("refused: {why}"))),
+                Err(RequestError::Unsupported) => Err(io::ErrorKind::Unsupported.into()),
+                Err(RequestError::Invalid(why)) => Err(io::Error::other(format!("refused: {why}"))),
             };
             // The request's own part: all that was done at once.
             self.part_ended(id, result);
@@ -512,15 +517,15 @@ impl Device for Disk {
         self.reap(cx);
     }
 
-    fn ready(&mut self, _token: u64, cx: &mut Context<'_>) {
+    fn handle_event(&mut self, _token: u64, cx: &mut DeviceContext<'_>) {
         self.reap(cx);
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> bool {
+    fn poll(&mut self, cx: &mut DeviceContext<'_>) -> bool {
         self.reap(cx)
     }
 
-    fn drain(&mut self, queue: usize, cx: &mut Context<'_>) {
+    fn drain_queue(&mut self, queue: usize, cx: &mut DeviceContext<'_>) {
         self.reap(cx);
         while self.requests.of_queue(queue) > 0 {
             let Some(engine) = &mut self.engine else {

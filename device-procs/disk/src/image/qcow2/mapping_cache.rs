@@ -13,18 +13,18 @@ const HOST_BITS: u32 = 40;
 /// A slot holds the cluster's number in the file and above that, to know it from the
 /// others, its number on the disk without the bits that chose the slot; 0 is nobody (no
 /// cluster of the disk is where the header is).
-pub struct Places {
+pub struct MappingCache {
     cluster_bits: u32,
     slot_bits: u32,
     slots: Box<[AtomicU64]>,
 }
 
-impl Places {
+impl MappingCache {
     /// For a disk of `capacity` bytes in clusters of `1 << cluster_bits`.
     pub fn new(cluster_bits: u32, capacity: u64) -> Self {
         let clusters = (capacity >> cluster_bits) + 1;
         let slots = clusters.next_power_of_two().min(MOST);
-        Places {
+        MappingCache {
             cluster_bits,
             slot_bits: slots.ilog2(),
             slots: (0..slots).map(|_| AtomicU64::new(0)).collect(),
@@ -102,36 +102,45 @@ mod tests {
 
     #[test]
     fn what_is_noted_is_found_and_what_follows_it_with_it() {
-        let places = Places::new(16, 1 << 30);
-        assert_eq!(places.find(0, 512), None);
-        places.note(0x2_0000, 0x50_0000, 0x2_0000);
-        assert_eq!(places.find(0x2_1000, 512), Some((0x50_1000, 512)));
-        assert_eq!(places.find(0x2_1000, 1 << 20), Some((0x50_1000, 0x1_f000)));
+        let mappings = MappingCache::new(16, 1 << 30);
+        assert_eq!(mappings.find(0, 512), None);
+        mappings.note(0x2_0000, 0x50_0000, 0x2_0000);
+        assert_eq!(mappings.find(0x2_1000, 512), Some((0x50_1000, 512)));
+        assert_eq!(
+            mappings.find(0x2_1000, 1 << 20),
+            Some((0x50_1000, 0x1_f000))
+        );
         // The next on the disk, but not in the file.
-        places.note(0x4_0000, 0x10_0000, 1);
-        assert_eq!(places.find(0x3_0000, 1 << 20), Some((0x51_0000, 0x1_0000)));
-        places.forget(0x3_ffff, 1);
-        assert_eq!(places.find(0x3_0000, 512), None);
-        assert_eq!(places.find(0x2_0000, 1 << 20), Some((0x50_0000, 0x1_0000)));
-        places.clear();
-        assert_eq!(places.find(0x2_0000, 512), None);
+        mappings.note(0x4_0000, 0x10_0000, 1);
+        assert_eq!(
+            mappings.find(0x3_0000, 1 << 20),
+            Some((0x51_0000, 0x1_0000))
+        );
+        mappings.forget(0x3_ffff, 1);
+        assert_eq!(mappings.find(0x3_0000, 512), None);
+        assert_eq!(
+            mappings.find(0x2_0000, 1 << 20),
+            Some((0x50_0000, 0x1_0000))
+        );
+        mappings.clear();
+        assert_eq!(mappings.find(0x2_0000, 512), None);
     }
 
     #[test]
     fn clusters_that_share_a_slot_are_told_apart() {
-        let places = Places::new(9, u64::MAX >> 1);
+        let mappings = MappingCache::new(9, u64::MAX >> 1);
         let (one, other) = (512 * 5, 512 * (5 + MOST));
-        places.note(one, 0x200, 512);
-        assert_eq!(places.find(other, 512), None);
-        places.note(other, 0x400, 512);
-        assert_eq!(places.find(one, 512), None);
-        places.forget(one, 512);
-        assert_eq!(places.find(other, 512), Some((0x400, 512)));
+        mappings.note(one, 0x200, 512);
+        assert_eq!(mappings.find(other, 512), None);
+        mappings.note(other, 0x400, 512);
+        assert_eq!(mappings.find(one, 512), None);
+        mappings.forget(one, 512);
+        assert_eq!(mappings.find(other, 512), Some((0x400, 512)));
         // Numbers that have no room are not mistaken for others.
-        places.note(1 << 62, 0x800, 512);
-        assert_eq!(places.find(1 << 62, 512), None);
-        places.note(one, 1 << 60, 512);
-        assert_eq!(places.find(one, 512), None);
-        assert_eq!(places.find(u64::MAX - 511, 512), None);
+        mappings.note(1 << 62, 0x800, 512);
+        assert_eq!(mappings.find(1 << 62, 512), None);
+        mappings.note(one, 1 << 60, 512);
+        assert_eq!(mappings.find(one, 512), None);
+        assert_eq!(mappings.find(u64::MAX - 511, 512), None);
     }
 }
