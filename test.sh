@@ -75,6 +75,11 @@ cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
 (cd embedded-guest && cargo fmt --check && cargo clippy --locked --quiet --all-targets -- -D warnings)
 RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
 
+say "licences, versions and sources of the dependencies (deny.toml)"
+cargo_deny=$(tests/cargo-deny.sh | tail -n 1)
+cargo fetch --locked --quiet
+"$cargo_deny" --offline check bans licenses sources
+
 say "building"
 cargo build --workspace --all-targets --locked --quiet
 
