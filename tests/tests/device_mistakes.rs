@@ -325,7 +325,7 @@ fn networks() {
             (
                 "--socket-path @/s --tap sixteen-letters0",
                 FAILED,
-                "--tap sixteen-letters0: not the name of an interface (1 to 15 bytes)",
+                "--tap sixteen-letters0: not an interface name: give 1 to 15 bytes",
             ),
             (
                 "--socket-path @/s --tap outrigger-none",
@@ -335,7 +335,7 @@ fn networks() {
             (
                 "--socket-path @/s --tap lo",
                 FAILED,
-                "--tap lo: no tap device, or one of another kind (with many queues)",
+                "--tap lo: not a tap device, or a multi-queue one",
             ),
             (
                 "--socket-path @/s --tap-fd 0",
@@ -345,12 +345,12 @@ fn networks() {
             (
                 "--socket-path @/s --isolated --mac 52:54:00:12:34",
                 USAGE,
-                "invalid value '52:54:00:12:34' for '--mac <XX:XX:XX:XX:XX:XX>': not six pairs of hexadecimal digits with colons between",
+                "invalid value '52:54:00:12:34' for '--mac <XX:XX:XX:XX:XX:XX>': not a MAC address: give six pairs of hexadecimal digits, 52:54:00:12:34:56",
             ),
             (
                 "--socket-path @/s --isolated --mac 01:00:5e:00:00:01",
                 USAGE,
-                "invalid value '01:00:5e:00:00:01' for '--mac <XX:XX:XX:XX:XX:XX>': no address of a single station",
+                "invalid value '01:00:5e:00:00:01' for '--mac <XX:XX:XX:XX:XX:XX>': not a unicast address: the first byte must be even, and not all bytes zero",
             ),
             (
                 "--socket-path @/s --isolated --mtu 67",
@@ -360,7 +360,7 @@ fn networks() {
             (
                 "--socket-path @/s --isolated 10.0.2.1",
                 USAGE,
-                "invalid value '10.0.2.1' for '--isolated [<ADDRESS/PREFIX>]': not an IPv4 address and a prefix, such as 10.0.2.1/24",
+                "invalid value '10.0.2.1' for '--isolated [<ADDRESS/PREFIX>]': not an IPv4 address with a prefix length: give one such as 10.0.2.1/24",
             ),
             (
                 "--socket-path @/s --isolated --tap tap0",

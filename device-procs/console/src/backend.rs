@@ -1,58 +1,59 @@
-//! What a console can be connected to.
+//! The interface to what a console is connected to on the host.
 
 use std::io;
 
 use device_core::Poller;
 
-/// What became of bytes that were to be written.
+/// Result of a write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Written {
-    /// The first so many are gone.
+    /// This many bytes from the start were written.
     Some(usize),
-    /// Whoever reads is slow: a source reports when there is room.
+    /// There is no room now. An event source becomes ready when there is.
     Full,
-    /// Nobody is there to read them.
+    /// There is no reader.
     Absent,
 }
 
 /// Columns and rows of a terminal.
 pub type TerminalSize = (u16, u16);
 
-/// The other end of the console. No method waits.
+/// The host side of the console. No method blocks.
 pub trait ConsoleBackend: Send {
-    /// Registers its descriptors.
+    /// Registers its descriptors with `poller`.
     ///
     /// # Errors
-    /// epoll(7)'s.
-    fn attach(&mut self, poller: &Poller) -> io::Result<()>;
+    /// epoll_ctl(2) fails.
+    fn register_sources(&mut self, poller: &Poller) -> io::Result<()>;
 
-    /// A descriptor registered as `token` is ready; reading and writing come
-    /// afterwards, in any case.
-    fn ready(&mut self, _token: u64, _poller: &Poller) {}
+    /// A descriptor that was registered with `token` is ready. The caller tries to read and
+    /// write afterwards in any case.
+    fn handle_event(&mut self, _token: u64, _poller: &Poller) {}
 
-    /// A driver has come.
-    fn opened(&mut self) {}
+    /// A driver has started to use the console.
+    fn driver_connected(&mut self) {}
 
-    /// The driver has left.
-    fn closed(&mut self) {}
+    /// The driver is gone.
+    fn driver_disconnected(&mut self) {}
 
-    /// Reads input; returns its length, 0 when there is none now.
+    /// Reads input; returns its length, which is 0 when there is none now.
     fn read(&mut self, buf: &mut [u8], poller: &Poller) -> usize;
 
-    /// Writes output, some of it.
+    /// Writes some of the output in `bytes`.
     fn write(&mut self, bytes: &[u8], poller: &Poller) -> Written;
 
-    /// The terminal's size, if it is a terminal.
+    /// The terminal's size; `None` for anything but a terminal.
     fn size(&self) -> Option<TerminalSize> {
         None
     }
 }
 
-/// Registers `fd`, which may be a regular file: that never has to be waited for.
+/// Registers `fd`. A regular file, which epoll refuses, is always ready and needs no
+/// registration.
 ///
 /// # Errors
-/// epoll(7)'s.
-pub fn watch(poller: &Poller, fd: impl std::os::fd::AsFd, token: u64) -> io::Result<()> {
+/// epoll_ctl(2) fails.
+pub fn register(poller: &Poller, fd: impl std::os::fd::AsFd, token: u64) -> io::Result<()> {
     match poller.add(fd, token) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
         result => result,

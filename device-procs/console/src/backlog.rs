@@ -1,8 +1,8 @@
-//! Output that nobody was there to read.
+//! Output that is kept while there is no reader.
 //!
-//! It is kept in a file, so that it can outlive this process in one that is inherited.
-//! Each step leaves the file such that a successor finds all that was acknowledged to
-//! the guest.
+//! It lies in a file, so that it outlives this process if the file is inherited. After
+//! each step the file contains all output that was completed to the guest, so a successor
+//! can go on at any point.
 
 use std::fs::File;
 use std::io;
@@ -12,44 +12,45 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
-/// Bytes that are kept.
+/// Capacity in bytes.
 const SIZE: usize = 64 * 1024;
 
-/// What a file that is in use begins with.
+/// Marks a file that contains a backlog.
 const MAGIC: u64 = u64::from_le_bytes(*b"backlog1");
-// Offsets in the file. The counters are of all bytes that there ever were.
+// Offsets in the file. The counters count all bytes since the file was created.
 const MAGIC_AT: usize = 0;
-/// Bytes that were kept.
+/// Bytes that were appended.
 const HEAD_AT: usize = 8;
 /// Bytes that were read or discarded.
 const TAIL_AT: usize = 16;
-/// Bytes that were discarded, until that was told.
+/// Bytes that were discarded and not reported yet.
 const LOST_AT: usize = 24;
 const BYTES_AT: usize = 64;
 const LEN: usize = BYTES_AT + SIZE;
 
-/// The last [`SIZE`] bytes. What is older is discarded and counted.
+/// A ring buffer of the last [`SIZE`] bytes. Older bytes are discarded and counted.
 pub struct Backlog(MmapRegion<()>);
 
 impl Backlog {
-    /// An empty one, which goes with this process.
+    /// An empty backlog in memory, which is lost with this process.
     ///
     /// # Errors
-    /// When there is no memory.
+    /// memfd_create(2) or mmap(2) fails.
     pub fn new() -> io::Result<Self> {
         let memory = memfd_create("backlog", MemfdFlags::CLOEXEC)?;
-        Self::within(memory.into())
+        Self::open(memory.into())
     }
 
-    /// The one in a file that somebody else keeps; an empty file becomes one.
+    /// The backlog in an inherited file; an empty file is initialised.
     ///
     /// # Errors
-    /// When there is no such file, or something else is in it.
+    /// The descriptor is not open for reading and writing, or the file contains something
+    /// else.
     pub fn adopt(fd: RawFd) -> io::Result<Self> {
-        Self::within(device_core::fd::inherit_open_for(fd, true, true)?.into())
+        Self::open(device_core::fd::inherit_open_for(fd, true, true)?.into())
     }
 
-    fn within(file: File) -> io::Result<Self> {
+    fn open(file: File) -> io::Result<Self> {
         match fstat(&file)?.st_size {
             0 => ftruncate(&file, LEN as u64)?,
             len if len == LEN as i64 => {}
@@ -76,21 +77,21 @@ impl Backlog {
     }
 
     fn store(&self, offset: usize, value: u64) {
-        // The places are within the mapping, and aligned.
+        // Never fails: all offsets are aligned and within the mapping.
         if let Ok(place) = self.0.get_atomic_ref::<AtomicU64>(offset) {
             place.store(value, Ordering::Release);
         }
     }
 
-    /// How many bytes are kept; never more than there is room for, whatever another
-    /// process writes there.
+    /// Number of bytes that are kept; never above the capacity, whatever another process
+    /// writes to the file.
     fn len(&self) -> usize {
         let kept = self.load(HEAD_AT).wrapping_sub(self.load(TAIL_AT));
         kept.min(SIZE as u64) as usize
     }
 
-    /// Calls `copy` with the one or two pieces of `count` bytes from the position `from`
-    /// on, and with where each begins in them.
+    /// Calls `copy` for the one or two contiguous pieces of the `count` bytes at position
+    /// `from`, with the offset of each piece in those bytes.
     fn pieces(
         &self,
         from: u64,
@@ -100,23 +101,23 @@ impl Backlog {
         let at = (from % SIZE as u64) as usize;
         let first = count.min(SIZE - at);
         for (begin, at, len) in [(0, at, first), (first, 0, count - first)] {
-            // They are within the mapping.
+            // Never fails: the pieces are within the mapping.
             if let Ok(slice) = self.0.get_slice(BYTES_AT + at, len) {
                 copy(begin, slice);
             }
         }
     }
 
-    /// How many bytes fit in without any being discarded.
+    /// Number of bytes that can be appended without discarding any.
     pub fn room(&self) -> usize {
         SIZE - self.len()
     }
 
-    /// Keeps `bytes`, which come after all that is here.
-    pub fn keep(&mut self, bytes: &[u8]) {
+    /// Appends `bytes`; discards the oldest bytes if there is no room.
+    pub fn append(&mut self, bytes: &[u8]) {
         let excess = (self.len() + bytes.len()).saturating_sub(SIZE);
         self.store(LOST_AT, self.load(LOST_AT).wrapping_add(excess as u64));
-        self.take(excess.min(self.len()));
+        self.consume(excess.min(self.len()));
         let bytes = &bytes[bytes.len().saturating_sub(SIZE)..];
         let head = self.load(HEAD_AT);
         self.pieces(head, bytes.len(), |begin, slice| {
@@ -125,8 +126,8 @@ impl Backlog {
         self.store(HEAD_AT, head.wrapping_add(bytes.len() as u64));
     }
 
-    /// Copies the oldest bytes to `buf`, as many as there is room for; returns how many.
-    pub fn oldest(&self, buf: &mut [u8]) -> usize {
+    /// Copies the oldest bytes to `buf`, as many as fit; returns how many.
+    pub fn peek(&self, buf: &mut [u8]) -> usize {
         let count = self.len().min(buf.len());
         self.pieces(self.load(TAIL_AT), count, |begin, slice| {
             slice.copy_to(&mut buf[begin..begin + slice.len()]);
@@ -134,13 +135,13 @@ impl Backlog {
         count
     }
 
-    /// The first `count` bytes have been read.
-    pub fn take(&mut self, count: usize) {
+    /// Removes the oldest `count` bytes.
+    pub fn consume(&mut self, count: usize) {
         let count = count.min(self.len()) as u64;
         self.store(TAIL_AT, self.load(TAIL_AT).wrapping_add(count));
     }
 
-    /// How many bytes were discarded since the last time that this was asked.
+    /// Number of bytes that were discarded since the last call.
     pub fn take_lost(&mut self) -> u64 {
         let lost = self.load(LOST_AT);
         self.store(LOST_AT, 0);
@@ -158,10 +159,10 @@ mod tests {
         let mut all = Vec::new();
         let mut buf = [0; 1000];
         loop {
-            match backlog.oldest(&mut buf) {
+            match backlog.peek(&mut buf) {
                 0 => return all,
                 len => {
-                    backlog.take(len);
+                    backlog.consume(len);
                     all.extend(&buf[..len]);
                 }
             }
@@ -173,7 +174,7 @@ mod tests {
         let mut backlog = Backlog::new().unwrap();
         let stream: Vec<u8> = (0..3 * SIZE).map(|at| (at % 251) as u8).collect();
         for piece in stream.chunks(1000) {
-            backlog.keep(piece);
+            backlog.append(piece);
         }
         assert_eq!(backlog.take_lost(), 2 * SIZE as u64);
         assert!(all(&mut backlog) == stream[2 * SIZE..]);
@@ -181,11 +182,11 @@ mod tests {
     }
 
     #[test]
-    fn one_piece_may_be_more_than_there_is_room_for() {
+    fn an_append_larger_than_the_capacity_keeps_its_end() {
         let mut backlog = Backlog::new().unwrap();
-        backlog.keep(b"old");
+        backlog.append(b"old");
         let stream: Vec<u8> = (0..SIZE + 10).map(|at| (at % 251) as u8).collect();
-        backlog.keep(&stream);
+        backlog.append(&stream);
         assert_eq!(backlog.take_lost(), 13);
         assert!(all(&mut backlog) == stream[10..]);
     }
@@ -195,8 +196,8 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         let adopt = |file: &File| Backlog::adopt(file.try_clone().unwrap().into_raw_fd());
         let mut backlog = adopt(&file).unwrap();
-        backlog.keep(b"first second");
-        backlog.take(6);
+        backlog.append(b"first second");
+        backlog.consume(6);
         drop(backlog);
         let mut backlog = adopt(&file).unwrap();
         assert_eq!(all(&mut backlog), b"second");

@@ -1,4 +1,5 @@
-//! The two queues of the console (virtio 1.2 section 5.3), without multiport.
+//! The console device with its receive and transmit queue (virtio 1.2 section 5.3),
+//! without multiport.
 
 use std::io;
 
@@ -13,7 +14,7 @@ pub const RX: usize = 0;
 pub const TX: usize = 1;
 
 /// Most output of one batch, in bytes: a chain may be as long as guest memory.
-const ALLOWANCE: usize = 256 * CHUNK;
+const BATCH_BYTES: usize = 256 * CHUNK;
 
 /// The bytes of `struct virtio_console_config`.
 pub fn config_space((columns, rows): TerminalSize) -> Vec<u8> {
@@ -23,23 +24,24 @@ pub fn config_space((columns, rows): TerminalSize) -> Vec<u8> {
     space
 }
 
-/// The console. Input waits at its source until the guest has room for it, and
-/// output in the guest's ring until it is read, so that neither is lost with this
-/// process; only what nobody is there to read is kept here, and not all of it.
+/// The console device. Input stays at its source until the guest has a buffer for it, and
+/// output stays in the guest's ring until it is written, so neither is lost with this
+/// process. While there is no reader, the last output is kept in the backlog.
 pub struct VirtioConsole {
     backend: Box<dyn ConsoleBackend>,
     config: ConfigSpace,
     backlog: Backlog,
-    /// Of the first chain in the transmit queue, so much is written.
+    /// Bytes of the first chain in the transmit queue that are written already.
     sent: usize,
+    /// The last write found no reader.
     was_absent: bool,
-    /// A driver has been there. Before, all is left alone: another process may still
-    /// serve what this one is to take over.
+    /// A driver has used this process. Before, events are ignored, because the previous
+    /// process may still serve the same descriptors.
     served: bool,
 }
 
 impl VirtioConsole {
-    /// A console before any driver.
+    /// A console device on `backend`.
     pub fn new(backend: Box<dyn ConsoleBackend>, config: ConfigSpace, backlog: Backlog) -> Self {
         VirtioConsole {
             backend,
@@ -64,7 +66,7 @@ impl VirtioConsole {
             let Some(chain) = ring.pop(memory) else {
                 return;
             };
-            // A buffer without room goes back as it is.
+            // An empty buffer is completed at once.
             let room = chain.writable.len().min(CHUNK);
             let mut buf = [0; CHUNK];
             let len = match room {
@@ -82,45 +84,45 @@ impl VirtioConsole {
 
     fn transmit(&mut self, cx: &mut DeviceContext<'_>) {
         let (memory, poller) = (cx.memory, cx.poller);
-        if !self.catch_up(poller) {
+        if !self.write_backlog(poller) {
             return;
         }
         let Some(ring) = cx.ring(TX) else { return };
-        let mut allowance = ALLOWANCE;
+        let mut left_in_batch = BATCH_BYTES;
         while let Some(chain) = ring.pop(memory) {
             let mut rest = chain.readable.clone();
             rest.take(self.sent);
             while !rest.is_empty() {
-                if allowance == 0 {
+                if left_in_batch == 0 {
                     ring.undo_pop(&chain);
                     ring.serve_again();
                     return;
                 }
                 let mut buf = [0; CHUNK];
                 let Some(piece) = rest.clone().take(rest.len().min(CHUNK)) else {
-                    break; // cannot be: it is no longer than what there is
+                    break; // never: the length is at most that of `rest`
                 };
                 let len = piece.copy_to(&mut buf);
                 let len = match self.write(&buf[..len], poller) {
                     Some(len) => len,
                     None => {
-                        // Whoever reads is slow: the guest waits.
+                        // The reader is slow: the chain stays in the ring.
                         ring.undo_pop(&chain);
                         return;
                     }
                 };
                 rest.take(len);
                 self.sent += len;
-                allowance = allowance.saturating_sub(len);
+                left_in_batch = left_in_batch.saturating_sub(len);
             }
             self.sent = 0;
             ring.add_used(chain.head, 0);
         }
     }
 
-    /// Keeps what is left of a chain that is written in part, and completes it: whoever
-    /// goes on with the ring would write it from its beginning. One that is too long
-    /// for that stays where it is.
+    /// Moves the rest of a partly written chain to the backlog and completes the chain,
+    /// because the next process would write it from the start. A chain that does not fit into
+    /// the backlog stays in the ring.
     fn finish_chain(&mut self, cx: &mut DeviceContext<'_>) {
         let memory = cx.memory;
         let Some(ring) = cx.ring(TX).filter(|_| self.sent > 0) else {
@@ -136,13 +138,13 @@ impl VirtioConsole {
         }
         let mut bytes = vec![0; rest.len()];
         rest.copy_to(&mut bytes);
-        self.backlog.keep(&bytes);
+        self.backlog.append(&bytes);
         self.sent = 0;
         ring.add_used(chain.head, 0);
     }
 
-    /// Writes some of `bytes`, or keeps them if nobody is there; `None` when there
-    /// is no room.
+    /// Writes some of `bytes`, or keeps all of them if there is no reader; returns how many,
+    /// or `None` when the reader has no room.
     fn write(&mut self, bytes: &[u8], poller: &Poller) -> Option<usize> {
         match self.backend.write(bytes, poller) {
             Written::Some(len) => {
@@ -152,31 +154,36 @@ impl VirtioConsole {
             Written::Full => None,
             Written::Absent => {
                 if !std::mem::replace(&mut self.was_absent, true) {
-                    tracing::debug!("nobody reads; the last output is kept");
+                    tracing::debug!(queue = TX, "there is no reader; the last output is kept");
                 }
-                self.backlog.keep(bytes);
+                self.backlog.append(bytes);
                 Some(bytes.len())
             }
         }
     }
 
-    /// Writes what was kept; false if it is still in the way of what is new.
-    fn catch_up(&mut self, poller: &Poller) -> bool {
+    /// Writes the backlog; returns false while some of it has to be written before new
+    /// output.
+    fn write_backlog(&mut self, poller: &Poller) -> bool {
         let mut buf = [0; CHUNK];
         loop {
-            let len = self.backlog.oldest(&mut buf);
+            let len = self.backlog.peek(&mut buf);
             if len == 0 {
                 break;
             }
             match self.backend.write(&buf[..len], poller) {
-                Written::Some(len) => self.backlog.take(len),
+                Written::Some(len) => self.backlog.consume(len),
                 Written::Full => return false,
                 Written::Absent => return true,
             }
         }
         let lost = self.backlog.take_lost();
         if lost > 0 {
-            tracing::warn!("{lost} bytes of output were discarded while nobody read");
+            tracing::warn!(
+                queue = TX,
+                bytes = lost,
+                "{lost} bytes of output were discarded while there was no reader"
+            );
         }
         true
     }
@@ -184,13 +191,13 @@ impl VirtioConsole {
 
 impl Device for VirtioConsole {
     fn register_sources(&mut self, poller: &Poller) -> io::Result<()> {
-        self.backend.attach(poller)
+        self.backend.register_sources(poller)
     }
 
     fn set_features(&mut self, _features: u64) {
         self.sent = 0;
         self.served = true;
-        self.backend.opened();
+        self.backend.driver_connected();
     }
 
     fn process_queue(&mut self, queue: usize, cx: &mut DeviceContext<'_>) {
@@ -203,7 +210,7 @@ impl Device for VirtioConsole {
     }
 
     fn handle_event(&mut self, token: u64, cx: &mut DeviceContext<'_>) {
-        self.backend.ready(token, cx.poller);
+        self.backend.handle_event(token, cx.poller);
         if !self.served {
             return;
         }
@@ -220,6 +227,6 @@ impl Device for VirtioConsole {
 
     fn frontend_disconnected(&mut self) {
         self.sent = 0;
-        self.backend.closed();
+        self.backend.driver_disconnected();
     }
 }

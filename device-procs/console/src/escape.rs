@@ -1,22 +1,23 @@
-//! The way out of a console that takes all keys.
+//! The escape key of a console that passes all other keys to the guest.
 
-/// The key that announces a command to us: Ctrl-A.
+/// The escape key: Ctrl-A.
 const PREFIX: u8 = 1;
 
-/// What the user types, on its way to the guest.
+/// Filters what the user types.
 #[derive(Debug, Default)]
 pub struct Escape {
-    announced: bool,
+    /// The last key was the escape key.
+    pending: bool,
 }
 
 impl Escape {
-    /// Passes `typed` on into `out`. True when the user wants out (Ctrl-A x); what
-    /// comes after that is not looked at. Ctrl-A twice is one for the guest;
-    /// anything else is not for us, and the guest gets both.
+    /// Appends the keys for the guest to `out`. Returns true at Ctrl-A x, by which the user
+    /// leaves the console; later keys are ignored. Ctrl-A Ctrl-A is one Ctrl-A for the guest;
+    /// after Ctrl-A and any other key the guest gets both.
     pub fn filter(&mut self, typed: &[u8], out: &mut Vec<u8>) -> bool {
         for &byte in typed {
-            match (std::mem::take(&mut self.announced), byte) {
-                (false, PREFIX) => self.announced = true,
+            match (std::mem::take(&mut self.pending), byte) {
+                (false, PREFIX) => self.pending = true,
                 (true, b'x') => return true,
                 (true, PREFIX) | (false, _) => out.push(byte),
                 (true, _) => out.extend([PREFIX, byte]),
@@ -31,7 +32,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_pass_and_the_way_out_is_found() {
+    fn keys_pass_and_ctrl_a_x_leaves() {
         for (typed, passed, out) in [
             (&b"plain\x00\xff\x03"[..], &b"plain\x00\xff\x03"[..], false),
             (b"\x01\x01", b"\x01", false),
@@ -40,7 +41,7 @@ mod tests {
             (b"\x01\x01x", b"\x01x", false),
             (b"\x01", b"", false),
         ] {
-            // At once, and key by key.
+            // All at once, and key by key.
             for size in [typed.len(), 1] {
                 let mut escape = Escape::default();
                 let mut got = Vec::new();

@@ -1,4 +1,4 @@
-//! A file: output only.
+//! A file as console: output only.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -9,20 +9,21 @@ use std::path::Path;
 use device_core::Poller;
 use rustix::fs::OFlags;
 
-use crate::backend::{ConsoleBackend, Written, watch};
+use crate::backend::{ConsoleBackend, Written, register};
 use crate::stream::Stream;
 
-/// A file that output is appended to.
+/// A file to which output is appended.
 pub struct File {
     stream: Stream,
+    /// The last write failed, and that is logged.
     failed: bool,
 }
 
 impl File {
-    /// Opens or creates it.
+    /// Opens or creates the file.
     ///
     /// # Errors
-    /// open(2)'s own.
+    /// open(2) fails.
     pub fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
         let file = OpenOptions::new()
@@ -36,10 +37,10 @@ impl File {
         })
     }
 
-    /// Takes over a file that somebody else has opened for writing.
+    /// Uses an inherited descriptor.
     ///
     /// # Errors
-    /// When there is none.
+    /// It is not open for writing.
     pub fn adopt(fd: RawFd) -> io::Result<Self> {
         let fd = device_core::fd::inherit_open_for(fd, false, true)?;
         Ok(File {
@@ -50,8 +51,8 @@ impl File {
 }
 
 impl ConsoleBackend for File {
-    fn attach(&mut self, poller: &Poller) -> io::Result<()> {
-        watch(poller, &self.stream, 0)
+    fn register_sources(&mut self, poller: &Poller) -> io::Result<()> {
+        register(poller, &self.stream, 0)
     }
 
     fn read(&mut self, _buf: &mut [u8], _poller: &Poller) -> usize {
@@ -67,7 +68,7 @@ impl ConsoleBackend for File {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Written::Full,
             Err(error) => {
                 if !std::mem::replace(&mut self.failed, true) {
-                    tracing::error!("writing the file: {error}");
+                    tracing::error!(%error, "writing the console's file failed");
                 }
                 Written::Absent
             }

@@ -1,9 +1,9 @@
 //! `device-console`: a virtio-console device process.
 //!
-//! [`console`] is the device and its two queues. What it is connected to is a
-//! [`backend`]: the process's own [`stdio`], a [`pty`], a [`unix`] socket or a
-//! [`mod@file`]; all of them work on a [`stream`] that never waits. [`backlog`] keeps
-//! output for a reader to come, [`escape`] finds the way out in what is typed.
+//! [`console`] is the device with its two queues. It is connected to a [`backend`]: the
+//! process's own [`stdio`], a [`pty`], a [`unix`] socket or a [`mod@file`], which all use a
+//! non-blocking [`stream`]. [`backlog`] keeps output while there is no reader, and
+//! [`escape`] finds Ctrl-A x in what the user types.
 
 mod backend;
 mod backlog;
@@ -42,8 +42,8 @@ pub struct ConsoleOptions {
     #[command(flatten)]
     common: CommonOptions,
 
-    /// Connect it to standard input and output; a terminal is the guest's while its
-    /// driver is there, and Ctrl-A x ends this program
+    /// Connect it to standard input and output. A terminal is in raw mode while a driver
+    /// uses the console; Ctrl-A x ends this program
     #[arg(long, required_unless_present_any = ["connection", "print_capabilities"])]
     stdio: bool,
 
@@ -51,11 +51,11 @@ pub struct ConsoleOptions {
     #[arg(long)]
     pty: bool,
 
-    /// Inherited master of a pseudo-terminal, unlocked
+    /// Inherited master of an unlocked pseudo-terminal
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
     pty_fd: Option<RawFd>,
 
-    /// Symbolic link to the pseudo-terminal; replaced if it is there
+    /// Symbolic link to make to the pseudo-terminal; an existing link is replaced
     #[arg(long, value_name = "PATH", conflicts_with_all = ["stdio", "unix", "unix_fd", "file", "file_fd"])]
     pty_link: Option<PathBuf>,
 
@@ -63,7 +63,7 @@ pub struct ConsoleOptions {
     #[arg(long, value_name = "PATH", value_parser = socket::path_parser())]
     unix: Option<PathBuf>,
 
-    /// Inherited unix socket that listens
+    /// Inherited listening unix socket
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
     unix_fd: Option<RawFd>,
 
@@ -75,13 +75,13 @@ pub struct ConsoleOptions {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
     file_fd: Option<RawFd>,
 
-    /// Inherited file, empty or left by a process before, in which output that nobody
-    /// reads is kept; without, it goes with the process
+    /// Inherited file, empty or from a previous process, that keeps output while there is
+    /// no reader; without it that output is lost with the process
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]
     backlog_fd: Option<RawFd>,
 }
 
-/// The size of a terminal, and its mode.
+/// System calls of a terminal: reading its size, and setting its mode.
 const TERMINAL: &[Rule] = &[Rule::when(
     libc::SYS_ioctl,
     &[Check::OneOf(
@@ -103,7 +103,7 @@ pub fn main() -> ExitCode {
     })
 }
 
-/// What a console is connected to, and what goes with it.
+/// The host side of a console, and what the program needs for it.
 struct OpenBackend {
     backend: Box<dyn ConsoleBackend>,
     syscalls: &'static [Rule],
@@ -122,12 +122,12 @@ impl OpenBackend {
     }
 }
 
-/// Puts the option that it is about before an error.
+/// Prefixes an error with the option that caused it.
 fn of(option: impl Display) -> impl FnOnce(std::io::Error) -> anyhow::Error {
     move |error| anyhow::anyhow!("{option}: {error}")
 }
 
-fn connect(options: &ConsoleOptions) -> anyhow::Result<OpenBackend> {
+fn open_backend(options: &ConsoleOptions) -> anyhow::Result<OpenBackend> {
     let named = |option: &str, path: &Path| of(format!("{option} {}", path.display()));
     if let Some(path) = &options.unix {
         let (unix, unserved) = unix::Unix::bind(path).map_err(named("--unix", path))?;
@@ -171,8 +171,7 @@ fn connect(options: &ConsoleOptions) -> anyhow::Result<OpenBackend> {
     })
 }
 
-/// A panic ends the process without further ado; its message should find the
-/// terminal as it was.
+/// Restores the terminal before a panic prints its message and ends the process.
 fn restore_on_panic() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -184,14 +183,14 @@ fn restore_on_panic() {
 fn build(options: &ConsoleOptions) -> anyhow::Result<DeviceProgram> {
     let backlog = match options.backlog_fd {
         Some(fd) => Backlog::adopt(fd).map_err(of(format!("--backlog-fd {fd}")))?,
-        None => Backlog::new().map_err(of("memory for output that nobody reads"))?,
+        None => Backlog::new().map_err(of("memory for the output backlog"))?,
     };
     let OpenBackend {
         backend,
         syscalls,
         restore,
         unserved,
-    } = connect(options)?;
+    } = open_backend(options)?;
     let size = backend.size();
     let config = ConfigSpace::new(console::config_space(size.unwrap_or_default()));
     Ok(DeviceProgram {

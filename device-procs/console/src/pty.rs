@@ -1,5 +1,5 @@
-//! A pseudo-terminal (pty(7)): we hold the master, and whoever likes opens the
-//! slave, any number of times.
+//! A pseudo-terminal (pty(7)). This process holds the master; users open the slave, any
+//! number of times.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
@@ -15,6 +15,7 @@ use rustix::termios::{OptionalActions, tcgetattr, tcgetwinsize, tcsetattr};
 use crate::backend::{ConsoleBackend, TerminalSize, Written};
 use crate::stream::Stream;
 
+// Event tokens.
 const MASTER: u64 = 0;
 const OPENED: u64 = 1;
 
@@ -22,16 +23,16 @@ const OPENED: u64 = 1;
 pub struct Pty {
     master: Stream,
     path: PathBuf,
-    /// Readable when somebody opens the slave, of which the master knows nothing
+    /// Readable when a process opens the slave, which the master does not report
     /// (inotify(7)).
     opened: OwnedFd,
 }
 
 impl Pty {
-    /// Makes a pseudo-terminal whose slave passes all bytes on as they are.
+    /// Makes a pseudo-terminal in raw mode.
     ///
     /// # Errors
-    /// The kernel's, for lack of pseudo-terminals.
+    /// openpt(3) fails, for example because no pseudo-terminals are left.
     pub fn open() -> io::Result<Self> {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let master = openpt(flags)?;
@@ -40,10 +41,10 @@ impl Pty {
         Self::new(master)
     }
 
-    /// Takes over a pseudo-terminal that somebody else has made and unlocked, and keeps.
+    /// Uses an inherited master of an unlocked pseudo-terminal.
     ///
     /// # Errors
-    /// When there is none.
+    /// It is not the master of an unlocked pseudo-terminal.
     pub fn adopt(fd: RawFd) -> io::Result<Self> {
         let master = device_core::fd::inherit(fd)?;
         Self::new(master).map_err(|error| match Errno::from_io_error(&error) {
@@ -56,8 +57,8 @@ impl Pty {
     fn new(master: OwnedFd) -> io::Result<Self> {
         let name = ptsname(&master, Vec::new())?;
         let path = PathBuf::from(std::ffi::OsStr::from_bytes(name.as_bytes()));
-        // Its mode stays when it is closed again; and that somebody has had it
-        // makes its master tell from now on whether somebody has.
+        // The mode stays after this slave is closed. Once a slave was open, the master
+        // reports a hang-up while there is none.
         let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
         let slave = rustix::fs::open(&path, flags, Mode::empty())?;
         let mut mode = tcgetattr(&slave)?;
@@ -72,16 +73,16 @@ impl Pty {
         })
     }
 
-    /// Where the slave is.
+    /// Path of the slave.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Makes `link` a symbolic link to the slave. One that is there already, as a
-    /// process before this left it, is replaced, and nothing else.
+    /// Makes `link` a symbolic link to the slave. It replaces a symbolic link that a previous
+    /// process left, but no other file.
     ///
     /// # Errors
-    /// symlink(2)'s own.
+    /// symlink(2) fails.
     pub fn link(&self, link: &Path) -> io::Result<()> {
         if link.symlink_metadata().is_ok_and(|it| it.is_symlink()) {
             std::fs::remove_file(link)?;
@@ -91,21 +92,21 @@ impl Pty {
 }
 
 impl ConsoleBackend for Pty {
-    fn attach(&mut self, poller: &Poller) -> io::Result<()> {
+    fn register_sources(&mut self, poller: &Poller) -> io::Result<()> {
         poller.add(&self.master, MASTER)?;
         poller.add_readable(&self.opened, OPENED)
     }
 
-    fn ready(&mut self, token: u64, _poller: &Poller) {
+    fn handle_event(&mut self, token: u64, _poller: &Poller) {
         if token == OPENED {
-            // What it says is known; now is the time for what was kept.
+            // The event's content does not matter: the caller writes the backlog now.
             let mut events = [0; 1024];
             while rustix::io::read(&self.opened, &mut events).is_ok() {}
         }
     }
 
     fn read(&mut self, buf: &mut [u8], _poller: &Poller) -> usize {
-        // EIO: nobody has the slave.
+        // EIO: no process has the slave open.
         self.master.read(buf).unwrap_or(0)
     }
 
@@ -121,8 +122,8 @@ impl ConsoleBackend for Pty {
         }
     }
 
-    /// The kernel tells the slave's users of a change, and not the master: it is
-    /// seen when there is something to do.
+    /// The kernel signals a change of size to the slave's users and not to the master, so
+    /// the size is read again at each batch.
     fn size(&self) -> Option<TerminalSize> {
         let size = tcgetwinsize(self.master.as_fd()).ok()?;
         Some((size.ws_col, size.ws_row))

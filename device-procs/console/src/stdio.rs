@@ -1,4 +1,5 @@
-//! Standard input and output; if input is a terminal, the guest gets it.
+//! Standard input and output as console. If input is a terminal, it is put into raw mode
+//! while a driver uses the console.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -9,58 +10,64 @@ use device_core::{Poller, signals};
 use rustix::fs::OFlags;
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
-use crate::backend::{ConsoleBackend, TerminalSize, Written, watch};
+use crate::backend::{ConsoleBackend, TerminalSize, Written, register};
 use crate::escape::Escape;
 use crate::stream::{CHUNK, Stream};
 
+// Event tokens.
 const INPUT: u64 = 0;
 const OUTPUT: u64 = 1;
 const RESIZED: u64 = 2;
 
-/// What may have been typed while the guest takes nothing, in bytes. More is
-/// lost: reading on is what finds the way out of a guest that hangs.
-const TYPED: usize = 64 * 1024;
+/// Most input in bytes that is kept while the guest does not read. More is lost, because
+/// reading must go on to find Ctrl-A x when the guest hangs.
+const MAX_TYPED: usize = 64 * 1024;
 
 /// The standard streams.
 pub struct Stdio {
     input: Option<Stream>,
     output: Stream,
     terminal: Option<Terminal>,
-    gone: bool,
+    /// Writing has failed, and that is logged.
+    output_failed: bool,
 }
 
-/// A terminal that the guest has while its driver is there; before and after, it
-/// is like any other, so that messages look as they should and Ctrl-C works.
+/// A terminal. It is in raw mode only while a driver uses the console: before and after,
+/// messages are displayed normally and Ctrl-C works.
 struct Terminal {
     mode: Arc<Mode>,
     raw: bool,
-    announced: bool,
-    /// Readable when its size has changed (SIGWINCH).
+    /// The escape key has been explained to the user.
+    explained: bool,
+    /// Readable when the size has changed (SIGWINCH).
     resized: OwnedFd,
     escape: Escape,
+    /// Input that the guest has not read yet.
     typed: Vec<u8>,
+    /// Bytes of input that were lost.
     lost: u64,
 }
 
-/// How the terminal was when we came.
+/// The terminal's mode at the start of the program.
 pub struct Mode {
     fd: OwnedFd,
     original: Termios,
 }
 
 impl Mode {
-    /// Makes the terminal what it was.
+    /// Restores the terminal's mode.
     pub fn restore(&self) {
-        // Nobody is left to be told.
+        // On an error there is nothing left to do.
         let _ = tcsetattr(&self.fd, OptionalActions::Now, &self.original);
     }
 }
 
 impl Stdio {
-    /// Takes the standard streams of the process, which must have one thread.
+    /// Uses the process's standard streams. The process must have one thread, so that all
+    /// later threads block SIGWINCH.
     ///
     /// # Errors
-    /// When one is closed.
+    /// A stream is closed.
     pub fn open() -> anyhow::Result<Self> {
         let input = Stream::shared(rustix::stdio::stdin(), OFlags::RDONLY)
             .map_err(|e| anyhow::anyhow!("standard input: {e}"))?;
@@ -71,31 +78,31 @@ impl Stdio {
             input: Some(input),
             output,
             terminal,
-            gone: false,
+            output_failed: false,
         })
     }
 
-    /// The mode to put the terminal into at the end, if it is one.
+    /// The mode to restore at the end, if input is a terminal.
     pub fn mode(&self) -> Option<Arc<Mode>> {
         self.terminal.as_ref().map(|it| Arc::clone(&it.mode))
     }
 
-    /// Reads some bytes; the end of input ends only the input.
+    /// Reads some bytes. The console goes on after the end of input.
     fn read_some(&mut self, buf: &mut [u8]) -> usize {
         let Some(input) = &self.input else { return 0 };
         match input.read(buf) {
             Ok(0) => {}
             Ok(len) => return len,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return 0,
-            Err(error) => tracing::warn!("standard input: {error}"),
+            Err(error) => tracing::warn!(%error, "reading standard input failed"),
         }
         self.input = None;
         0
     }
 
-    /// Takes all that has been typed to the guest. What is typed before its driver comes
-    /// waits in the terminal, where a process that takes over finds it.
-    fn pump(&mut self) {
+    /// Reads all input from a terminal in raw mode. Before a driver uses the console, input
+    /// stays in the terminal, where the next process finds it.
+    fn read_terminal(&mut self) {
         if self.terminal.as_ref().is_some_and(|it| !it.raw) {
             return;
         }
@@ -108,7 +115,7 @@ impl Stdio {
             if len == 0 {
                 return;
             }
-            terminal.take(&buf[..len]);
+            terminal.handle_input(&buf[..len]);
         }
     }
 }
@@ -120,7 +127,7 @@ impl Terminal {
         Ok(Terminal {
             mode: Arc::new(Mode { fd, original }),
             raw: false,
-            announced: false,
+            explained: false,
             resized: resize_events()?,
             escape: Escape::default(),
             typed: Vec::new(),
@@ -132,28 +139,28 @@ impl Terminal {
         if std::mem::replace(&mut self.raw, true) {
             return;
         }
-        if !std::mem::replace(&mut self.announced, true) {
+        if !std::mem::replace(&mut self.explained, true) {
             eprintln!("console: Ctrl-A x ends it, Ctrl-A Ctrl-A sends Ctrl-A");
         }
         let mut mode = self.mode.original.clone();
         mode.make_raw();
         if let Err(error) = tcsetattr(&self.mode.fd, OptionalActions::Now, &mode) {
-            tracing::warn!("the terminal does not become raw: {error}");
+            tracing::warn!(%error, "setting the terminal to raw mode failed");
         }
     }
 
-    fn take(&mut self, typed: &[u8]) {
+    fn handle_input(&mut self, typed: &[u8]) {
         if self.escape.filter(typed, &mut self.typed) {
             signals::finish();
             std::process::exit(outrigger_cli::CONSOLE_QUIT.into());
         }
-        let excess = self.typed.len().saturating_sub(TYPED);
+        let excess = self.typed.len().saturating_sub(MAX_TYPED);
         if excess > 0 {
             if self.lost == 0 {
-                tracing::warn!("the guest reads nothing; input is lost");
+                tracing::warn!("the guest does not read its console; input is lost");
             }
             self.lost += excess as u64;
-            self.typed.truncate(TYPED);
+            self.typed.truncate(MAX_TYPED);
         }
     }
 }
@@ -161,12 +168,12 @@ impl Terminal {
 /// A descriptor that is readable after SIGWINCH (signalfd(2)).
 fn resize_events() -> io::Result<OwnedFd> {
     let mut set = MaybeUninit::uninit();
-    // SAFETY: sigemptyset initialises the set and sigaddset changes it; the old mask
-    // is not asked for. signalfd makes a descriptor that nobody else owns.
+    // SAFETY: sigemptyset initialises the set and sigaddset changes it; the old mask is not
+    // requested. signalfd returns a new descriptor, which only `OwnedFd` owns.
     unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         libc::sigaddset(set.as_mut_ptr(), libc::SIGWINCH);
-        // In this thread, and so in all that it starts later.
+        // Later threads inherit the mask of this one.
         libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
         let flags = libc::SFD_CLOEXEC | libc::SFD_NONBLOCK;
         match libc::signalfd(-1, set.as_ptr(), flags) {
@@ -177,37 +184,37 @@ fn resize_events() -> io::Result<OwnedFd> {
 }
 
 impl ConsoleBackend for Stdio {
-    fn attach(&mut self, poller: &Poller) -> io::Result<()> {
+    fn register_sources(&mut self, poller: &Poller) -> io::Result<()> {
         if let Some(input) = &self.input {
-            watch(poller, input, INPUT)?;
+            register(poller, input, INPUT)?;
         }
-        watch(poller, &self.output, OUTPUT)?;
+        register(poller, &self.output, OUTPUT)?;
         if let Some(terminal) = &self.terminal {
             poller.add_readable(&terminal.resized, RESIZED)?;
         }
         Ok(())
     }
 
-    fn ready(&mut self, token: u64, _poller: &Poller) {
+    fn handle_event(&mut self, token: u64, _poller: &Poller) {
         let Some(terminal) = &mut self.terminal else {
             return;
         };
         if token == RESIZED {
-            // What it says is known; the size itself is asked for each time.
+            // The event's content does not matter: the size is read again anyway.
             let mut event = [0; size_of::<libc::signalfd_siginfo>()];
             while rustix::io::read(&terminal.resized, &mut event).is_ok() {}
         } else {
-            self.pump();
+            self.read_terminal();
         }
     }
 
-    fn opened(&mut self) {
+    fn driver_connected(&mut self) {
         if let Some(terminal) = &mut self.terminal {
             terminal.make_raw();
         }
     }
 
-    fn closed(&mut self) {
+    fn driver_disconnected(&mut self) {
         if let Some(terminal) = &mut self.terminal {
             terminal.mode.restore();
             terminal.raw = false;
@@ -219,7 +226,7 @@ impl ConsoleBackend for Stdio {
         if self.terminal.is_none() {
             return self.read_some(buf);
         }
-        self.pump();
+        self.read_terminal();
         let Some(terminal) = &mut self.terminal else {
             return 0;
         };
@@ -234,8 +241,8 @@ impl ConsoleBackend for Stdio {
             Ok(len) => Written::Some(len),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Written::Full,
             Err(error) => {
-                if !std::mem::replace(&mut self.gone, true) {
-                    tracing::warn!("standard output: {error}");
+                if !std::mem::replace(&mut self.output_failed, true) {
+                    tracing::warn!(%error, "writing standard output failed");
                 }
                 Written::Absent
             }

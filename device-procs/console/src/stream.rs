@@ -1,4 +1,4 @@
-//! Descriptors that are read and written without ever waiting.
+//! Descriptors that are read and written without blocking.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -8,35 +8,34 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::retry_on_intr;
 
-/// Most bytes of one write: what a pipe or a terminal that is writable takes
-/// without blocking (pipe(7)).
+/// Most bytes of one write: a writable pipe or terminal takes that many without blocking
+/// (PIPE_BUF in pipe(7)).
 pub const CHUNK: usize = 4096;
 
-/// A descriptor.
+/// A descriptor that never blocks.
 pub struct Stream {
     fd: OwnedFd,
-    /// The open file is others' as well, so that it may block.
+    /// Other processes share the open file, so it may block.
     shared: bool,
 }
 
 impl Stream {
-    /// A descriptor whose open file nobody else uses.
+    /// Wraps a descriptor whose open file no other process uses.
     ///
     /// # Errors
-    /// fcntl(2)'s.
+    /// fcntl(2) fails.
     pub fn own(fd: OwnedFd) -> io::Result<Self> {
         set_nonblocking(&fd)?;
         Ok(Stream { fd, shared: false })
     }
 
-    /// One of the standard streams, or another that somebody else uses, too. Whether to
-    /// block is a property of the open file, which we have inherited and share with
-    /// whoever started us. So it is opened again where that works; a socket, a file, which has a position that
-    /// is good to share, and somebody else's terminal are used with a look before
-    /// each step.
+    /// Wraps a standard stream or another descriptor that other processes use, too.
+    /// O_NONBLOCK belongs to the open file, which is shared with them, so it must not be
+    /// set there. Pipes and devices are opened again instead. Where that fails, and for
+    /// sockets and regular files (whose position is to be shared), poll(2) precedes each call.
     ///
     /// # Errors
-    /// When it is closed.
+    /// The descriptor is closed.
     pub fn shared(fd: BorrowedFd<'_>, access: OFlags) -> io::Result<Self> {
         let kind = FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode);
         let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
@@ -66,15 +65,15 @@ impl Stream {
         }
     }
 
-    /// Whether nobody has the other end.
+    /// Whether the other end is closed.
     pub fn is_hung_up(&self) -> bool {
         self.poll(PollFlags::empty()).contains(PollFlags::HUP)
     }
 
-    /// Reads some bytes; 0 is the end.
+    /// Reads some bytes; 0 is the end of the stream.
     ///
     /// # Errors
-    /// `WouldBlock` when there are none, or the kernel's.
+    /// `WouldBlock` when there is no input, otherwise the error of read(2).
     pub fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
         if self.would_block(PollFlags::IN) {
             return Err(io::ErrorKind::WouldBlock.into());
@@ -82,10 +81,10 @@ impl Stream {
         Ok(retry_on_intr(|| rustix::io::read(&self.fd, &mut *buf))?)
     }
 
-    /// Writes some of the first [`CHUNK`] of `bytes`.
+    /// Writes some of `bytes`, at most [`CHUNK`].
     ///
     /// # Errors
-    /// `WouldBlock` when there is no room, or the kernel's.
+    /// `WouldBlock` when there is no room, otherwise the error of write(2).
     pub fn write(&self, bytes: &[u8]) -> io::Result<usize> {
         if self.would_block(PollFlags::OUT) {
             return Err(io::ErrorKind::WouldBlock.into());
@@ -111,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn inherited_pipes_do_not_block_and_stay_as_they_are() {
+    fn inherited_pipes_do_not_block_and_keep_their_flags() {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         let input = Stream::shared(reader.as_fd(), OFlags::RDONLY).unwrap();
         let output = Stream::shared(writer.as_fd(), OFlags::WRONLY).unwrap();
@@ -127,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn inherited_sockets_do_not_block_and_stay_as_they_are() {
+    fn inherited_sockets_do_not_block_and_keep_their_flags() {
         let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
         let stream = Stream::shared(ours.as_fd(), OFlags::RDWR).unwrap();
         let mut buf = [0; 16];

@@ -1,4 +1,4 @@
-//! A unix socket: one client at a time, and others wait for it to leave.
+//! A unix socket as console. It serves one client at a time; others wait.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
@@ -12,44 +12,45 @@ use rustix::net::{SocketFlags, accept_with};
 use crate::backend::{ConsoleBackend, Written};
 use crate::stream::{CHUNK, Stream};
 
+// Event tokens.
 const LISTENER: u64 = 0;
 const CLIENT: u64 = 1;
 
-/// What clients that have left may have written to a guest that reads nothing, in
-/// bytes. More is lost.
-const LEFT_BEHIND: usize = 64 * 1024;
+/// Most input in bytes that is kept of clients that have disconnected, for a guest that
+/// does not read. More is lost.
+const MAX_PENDING_INPUT: usize = 64 * 1024;
 
 /// A listening socket and its client.
 pub struct Unix {
     listener: OwnedFd,
-    /// A driver has been there. Before, clients wait: they may be those of a process that
-    /// this one is to take over from.
+    /// A driver has used this process. Before, clients wait, because they may belong to the
+    /// previous process.
     served: bool,
     client: Option<SocketClient>,
-    /// What clients that have left wrote before.
-    left_behind: VecDeque<u8>,
+    /// Input of clients that have disconnected.
+    pending_input: VecDeque<u8>,
 }
 
 struct SocketClient {
     stream: Stream,
-    /// It has not shut its sending side down.
+    /// It has not shut down its sending side.
     sends: bool,
 }
 
 impl Unix {
-    /// Listens on `path`, which is removed again unless it comes to be served.
+    /// Listens on `path`. The socket is removed if the start of this process fails.
     ///
     /// # Errors
-    /// bind(2)'s own.
+    /// bind(2) fails.
     pub fn bind(path: &Path) -> io::Result<(Self, BoundSocket)> {
         let (listener, unserved) = socket::bind(path)?;
         Ok((Self::new(listener.into())?, unserved))
     }
 
-    /// Takes over a socket that listens.
+    /// Uses an inherited listening socket.
     ///
     /// # Errors
-    /// When there is none.
+    /// It is not a listening socket.
     pub fn adopt(fd: RawFd) -> io::Result<Self> {
         match device_core::listen::inherit(fd)? {
             (listener, true) => Self::new(listener),
@@ -63,12 +64,12 @@ impl Unix {
             listener,
             served: false,
             client: None,
-            left_behind: VecDeque::new(),
+            pending_input: VecDeque::new(),
         })
     }
 
-    /// Takes the next client, if there is none and one waits.
-    fn next_client(&mut self, poller: &Poller) {
+    /// Accepts the next client if there is none.
+    fn accept_client(&mut self, poller: &Poller) {
         while self.served && self.client.is_none() {
             let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
             let accepted = match accept_with(&self.listener, flags) {
@@ -83,56 +84,56 @@ impl Unix {
                         sends: true,
                     })
                 }
-                // Tried again when the next one comes.
-                Err(error) => return tracing::warn!("accepting a client: {error}"),
+                // It is tried again when another client connects.
+                Err(error) => return tracing::warn!(%error, "accepting a client failed"),
             }
         }
     }
 
-    /// Takes what a client that has hung up wrote before, so that the next need not
-    /// wait until the guest reads it.
-    fn see_off(&mut self, poller: &Poller) {
+    /// Reads the remaining input of a client that has disconnected, so that the next client
+    /// need not wait until the guest reads it, and drops the client.
+    fn drain_client(&mut self, poller: &Poller) {
         let mut buf = [0; CHUNK];
         while let Some(Ok(len @ 1..)) = self.client.as_ref().map(|it| it.stream.read(&mut buf)) {
-            let room = LEFT_BEHIND.saturating_sub(self.left_behind.len());
-            self.left_behind.extend(&buf[..len.min(room)]);
+            let room = MAX_PENDING_INPUT.saturating_sub(self.pending_input.len());
+            self.pending_input.extend(&buf[..len.min(room)]);
         }
         self.drop_client(poller);
     }
 
-    /// Lets the client go; closing it also takes it out of the poller.
+    /// Drops the client. Closing its descriptor also removes it from the poller.
     fn drop_client(&mut self, poller: &Poller) {
         self.client = None;
-        self.next_client(poller);
+        self.accept_client(poller);
     }
 }
 
 impl ConsoleBackend for Unix {
-    fn attach(&mut self, poller: &Poller) -> io::Result<()> {
+    fn register_sources(&mut self, poller: &Poller) -> io::Result<()> {
         poller.add_readable(&self.listener, LISTENER)
     }
 
-    fn ready(&mut self, token: u64, poller: &Poller) {
+    fn handle_event(&mut self, token: u64, poller: &Poller) {
         match (token, &self.client) {
-            (LISTENER, _) => self.next_client(poller),
-            (CLIENT, Some(client)) if client.stream.is_hung_up() => self.see_off(poller),
+            (LISTENER, _) => self.accept_client(poller),
+            (CLIENT, Some(client)) if client.stream.is_hung_up() => self.drain_client(poller),
             _ => {}
         }
     }
 
-    fn opened(&mut self) {
+    fn driver_connected(&mut self) {
         self.served = true;
     }
 
-    fn closed(&mut self) {
-        self.left_behind.clear();
+    fn driver_disconnected(&mut self) {
+        self.pending_input.clear();
     }
 
     fn read(&mut self, buf: &mut [u8], poller: &Poller) -> usize {
-        self.next_client(poller);
-        if !self.left_behind.is_empty() {
+        self.accept_client(poller);
+        if !self.pending_input.is_empty() {
             // Reading from memory cannot fail.
-            return self.left_behind.read(buf).unwrap_or(0);
+            return self.pending_input.read(buf).unwrap_or(0);
         }
         while let Some(client) = self.client.as_mut().filter(|client| client.sends) {
             match client.stream.read(buf) {
@@ -146,12 +147,12 @@ impl ConsoleBackend for Unix {
     }
 
     fn write(&mut self, bytes: &[u8], poller: &Poller) -> Written {
-        self.next_client(poller);
+        self.accept_client(poller);
         while let Some(client) = &self.client {
             match client.stream.write(bytes) {
                 Ok(len) => return Written::Some(len),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Written::Full,
-                Err(_) => self.see_off(poller),
+                Err(_) => self.drain_client(poller),
             }
         }
         Written::Absent

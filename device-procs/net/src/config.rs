@@ -1,4 +1,4 @@
-//! What the driver is told about the interface: features and configuration space
+//! What the driver reads about the network device: features and configuration space
 //! (virtio 1.2 sections 5.1.3 and 5.1.4).
 
 use std::fmt;
@@ -40,14 +40,14 @@ pub fn space(mac: Mac, mtu: u16) -> Vec<u8> {
     space
 }
 
-/// A station's address.
+/// A unicast MAC address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mac(pub [u8; 6]);
 
 impl Mac {
-    /// An address for the guest behind tap device `tap` of host `host`: the same
-    /// whenever the process is started again, so that the guest does not find
-    /// another card in its place, and no two alike on one link.
+    /// The address of the guest behind tap device `tap` of host `host`. It stays the same
+    /// when the process is restarted, so that the guest keeps its network card, and it
+    /// differs between the tap devices of a host.
     pub fn derived(host: &str, tap: &str) -> Self {
         // FNV-1a, 64 bits.
         let hash = host
@@ -58,7 +58,7 @@ impl Mac {
                 (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
             });
         let [.., a, b, c, d, e] = hash.to_be_bytes();
-        Mac([0x02, a, b, c, d, e]) // locally administered, one station
+        Mac([0x02, a, b, c, d, e]) // locally administered, unicast
     }
 }
 
@@ -66,7 +66,7 @@ impl FromStr for Mac {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let wrong = "not six pairs of hexadecimal digits with colons between";
+        let wrong = "not a MAC address: give six pairs of hexadecimal digits, 52:54:00:12:34:56";
         let mut mac = [0; 6];
         let mut parts = text.split(':');
         for byte in &mut mac {
@@ -79,7 +79,9 @@ impl FromStr for Mac {
             return Err(wrong);
         }
         if mac[0] & 1 != 0 || mac == [0; 6] {
-            return Err("no address of a single station");
+            return Err(
+                "not a unicast address: the first byte must be even, and not all bytes zero",
+            );
         }
         Ok(Mac(mac))
     }

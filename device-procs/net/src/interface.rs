@@ -1,4 +1,4 @@
-//! The host's side of a link: a network interface by its name (netdevice(7)).
+//! The host side of the link: a network interface, by name (netdevice(7)).
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -7,18 +7,18 @@ use std::str::FromStr;
 
 use rustix::net::{AddressFamily, SocketType};
 
-/// An interface of the network namespace that it was opened in.
+/// An interface in the network namespace in which it was opened.
 pub struct Interface {
     socket: OwnedFd,
     name: String,
 }
 
-/// An IPv4 address and the length of its network's prefix.
+/// An IPv4 address with its prefix length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Network {
     /// The address.
     pub address: Ipv4Addr,
-    /// Bits of the prefix.
+    /// Length of the prefix in bits.
     pub prefix: u32,
 }
 
@@ -32,23 +32,25 @@ impl FromStr for Network {
     type Err = &'static str;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let wrong = "not an IPv4 address and a prefix, such as 10.0.2.1/24";
+        let wrong = "not an IPv4 address with a prefix length: give one such as 10.0.2.1/24";
         let (address, prefix) = text.split_once('/').ok_or(wrong)?;
         let network = Network {
             address: address.parse().map_err(|_| wrong)?,
             prefix: prefix.parse().map_err(|_| wrong)?,
         };
         if network.prefix > 30 || network.address.is_unspecified() {
-            return Err("no network that a guest could share");
+            return Err(
+                "no room for a guest: give an address other than 0.0.0.0 and a prefix of at most 30 bits",
+            );
         }
         Ok(network)
     }
 }
 
-/// A request about interface `name`; its union holds zeros.
+/// An ioctl(2) argument for interface `name`, with a zeroed union.
 ///
 /// # Errors
-/// `InvalidInput` for a name that no interface can have.
+/// `InvalidInput` for a name that is not an interface name.
 pub fn request(name: &str) -> io::Result<libc::ifreq> {
     // SAFETY: `ifreq` is plain data, for which zeros are valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -57,7 +59,7 @@ pub fn request(name: &str) -> io::Result<libc::ifreq> {
     if bytes.is_empty() || bytes.len() >= request.ifr_name.len() || bytes.contains(&0) {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            "not the name of an interface (1 to 15 bytes)",
+            "not an interface name: give 1 to 15 bytes",
         ));
     }
     for (to, &from) in request.ifr_name.iter_mut().zip(bytes) {
@@ -66,7 +68,7 @@ pub fn request(name: &str) -> io::Result<libc::ifreq> {
     Ok(request)
 }
 
-/// The name that the kernel put into `request`.
+/// The interface name that the kernel wrote to `request`.
 pub fn name_of(request: &libc::ifreq) -> String {
     let bytes = request.ifr_name.iter().map(|&c| c as u8);
     let bytes: Vec<u8> = bytes.take_while(|&byte| byte != 0).collect();
@@ -82,16 +84,15 @@ fn internet_address(address: Ipv4Addr) -> libc::sockaddr {
         },
         sin_zero: [0; 8],
     };
-    // SAFETY: both are plain data of 16 bytes that begin with the family.
+    // SAFETY: both types are plain data of 16 bytes and start with the address family.
     unsafe { std::mem::transmute(address) }
 }
 
 impl Interface {
-    /// The interface `name` of the present network namespace; whether there is
-    /// one is seen when it is used.
+    /// The interface `name` of the current network namespace. It is looked up on use.
     ///
     /// # Errors
-    /// socket(2)'s.
+    /// socket(2) fails.
     pub fn new(name: &str) -> io::Result<Self> {
         Ok(Interface {
             socket: rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)?,
@@ -99,47 +100,47 @@ impl Interface {
         })
     }
 
-    fn ask(
+    fn ioctl(
         &self,
         operation: libc::Ioctl,
         fill: impl FnOnce(&mut libc::__c_anonymous_ifr_ifru),
     ) -> io::Result<libc::ifreq> {
         let mut request = request(&self.name)?;
         fill(&mut request.ifr_ifru);
-        // SAFETY: all of netdevice(7)'s requests take a `struct ifreq`.
+        // SAFETY: all requests of netdevice(7) take a `struct ifreq`, which outlives the call.
         if unsafe { libc::ioctl(self.socket.as_raw_fd(), operation, &mut request) } < 0 {
             return Err(io::Error::last_os_error());
         }
         Ok(request)
     }
 
-    /// Its MTU in bytes.
+    /// The MTU in bytes.
     ///
     /// # Errors
-    /// When there is no such interface.
+    /// The interface does not exist.
     pub fn mtu(&self) -> io::Result<u32> {
-        let request = self.ask(libc::SIOCGIFMTU as libc::Ioctl, |_| {})?;
-        // SAFETY: SIOCGIFMTU has filled this field in.
+        let request = self.ioctl(libc::SIOCGIFMTU as libc::Ioctl, |_| {})?;
+        // SAFETY: SIOCGIFMTU has set this field.
         Ok(unsafe { request.ifr_ifru.ifru_mtu }.cast_unsigned())
     }
 
-    /// Sets its MTU in bytes.
+    /// Sets the MTU in bytes.
     ///
     /// # Errors
-    /// When the caller may not, or the interface cannot.
+    /// The caller lacks CAP_NET_ADMIN, or the interface does not support this MTU.
     pub fn set_mtu(&self, mtu: u16) -> io::Result<()> {
-        self.ask(libc::SIOCSIFMTU as libc::Ioctl, |union| {
+        self.ioctl(libc::SIOCSIFMTU as libc::Ioctl, |union| {
             union.ifru_mtu = mtu.into();
         })
         .map(drop)
     }
 
-    /// Gives it a station address.
+    /// Sets the MAC address.
     ///
     /// # Errors
-    /// When the caller may not, or the interface has none.
-    pub fn set_station(&self, address: [u8; 6]) -> io::Result<()> {
-        self.ask(libc::SIOCSIFHWADDR as libc::Ioctl, |union| {
+    /// The caller lacks CAP_NET_ADMIN, or the interface has no MAC address.
+    pub fn set_mac(&self, address: [u8; 6]) -> io::Result<()> {
+        self.ioctl(libc::SIOCSIFHWADDR as libc::Ioctl, |union| {
             let mut data = [0; 14];
             data[..6].copy_from_slice(&address.map(u8::cast_signed));
             union.ifru_hwaddr = libc::sockaddr {
@@ -150,41 +151,41 @@ impl Interface {
         .map(drop)
     }
 
-    /// Gives it an address.
+    /// Sets the IPv4 address and netmask.
     ///
     /// # Errors
-    /// When the caller may not.
+    /// The caller lacks CAP_NET_ADMIN.
     pub fn set_network(&self, network: Network) -> io::Result<()> {
-        self.ask(libc::SIOCSIFADDR as libc::Ioctl, |union| {
+        self.ioctl(libc::SIOCSIFADDR as libc::Ioctl, |union| {
             union.ifru_addr = internet_address(network.address);
         })?;
-        self.ask(libc::SIOCSIFNETMASK as libc::Ioctl, |union| {
+        self.ioctl(libc::SIOCSIFNETMASK as libc::Ioctl, |union| {
             union.ifru_netmask = internet_address(network.mask());
         })
         .map(drop)
     }
 
-    /// Whether it is up.
+    /// Whether the interface is up.
     ///
     /// # Errors
-    /// When there is no such interface.
+    /// The interface does not exist.
     pub fn is_up(&self) -> io::Result<bool> {
         Ok(self.flags()? & libc::IFF_UP as libc::c_short != 0)
     }
 
     fn flags(&self) -> io::Result<libc::c_short> {
-        let request = self.ask(libc::SIOCGIFFLAGS as libc::Ioctl, |_| {})?;
-        // SAFETY: SIOCGIFFLAGS has filled this field in.
+        let request = self.ioctl(libc::SIOCGIFFLAGS as libc::Ioctl, |_| {})?;
+        // SAFETY: SIOCGIFFLAGS has set this field.
         Ok(unsafe { request.ifr_ifru.ifru_flags })
     }
 
-    /// Brings it up.
+    /// Brings the interface up.
     ///
     /// # Errors
-    /// When the caller may not.
+    /// The caller lacks CAP_NET_ADMIN.
     pub fn bring_up(&self) -> io::Result<()> {
         let flags = self.flags()? | libc::IFF_UP as libc::c_short;
-        self.ask(libc::SIOCSIFFLAGS as libc::Ioctl, |union| {
+        self.ioctl(libc::SIOCSIFFLAGS as libc::Ioctl, |union| {
             union.ifru_flags = flags;
         })
         .map(drop)
@@ -196,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn networks_are_read() {
+    fn networks_parse() {
         let network: Network = "10.0.2.1/24".parse().unwrap();
         assert_eq!(network.address, Ipv4Addr::new(10, 0, 2, 1));
         assert_eq!(network.mask(), Ipv4Addr::new(255, 255, 255, 0));
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_bounded() {
+    fn interface_names_have_1_to_15_bytes() {
         assert_eq!(name_of(&request("tap0").unwrap()), "tap0");
         for bad in ["", "a-name-of-16-byte", "nul\0"] {
             assert!(request(bad).is_err(), "{bad}");

@@ -1,6 +1,6 @@
-//! A network of the process's own, with nobody in it but the guest and the
-//! host's kernel: its network stack answers at one address, and nothing leads
-//! further. Root can enter it (`nsenter --target PID --net`) and serve there.
+//! A network namespace of the process's own. It contains the guest and the host kernel's
+//! network stack, which answers at one address; there is no route to anywhere else. Root
+//! can enter it (`nsenter --target PID --net`) and run servers there.
 
 use std::io;
 
@@ -11,35 +11,35 @@ use rustix::thread::{UnshareFlags, unshare_unsafe};
 use crate::interface::{Interface, Network};
 use crate::tap::Tap;
 
-/// What the tap device is called in there.
-const NAME: &str = "tap0";
+/// Name of the tap device in that namespace.
+const TAP_NAME: &str = "tap0";
 
-/// Moves the process, which must have one thread, into a network namespace of
-/// its own and makes a tap device there whose host side has `network`'s address.
+/// Moves the process, which must have one thread, into a new network namespace and creates
+/// a tap device there. The host side of the tap gets `network`'s address.
 ///
 /// # Errors
-/// When the host lets this user have no namespaces, or no tap device.
+/// The host does not allow this user to create namespaces or tap devices.
 pub fn tap(network: Network) -> anyhow::Result<Tap> {
-    leave().context("making a network namespace")?;
-    // For servers in here that talk to themselves.
+    enter_namespace().context("making a network namespace")?;
+    // Servers in this namespace may use loopback.
     Interface::new("lo")?.bring_up().context("lo")?;
-    let tap = Tap::create(NAME)?;
-    let interface = Interface::new(NAME)?;
-    // The same in each process, for a guest remembers whom it has talked to.
+    let tap = Tap::create(TAP_NAME)?;
+    let interface = Interface::new(TAP_NAME)?;
+    // A guest caches its neighbours' MAC addresses, so a restarted process uses the same one.
     let [a, b, c, d] = network.address.octets();
     interface
-        .set_station([0x02, 0, a, b, c, d])
-        .with_context(|| format!("setting the station address of {NAME}"))?;
+        .set_mac([0x02, 0, a, b, c, d])
+        .with_context(|| format!("setting the MAC address of {TAP_NAME}"))?;
     interface
         .set_network(network)
-        .with_context(|| format!("setting the address of {NAME}"))?;
+        .with_context(|| format!("setting the address of {TAP_NAME}"))?;
     Ok(tap)
 }
 
-fn leave() -> io::Result<()> {
+fn enter_namespace() -> io::Result<()> {
     // SAFETY: the descriptor table stays shared (no CLONE_FILES).
     match unsafe { unshare_unsafe(UnshareFlags::NEWNET) } {
-        // An ordinary user may do it as the master of a user namespace.
+        // A user without CAP_SYS_ADMIN needs a user namespace of its own for it.
         Err(Errno::PERM) => {}
         result => return Ok(result?),
     }
@@ -47,8 +47,8 @@ fn leave() -> io::Result<()> {
     let both = UnshareFlags::NEWUSER | UnshareFlags::NEWNET;
     // SAFETY: as above.
     unsafe { unshare_unsafe(both)? };
-    // Whoever has no name in there could not leave it for the next, which the
-    // sandbox makes. The rule about setgroups: user_namespaces(7).
+    // Without an identity mapping the process could not create the next user namespace,
+    // which the sandbox does. setgroups must be denied first (user_namespaces(7)).
     std::fs::write("/proc/self/setgroups", "deny")?;
     let (user, group) = (user.as_raw(), group.as_raw());
     std::fs::write("/proc/self/uid_map", format!("{user} {user} 1"))?;

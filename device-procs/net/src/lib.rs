@@ -1,8 +1,8 @@
 //! `device-net`: a vhost-user-net device process.
 //!
-//! [`net`] is the device and its two queues; [`tap`] what it is connected to,
-//! made in a network of its own by [`isolated`] if asked for; [`interface`] the
-//! host's side of it; [`config`] what the driver reads.
+//! [`net`] is the device with its two queues, [`tap`] the tap device behind it,
+//! [`isolated`] makes that in a network namespace of its own, [`interface`] is the
+//! host side of the tap, and [`config`] what the driver reads.
 
 mod config;
 mod interface;
@@ -22,8 +22,8 @@ use crate::interface::{Interface, Network};
 use crate::net::VirtioNet;
 use crate::tap::Tap;
 
-/// What an interface has that was not asked (RFC 894), in bytes.
-const USUAL_MTU: u16 = 1500;
+/// Ethernet's MTU (RFC 894) in bytes, used when the interface's MTU is unknown.
+const DEFAULT_MTU: u16 = 1500;
 
 /// Serves a network card to a virtual machine over vhost-user.
 #[derive(Parser)]
@@ -46,18 +46,17 @@ pub struct NetOptions {
           value_parser = clap::value_parser!(RawFd).range(0..))]
     tap_fd: Option<RawFd>,
 
-    /// A network with nobody in it but the guest and the host's kernel, which has
-    /// this address; `nsenter --target PID --net` enters it
+    /// Network namespace with only the guest and the host's kernel, which has this
+    /// address; `nsenter --target PID --net` enters it
     #[arg(long, value_name = "ADDRESS/PREFIX", num_args = 0..=1,
           default_missing_value = "10.0.2.1/24")]
     isolated: Option<Network>,
 
-    /// The guest's address [default: one that stays the same for each tap device
-    /// of a host]
+    /// MAC address of the guest [default: derived from the host and the tap device]
     #[arg(long, value_name = "XX:XX:XX:XX:XX:XX")]
     mac: Option<Mac>,
 
-    /// Longest packet in bytes, for both ends [default: the tap device's]
+    /// MTU of both ends in bytes [default: the tap device's]
     #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..))]
     mtu: Option<u16>,
 }
@@ -74,7 +73,7 @@ pub fn main() -> ExitCode {
 fn build(options: &NetOptions) -> anyhow::Result<DeviceProgram> {
     let (tap, keep_network) = open(options)?;
     let interface = Interface::new(tap.name())?;
-    let mtu = agree_on_mtu(&interface, options.mtu)
+    let mtu = negotiate_mtu(&interface, options.mtu)
         .with_context(|| format!("{}: setting the MTU", tap.name()))?;
     bring_up(&interface, tap.name());
     let mac = options.mac.unwrap_or_else(|| {
@@ -101,7 +100,8 @@ fn build(options: &NetOptions) -> anyhow::Result<DeviceProgram> {
     })
 }
 
-/// The tap device, and whether the process must stay in its network namespace.
+/// Opens the tap device; returns it, and whether the process must stay in its current
+/// network namespace.
 fn open(options: &NetOptions) -> anyhow::Result<(Tap, bool)> {
     if let Some(network) = options.isolated {
         let tap = isolated::tap(network).context("--isolated")?;
@@ -116,24 +116,27 @@ fn open(options: &NetOptions) -> anyhow::Result<(Tap, bool)> {
     Ok((tap, false))
 }
 
-/// Sets the MTU if there is a wish, and asks for it otherwise. An inherited tap
-/// device may live in a network namespace where we cannot ask.
-fn agree_on_mtu(interface: &Interface, wish: Option<u16>) -> std::io::Result<u16> {
-    if let Some(mtu) = wish {
+/// Sets the requested MTU, or returns the interface's. An inherited tap device may be in
+/// another network namespace, where its MTU cannot be read.
+fn negotiate_mtu(interface: &Interface, requested: Option<u16>) -> std::io::Result<u16> {
+    if let Some(mtu) = requested {
         interface.set_mtu(mtu)?;
         return Ok(mtu);
     }
     Ok(interface
         .mtu()
-        .map_or(USUAL_MTU, |mtu| u16::try_from(mtu).unwrap_or(u16::MAX)))
+        .map_or(DEFAULT_MTU, |mtu| u16::try_from(mtu).unwrap_or(u16::MAX)))
 }
 
-/// A tap device that is down drops everything. Its owner may have forgotten to
-/// bring it up, or may have left it to us; if we may not, that is for them to know.
+/// Brings the tap device up: one that is down drops all frames. Without the right to do
+/// so it warns, because the owner of the tap device has to.
 fn bring_up(interface: &Interface, name: &str) {
     if interface.is_up().is_ok_and(|up| !up)
         && let Err(error) = interface.bring_up()
     {
-        tracing::warn!("{name} is down, and bringing it up failed: {error}");
+        tracing::warn!(
+            %error,
+            "tap device {name} is down and cannot be brought up: run `ip link set {name} up`"
+        );
     }
 }

@@ -1,4 +1,4 @@
-//! The two queues of the interface.
+//! The network device with its receive and transmit queue.
 
 use std::collections::VecDeque;
 use std::io;
@@ -15,57 +15,58 @@ use crate::tap::{HEADER, Tap};
 pub const RX: usize = 0;
 pub const TX: usize = 1;
 
+/// Event token of the tap device.
 const TAP: u64 = 0;
 
-/// Ethernet's header and a VLAN tag, in bytes.
+/// Length of an Ethernet header with a VLAN tag, in bytes.
 const ETHERNET: usize = 14 + 4;
-/// The longest that segmentation offload makes of an IP packet, in bytes.
+/// Largest IP packet with segmentation offload, in bytes.
 const LONGEST_PACKET: usize = 65_535;
-/// Most iovecs in a call, less one for what is too long.
+/// Most iovecs in a call (IOV_MAX), less the one that detects oversized frames.
 const MAX_IOVECS: usize = libc::UIO_MAXIOV as usize - 1;
-/// Where num_buffers is in the header.
+/// Offset of num_buffers in the virtio-net header.
 const NUM_BUFFERS: usize = 10;
 
-/// Frames that went nowhere since the front end came.
+/// Counts frames and buffers that were dropped since the front end connected.
 #[derive(Debug, Default)]
-struct Dropped {
-    /// From the guest, shorter than their header.
+struct DropCounters {
+    /// Frames from the guest that are shorter than their header.
     short: u64,
-    /// From the guest, not to the host's taste.
+    /// Frames from the guest that the tap device refused.
     refused: u64,
-    /// Buffers from the guest without room for a header.
+    /// Receive buffers without room for a header.
     runts: u64,
-    /// For the guest, longer than its buffers.
+    /// Frames for the guest that are longer than its buffers.
     oversized: u64,
-    /// For the guest, with offloads that it did not accept.
+    /// Frames for the guest with offloads that its driver did not negotiate.
     unwanted: u64,
 }
 
-/// Counts, and says so the first time.
-fn count(counter: &mut u64, what: &str) {
+/// Increments `counter`; logs `what` the first time.
+fn count(queue: usize, counter: &mut u64, what: &str) {
     if *counter == 0 {
-        tracing::warn!("{what}; others like it are only counted");
+        tracing::warn!(queue, "{what}; further ones are only counted");
     }
     *counter += 1;
 }
 
-/// The interface. Frames go between tap and guest memory without a stop; what
-/// there is no room for yet stays in the tap device's own queue.
+/// The network device. Frames go directly between tap device and guest memory. Frames
+/// that the guest has no buffers for stay in the tap device's queue.
 pub struct VirtioNet {
     tap: Tap,
     mtu: u16,
     features: u64,
-    dropped: Dropped,
+    dropped: DropCounters,
 }
 
 impl VirtioNet {
-    /// An interface before any driver; `mtu` in bytes.
+    /// A device on `tap`; `mtu` in bytes.
     pub fn new(tap: Tap, mtu: u16) -> Self {
         VirtioNet {
             tap,
             mtu,
             features: 0,
-            dropped: Dropped::default(),
+            dropped: DropCounters::default(),
         }
     }
 
@@ -73,8 +74,8 @@ impl VirtioNet {
         self.features & 1 << feature != 0
     }
 
-    /// The room that any frame for the guest fits into.
-    fn longest_frame(&self) -> usize {
+    /// Bytes that the longest possible frame for the guest needs, header included.
+    fn max_frame_size(&self) -> usize {
         let segments = self.has(VIRTIO_NET_F_GUEST_TSO4) || self.has(VIRTIO_NET_F_GUEST_TSO6);
         let packet = if segments {
             LONGEST_PACKET
@@ -90,22 +91,24 @@ impl VirtioNet {
         while let Some(chain) = ring.pop(memory) {
             if chain.readable.len() < HEADER {
                 count(
+                    TX,
                     &mut self.dropped.short,
                     "a frame shorter than its header was dropped",
                 );
                 ring.add_used(chain.head, 0);
                 continue;
             }
-            // SAFETY: the pieces are guest memory, mapped for as long as `chain`
+            // SAFETY: the iovecs are guest memory, which stays mapped as long as `chain`
             // borrows it.
             match unsafe { self.tap.write(&chain.readable.iovecs()) } {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    // The tap device reports when there is room again.
+                    // The tap device becomes ready when it has room again.
                     ring.undo_pop(&chain);
                     return;
                 }
                 Err(error) => count(
+                    TX,
                     &mut self.dropped.refused,
                     &format!("{} refused a frame: {error}", self.tap.name()),
                 ),
@@ -117,23 +120,24 @@ impl VirtioNet {
     fn receive(&mut self, cx: &mut DeviceContext<'_>) {
         let memory = cx.memory;
         let Some(ring) = cx.ring(RX) else { return };
-        let longest = self.longest_frame();
+        let longest = self.max_frame_size();
         let mergeable = self.has(VIRTIO_NET_F_MRG_RXBUF);
         let mut chains: VecDeque<DescriptorChain<'_>> = VecDeque::new();
         let mut iovecs = Vec::new();
-        // What does not fit goes here, and is thereby noticed.
+        // A frame that reaches this byte is too long.
         let mut excess = [0u8; 1];
         loop {
-            // Without mergeable buffers a frame has one chain, of whatever length.
+            // Without mergeable buffers each frame has one chain, of any length.
             let mut room: usize = chains.iter().map(|chain| chain.writable.len()).sum();
             while room < longest && (mergeable || chains.is_empty()) {
                 let Some(chain) = ring.pop(memory) else { break };
                 if chain.writable.len() < HEADER {
                     count(
+                        RX,
                         &mut self.dropped.runts,
                         "a receive buffer has no room for a header",
                     );
-                    // Not at once: those before it may be put back.
+                    // It is completed with the batch: chains before it may be put back.
                     ring.refuse(&chain);
                     continue;
                 }
@@ -151,41 +155,43 @@ impl VirtioNet {
                 iov_base: excess.as_mut_ptr().cast(),
                 iov_len: excess.len(),
             });
-            // SAFETY: the pieces are guest memory, mapped for as long as `chains`
-            // borrow it, and `excess`.
+            // SAFETY: the iovecs are `excess` and guest memory, which stays mapped as long
+            // as `chains` borrow it.
             match unsafe { self.tap.read(&iovecs) } {
-                Ok(len) if len <= room && self.acceptable(&chains[0]) => {
-                    let used = share_out(&mut chains, len);
+                Ok(len) if len <= room && self.fix_header(&chains[0]) => {
+                    let used = used_chains(&mut chains, len);
                     ring.add_used_batch(&used);
                     continue;
                 }
                 Ok(len) if len > room => count(
+                    RX,
                     &mut self.dropped.oversized,
                     "a frame too long for the guest's buffers was dropped",
                 ),
                 Ok(_) => count(
+                    RX,
                     &mut self.dropped.unwanted,
-                    "a frame with offloads that the guest does not know was dropped",
+                    "a frame with offloads that the guest's driver did not negotiate was dropped",
                 ),
                 Err(error) => {
                     if error.kind() != io::ErrorKind::WouldBlock {
-                        tracing::error!("reading from {}: {error}", self.tap.name());
+                        tracing::error!(queue = RX, %error, "reading from tap device {} failed", self.tap.name());
                     }
                     ring.undo_pop(&chains[0]);
                     return;
                 }
             }
-            // The buffers are taken anew, so that a flood of frames to be dropped
-            // comes to the end of the batch like one of good frames.
+            // The chains are popped again, so that a flood of dropped frames uses up the
+            // batch as a flood of good frames does.
             ring.undo_pop(&chains[0]);
             chains.clear();
         }
     }
 
-    /// Puts right what the kernel says in the header of a frame to a driver that
-    /// does not know checksum offload (virtio 1.2 section 5.1.6.4.1). False for a
-    /// frame that it cannot receive at all: one from the time of the last driver.
-    fn acceptable(&self, first: &DescriptorChain<'_>) -> bool {
+    /// Clears the header's flags for a driver without checksum offload (virtio 1.2 section
+    /// 5.1.6.4.1). Returns false for a frame that this driver cannot receive, because the tap
+    /// device queued it while the previous driver's offloads were in force.
+    fn fix_header(&self, first: &DescriptorChain<'_>) -> bool {
         if self.has(VIRTIO_NET_F_GUEST_CSUM) {
             return true;
         }
@@ -197,9 +203,9 @@ impl VirtioNet {
     }
 }
 
-/// Takes from `chains` those that hold a frame of `len` bytes, header and all;
-/// returns their heads and how much of each is used.
-fn share_out(chains: &mut VecDeque<DescriptorChain<'_>>, len: usize) -> Vec<(u16, u32)> {
+/// Takes from `chains` those that contain a frame of `len` bytes, header included, and sets
+/// num_buffers. Returns their heads and the used bytes of each.
+fn used_chains(chains: &mut VecDeque<DescriptorChain<'_>>, len: usize) -> Vec<(u16, u32)> {
     let mut left = len;
     let mut used = Vec::new();
     let first = chains.front().map(|chain| chain.writable.clone());
@@ -212,7 +218,7 @@ fn share_out(chains: &mut VecDeque<DescriptorChain<'_>>, len: usize) -> Vec<(u16
         left -= here;
     }
     if let Some(first) = first {
-        let count = used.len() as u16; // at most a ring's size
+        let count = used.len() as u16; // at most the ring's size
         first.copy_from_at(NUM_BUFFERS, &count.to_le_bytes());
     }
     used
@@ -226,7 +232,7 @@ impl Device for VirtioNet {
     fn set_features(&mut self, features: u64) {
         self.features = features;
         if let Err(error) = self.tap.set_offload(features) {
-            tracing::error!("{}: setting offloads: {error}", self.tap.name());
+            tracing::error!(%error, "setting offloads of tap device {} failed", self.tap.name());
         }
     }
 
@@ -245,7 +251,7 @@ impl Device for VirtioNet {
 
     fn frontend_disconnected(&mut self) {
         let dropped = std::mem::take(&mut self.dropped);
-        let Dropped {
+        let DropCounters {
             short,
             refused,
             runts,

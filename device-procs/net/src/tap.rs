@@ -1,7 +1,6 @@
-//! A tap device: what is written to it the host's network stack receives, and
-//! the other way round. Every frame has the header of virtio-net before it, which
-//! the kernel makes and understands, so nothing is translated here. See
-//! Documentation/networking/tuntap.rst of the kernel.
+//! A tap device. The host's network stack receives what is written to it, and vice versa.
+//! Each frame starts with a virtio-net header, which the kernel writes and reads itself, so
+//! nothing is translated here. See Documentation/networking/tuntap.rst of the kernel.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -20,8 +19,8 @@ use crate::interface::{self, Interface};
 /// Length of `struct virtio_net_hdr_v1` in bytes (virtio 1.2 section 5.1.6).
 pub const HEADER: usize = 12;
 
-/// What moving frames takes beyond the serve loop: readv and writev are there,
-/// and the offloads change with the driver.
+/// System calls beyond those of the serve loop, which include readv and writev: the
+/// offloads change with the driver.
 pub const SYSCALLS: &[Rule] = &[Rule::when(
     libc::SYS_ioctl,
     &[Check::OneOf(1, &[libc::TUNSETOFFLOAD as u32])],
@@ -33,12 +32,12 @@ pub struct Tap {
     name: String,
 }
 
-/// What an `error` means of TUNSETIFF, or of the question for the interface before it.
-fn refusal(error: io::Error) -> io::Error {
+/// Explains an `error` of TUNSETIFF, or of the look-up of the interface before it.
+fn explain_attach_error(error: io::Error) -> io::Error {
     let why = match error.raw_os_error() {
         Some(libc::ENODEV) => "there is no such tap device",
         Some(libc::EBUSY) => "another process is attached to it",
-        Some(libc::EINVAL) => "no tap device, or one of another kind (with many queues)",
+        Some(libc::EINVAL) => "not a tap device, or a multi-queue one",
         Some(libc::EPERM) => "it belongs to another user",
         _ => return error,
     };
@@ -46,24 +45,23 @@ fn refusal(error: io::Error) -> io::Error {
 }
 
 impl Tap {
-    /// Attaches to the tap device `name` of the present network namespace.
+    /// Attaches to the existing tap device `name` of the current network namespace.
     ///
     /// # Errors
-    /// When there is none, when the caller may not, or when somebody else is attached
-    /// to it.
+    /// It does not exist, belongs to another user, or another process is attached to it.
     pub fn attach(name: &str) -> anyhow::Result<Self> {
         let fd = Self::open()?;
-        // TUNSETIFF would make one, with nobody at its far end, for a slip of the pen.
+        // TUNSETIFF creates a missing device, which would hide a mistyped name.
         Interface::new(name)
             .and_then(|interface| interface.mtu())
-            .map_err(refusal)?;
-        Ok(Self::named(fd, name).map_err(refusal)?)
+            .map_err(explain_attach_error)?;
+        Ok(Self::named(fd, name).map_err(explain_attach_error)?)
     }
 
-    /// Makes a tap device `name` that goes with this process.
+    /// Creates a tap device `name`, which disappears with this process.
     ///
     /// # Errors
-    /// When the caller may not.
+    /// The caller lacks CAP_NET_ADMIN in this network namespace.
     pub fn create(name: &str) -> anyhow::Result<Self> {
         Ok(Self::named(Self::open()?, name)?)
     }
@@ -87,20 +85,19 @@ impl Tap {
         Ok(tap)
     }
 
-    /// Takes over a tap device that somebody else has attached to `fd`. The process
-    /// before this one may still serve it: its offloads stay until the driver of this one
-    /// says what it wants.
+    /// Uses an inherited descriptor that is attached to a tap device. The previous process
+    /// may still serve it, so the offloads stay until a driver negotiates its own.
     ///
     /// # Errors
-    /// When it is no tap device, or one whose frames have no header.
+    /// It is not a tap device, or its frames have no virtio-net header.
     pub fn adopt(fd: OwnedFd) -> io::Result<Self> {
-        // Any name: the kernel fills in the right one.
+        // The kernel replaces the name.
         let mut request = interface::request("tap")?;
-        // SAFETY: TUNGETIFF fills in a `struct ifreq`.
+        // SAFETY: TUNGETIFF writes a `struct ifreq`, which outlives the call.
         if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF, &mut request) } < 0 {
             return Err(io::Error::other("not an attached tap device"));
         }
-        // SAFETY: TUNGETIFF has filled this field in.
+        // SAFETY: TUNGETIFF has set this field.
         let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
         let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
         if flags & wanted != wanted {
@@ -122,16 +119,16 @@ impl Tap {
         Ok(self)
     }
 
-    /// The name of its interface.
+    /// Name of the interface.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// Lets the host's stack send what a driver with these feature bits can
-    /// receive: frames without a checksum, and segments that are still to be cut.
+    /// Lets the host's network stack send what a driver with these feature bits can
+    /// receive: frames without checksum, and frames that are not segmented yet.
     ///
     /// # Errors
-    /// The kernel's.
+    /// TUNSETOFFLOAD fails.
     pub fn set_offload(&self, features: u64) -> io::Result<()> {
         let mut offload = 0;
         for (feature, flag) in [
@@ -144,7 +141,7 @@ impl Tap {
                 offload |= flag;
             }
         }
-        // Segments need checksums; without, the kernel takes none of it.
+        // Segmentation offload requires checksum offload; the kernel refuses it alone.
         if offload & libc::TUN_F_CSUM == 0 {
             offload = 0;
         }

@@ -100,7 +100,7 @@ fn full_disk_does_not_stop_the_guest() {
     for _ in 0..10 {
         send(&mut guest, &text(50_000));
     }
-    assert!(process.log().contains("writing the file"));
+    assert!(process.log().contains("writing the console's file failed"));
 }
 
 #[test]
