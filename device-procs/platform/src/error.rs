@@ -1,17 +1,17 @@
-//! Why a runner is turned away, or lost.
+//! Errors of the connection to a runner.
 
 use std::io;
 
-/// What can go wrong between the runner and this process.
+/// An error of the trap channel.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The greeting is not one that this program understands.
+    /// The runner's Hello message is missing or invalid.
     #[error("platform: greeting: {0}")]
-    Greeting(String),
-    /// The shared region is not what it should be.
+    Hello(String),
+    /// The shared region is invalid.
     #[error("platform: shared region: {0}")]
     Region(String),
-    /// A message that does not belong here.
+    /// A message that is not allowed at this point.
     #[error("platform: unexpected message: {0}")]
     Message(String),
     /// A system call failed.
@@ -19,7 +19,7 @@ pub enum Error {
     Io {
         /// The operation.
         what: &'static str,
-        /// The kernel's answer.
+        /// The error of the kernel.
         source: io::Error,
     },
 }

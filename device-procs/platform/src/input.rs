@@ -1,5 +1,5 @@
-//! The serial line's input: standard input, read as it comes. A terminal is left
-//! in the mode it is in, so what is typed arrives line by line.
+//! The serial line's input: standard input. A terminal keeps its mode, so input arrives
+//! line by line.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,9 +9,9 @@ use rustix::io::Errno;
 
 use crate::wait::is_ready;
 
-/// Where input comes from.
+/// The source of input.
 pub struct Input {
-    /// `None` once it has ended.
+    /// `None` after the end of input.
     fd: Option<OwnedFd>,
     ready: bool,
 }
@@ -20,7 +20,7 @@ impl Input {
     /// Standard input.
     ///
     /// # Errors
-    /// When it is closed.
+    /// It is closed.
     pub fn stdin() -> io::Result<Self> {
         Ok(Input {
             fd: Some(rustix::stdio::stdin().try_clone_to_owned()?),
@@ -28,7 +28,7 @@ impl Input {
         })
     }
 
-    /// No input at all.
+    /// No input.
     pub fn none() -> Self {
         Input {
             fd: None,
@@ -36,7 +36,7 @@ impl Input {
         }
     }
 
-    /// What can be waited for.
+    /// The descriptor to wait for.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.fd.as_ref().map(AsFd::as_fd)
     }
@@ -51,12 +51,12 @@ impl Input {
         self.ready
     }
 
-    /// Reads what there is, as far as it fits; returns how much.
+    /// Reads available input into `buffer`; returns its length.
     pub fn read(&mut self, buffer: &mut [u8]) -> usize {
         let Some(fd) = self.fd.as_ref().filter(|_| self.ready) else {
             return 0;
         };
-        // The descriptor is others' as well and may block.
+        // Other processes share the open file, which may block.
         if !is_ready(fd, PollFlags::IN) {
             self.ready = false;
             return 0;
@@ -66,7 +66,7 @@ impl Input {
             Ok(len) => return len,
             Err(Errno::INTR | Errno::AGAIN) => self.ready = false,
             Err(error) => {
-                tracing::warn!("serial: reading: {error}; no more input");
+                tracing::warn!(%error, "serial: reading failed; there is no more input");
                 *self = Input::none();
             }
         }

@@ -1,8 +1,8 @@
-//! Which port belongs to which device.
+//! The ISA bus: maps ports to devices.
 //!
-//! An access of more than one byte is carried out as on the ISA bus, byte by
-//! byte from the lowest port, so registers may be accessed in any size. What
-//! nobody claims reads as ones, and writing it does nothing.
+//! An access of several bytes is carried out as on a real ISA bus, byte by byte from the
+//! lowest port, so registers can be accessed in any size. A port without a device reads as
+//! ones, and a write to it has no effect.
 
 use std::time::SystemTime;
 
@@ -15,14 +15,14 @@ use crate::devices::rtc::{self, Rtc};
 use crate::devices::uart::{self, Uart};
 use crate::devices::{PlatformEvent, uart::UartEffect};
 
-/// Debug consoles: Bochs' and QEMU's, OVMF's, and one more.
+/// Debug consoles: of Bochs and QEMU, of OVMF, and of flat test images.
 const DEBUG_PORTS: [u16; 3] = [0xe9, 0x402, 0xf1];
-/// What tells a program that there is a debug console.
-const DEBUG_ANSWER: u8 = 0xe9;
-/// Ends the machine with the code written.
+/// Value by which a program recognises a debug console.
+const DEBUG_PRESENT: u8 = 0xe9;
+/// Ends the machine with the exit code that is written to it.
 const EXIT_PORT: u16 = 0xf4;
 
-/// All registers.
+/// The registers of all devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct IsaBus {
@@ -32,24 +32,24 @@ pub struct IsaBus {
     power: Power,
 }
 
-/// What an access does outside the registers. The ports are so far apart that
-/// one access reaches each of these once at most.
+/// Effects of an access outside the registers. The ports are far enough apart that one
+/// access causes each effect once at most.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Outcome {
-    /// The value, if it was a read.
+pub struct AccessOutcome {
+    /// The value of a read.
     pub value: u64,
-    /// A byte for the serial line.
+    /// A byte that the serial port sends.
     pub serial: Option<u8>,
     /// A byte for the debug console.
     pub debug: Option<u8>,
-    /// The serial port's interrupt line goes up.
+    /// The serial port raises its interrupt line.
     pub interrupt: bool,
-    /// Something for the runner to do.
+    /// A request to the runner.
     pub event: Option<PlatformEvent>,
 }
 
 impl IsaBus {
-    /// As the power comes on.
+    /// State at power-on.
     pub fn power_on() -> Self {
         IsaBus {
             uart: Uart::power_on(),
@@ -59,7 +59,7 @@ impl IsaBus {
         }
     }
 
-    /// The machine's reset.
+    /// Resets all devices except what the battery keeps.
     pub fn reset(&mut self) {
         let mut rtc = self.rtc;
         rtc.reset();
@@ -70,10 +70,10 @@ impl IsaBus {
     }
 
     /// Carries out `access`.
-    pub fn access(&mut self, access: &Access) -> Outcome {
-        let mut outcome = Outcome::default();
+    pub fn access(&mut self, access: &Access) -> AccessOutcome {
+        let mut outcome = AccessOutcome::default();
         let mut value = [0; 8];
-        // More than 8 bytes make no sense; the runner does not ask for them.
+        // The runner sends no more than 8 bytes.
         for (at, byte) in value.iter_mut().enumerate().take(access.size.into()) {
             let port = match access.space {
                 Space::Port => access.address.checked_add(at as u64),
@@ -91,10 +91,10 @@ impl IsaBus {
         outcome
     }
 
-    fn read(&mut self, port: u16, outcome: &mut Outcome) -> u8 {
+    fn read(&mut self, port: u16, outcome: &mut AccessOutcome) -> u8 {
         if let Some(offset) = offset(port, uart::PORT, 8) {
             let effect = self.uart.read(offset as u8);
-            outcome.note(effect);
+            outcome.add_uart(effect);
             effect.value
         } else if let Some(offset) = offset(port, power::PM1_PORT, power::PM1_SIZE) {
             self.power.read_pm1(offset)
@@ -104,20 +104,20 @@ impl IsaBus {
                 i8042::DATA_PORT => self.i8042.read_data(),
                 i8042::COMMAND_PORT => self.i8042.status(),
                 power::RESET_PORT => self.power.read_reset(),
-                _ if DEBUG_PORTS.contains(&port) => DEBUG_ANSWER,
+                _ if DEBUG_PORTS.contains(&port) => DEBUG_PRESENT,
                 _ => !0,
             }
         }
     }
 
-    fn write(&mut self, port: u16, value: u8, outcome: &mut Outcome) {
+    fn write(&mut self, port: u16, value: u8, outcome: &mut AccessOutcome) {
         let event = if let Some(offset) = offset(port, uart::PORT, 8) {
-            outcome.note(self.uart.write(offset as u8, value));
+            outcome.add_uart(self.uart.write(offset as u8, value));
             None
         } else if let Some(offset) = offset(port, power::PM1_PORT, power::PM1_SIZE) {
             self.power.write_pm1(offset, value)
         } else {
-            let reset = |asked: bool| asked.then_some(PlatformEvent::Reset);
+            let reset = |requested: bool| requested.then_some(PlatformEvent::Reset);
             match port {
                 rtc::INDEX_PORT => {
                     self.rtc.select(value);
@@ -143,14 +143,14 @@ impl IsaBus {
     }
 }
 
-impl Outcome {
-    fn note(&mut self, effect: UartEffect) {
+impl AccessOutcome {
+    fn add_uart(&mut self, effect: UartEffect) {
         self.serial = self.serial.or(effect.sent);
         self.interrupt |= effect.interrupt;
     }
 }
 
-/// Where `port` lies in a block of `size` ports from `first`, if it does.
+/// Offset of `port` in the block of `size` ports at `first`, if it is in there.
 fn offset(port: u16, first: u16, size: u16) -> Option<u16> {
     port.checked_sub(first).filter(|&offset| offset < size)
 }
@@ -165,7 +165,7 @@ mod tests {
         address: u64,
         size: u8,
         write: Option<u64>,
-    ) -> Outcome {
+    ) -> AccessOutcome {
         let access = Access {
             space,
             address,
@@ -179,12 +179,12 @@ mod tests {
         access(bus, Space::Port, port, size, None).value
     }
 
-    fn write(bus: &mut IsaBus, port: u64, size: u8, value: u64) -> Outcome {
+    fn write(bus: &mut IsaBus, port: u64, size: u8, value: u64) -> AccessOutcome {
         access(bus, Space::Port, port, size, Some(value))
     }
 
     #[test]
-    fn what_nobody_claims_reads_as_ones_in_every_size() {
+    fn unclaimed_addresses_read_as_ones_in_every_size() {
         let mut bus = IsaBus::power_on();
         let before = bus;
         for (space, address) in [
@@ -199,11 +199,11 @@ mod tests {
                 let value = access(&mut bus, space, address, size, None).value;
                 assert_eq!(value, !0 >> (64 - 8 * u32::from(size)));
                 let outcome = access(&mut bus, space, address, size, Some(!0));
-                assert_eq!(outcome, Outcome::default());
+                assert_eq!(outcome, AccessOutcome::default());
             }
         }
         assert_eq!(bus, before);
-        // Sizes that no guest can make do no harm either.
+        // Sizes that no vCPU produces do no harm.
         for size in [0, 3, 9, 255] {
             read(&mut bus, 0x3f8, size);
             write(&mut bus, 0x3f8, size, 0);
@@ -228,20 +228,20 @@ mod tests {
     }
 
     #[test]
-    fn debug_and_exit_ports_do_their_work() {
+    fn debug_and_exit_ports_report_what_is_written() {
         let mut bus = IsaBus::power_on();
         for port in DEBUG_PORTS {
             assert_eq!(read(&mut bus, port.into(), 1), 0xe9);
             let outcome = write(&mut bus, port.into(), 1, 0x41);
             assert_eq!((outcome.debug, outcome.serial), (Some(0x41), None));
         }
-        // The exit port's neighbours take the upper bytes.
+        // The upper bytes go to the neighbouring ports.
         let outcome = write(&mut bus, 0xf4, 4, 0x1122_3344);
         assert_eq!(outcome.event, Some(PlatformEvent::Exit(0x44)));
     }
 
     #[test]
-    fn a_reset_leaves_only_what_the_battery_keeps() {
+    fn a_reset_keeps_only_cmos_memory() {
         let mut bus = IsaBus::power_on();
         write(&mut bus, 0x3ff, 1, 0x55);
         write(&mut bus, 0x70, 1, 0x40);

@@ -1,11 +1,10 @@
-//! `device-platform`: what a PC has besides PCI devices, in a process of its own.
+//! `device-platform`: the devices of a PC that are not on PCI, in a process of its own.
 //!
-//! The runner passes on the port and memory accesses that nobody else claims
-//! over the trap channel (`outrigger_protocol::trap`). [`isa_bus`] knows which port
-//! belongs to which of the [`devices`]; [`session`] serves a runner, with
-//! [`device_core::adaptive_polling`] telling it when to sleep; [`output`] and [`input`] are the serial line's other
-//! end. Nothing is lost when the process is killed at any moment: all that counts
-//! is the [`state`], which lives in the runner's [`region`].
+//! The runner forwards port and memory accesses that no PCI device claims over the trap
+//! channel (`outrigger_protocol::trap`). [`isa_bus`] maps ports to [`devices`]. [`session`]
+//! serves a runner; [`device_core::adaptive_polling`] tells it when to sleep. [`output`] and
+//! [`input`] are the host side of the serial line. The process can be killed at any moment
+//! without loss, because its [`state`] lies in the runner's [`region`].
 
 mod devices;
 mod error;
@@ -30,10 +29,10 @@ use outrigger_sandbox::{BASE, LISTENER, Policy, Rule, SOCKET};
 use crate::input::Input;
 use crate::output::{Output, OutputTarget};
 use crate::session::{SerialConsole, SessionEnd, TrapSession};
-use crate::wait::Woken;
+use crate::wait::WaitResult;
 
 const NAME: &str = "device-platform";
-/// Standard streams, outputs, and the few that a session brings.
+/// Open files: standard streams, outputs, and a few for each session.
 const MAX_FILES: u64 = 64;
 
 /// Serves a virtual machine's serial port, clock, keyboard controller, power
@@ -44,11 +43,10 @@ pub struct PlatformOptions {
     #[command(flatten)]
     common: CommonOptions,
 
-    /// The serial port's other end: stdio, file=PATH (appended to), fd=N (an inherited
-    /// file, open for writing), or null
+    /// Where the serial port is connected to: stdio, file=PATH (appended to), fd=N (an
+    /// inherited file, open for writing), or null
     ///
-    /// A terminal stays in the mode it is in: input arrives line by line, and
-    /// Ctrl-C ends this program.
+    /// A terminal keeps its mode: input arrives line by line, and Ctrl-C ends this program.
     #[arg(long, value_name = "stdio|file=PATH|fd=N|null", default_value = "stdio",
           value_parser = OutputTarget::serial)]
     serial: OutputTarget,
@@ -60,9 +58,9 @@ pub struct PlatformOptions {
     debug_console: Option<OutputTarget>,
 }
 
-/// What is needed beyond the tables that the processes share.
+/// System calls beyond the shared tables.
 const SYSCALLS: &[Rule] = &[
-    // The sizes of the runner's region and of an output file.
+    // For the size of the runner's region and of an output file.
     Rule::any(libc::SYS_fstat),
     Rule::any(libc::SYS_pwrite64),
 ];
@@ -78,8 +76,8 @@ fn serve(options: &PlatformOptions) -> anyhow::Result<()> {
     let common = &options.common;
     let mut listener = Listener::new(common)?;
     let ready = ReadyNotifier::new(common)?;
-    let mut console = console(options)?;
-    let signals = wait::ending_signals().context("signalfd")?;
+    let mut console = open_console(options)?;
+    let signals = wait::termination_signals().context("signalfd")?;
 
     let mut layers = vec![BASE, SOCKET, SYSCALLS];
     if listener.is_listening() {
@@ -98,14 +96,14 @@ fn serve(options: &PlatformOptions) -> anyhow::Result<()> {
 
     loop {
         if let Listener::Listening { socket, .. } = &listener
-            && wait::for_input(socket, &signals, None)? == Woken::Signal
+            && wait::for_input(socket, &signals, None)? == WaitResult::Signal
         {
             return Ok(());
         }
         let Some(stream) = listener.accept().context("accepting a runner")? else {
             return Ok(());
         };
-        let end = match TrapSession::greet(stream, signals.as_fd(), &mut console) {
+        let end = match TrapSession::connect(stream, signals.as_fd(), &mut console) {
             Ok(mut session) => {
                 let end = session.serve();
                 session.finish();
@@ -115,16 +113,16 @@ fn serve(options: &PlatformOptions) -> anyhow::Result<()> {
         };
         match end {
             SessionEnd::Signal => return Ok(()),
-            SessionEnd::Left => tracing::debug!("the runner left"),
+            SessionEnd::Disconnected => tracing::debug!("the runner disconnected"),
             SessionEnd::Failed(error) if listener.is_listening() => {
-                tracing::warn!("runner dropped: {error}");
+                tracing::warn!(%error, "connection to a runner closed");
             }
             SessionEnd::Failed(error) => return Err(error.into()),
         }
     }
 }
 
-fn console(options: &PlatformOptions) -> anyhow::Result<SerialConsole> {
+fn open_console(options: &PlatformOptions) -> anyhow::Result<SerialConsole> {
     let mut outputs = vec![Output::open("serial", &options.serial)?];
     if let Some(target) = &options.debug_console {
         let debug = Output::open("debug-console", target)?;
@@ -134,7 +132,7 @@ fn console(options: &PlatformOptions) -> anyhow::Result<SerialConsole> {
         outputs.push(debug);
     }
     let input = match options.serial {
-        // Without standard input there is nothing to read, which is no error.
+        // A closed standard input is no error: there is just nothing to read.
         OutputTarget::Stdio => Input::stdin().unwrap_or_else(|_| Input::none()),
         _ => Input::none(),
     };

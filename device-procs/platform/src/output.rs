@@ -1,9 +1,9 @@
-//! Where output goes: `--serial` and `--debug-console`.
+//! The destinations of output: `--serial` and `--debug-console`.
 //!
-//! A regular file gets every byte exactly once, whether this program opens it or
-//! inherits it: each byte has its place there, so writing it again after a kill does no
-//! harm. Elsewhere, and in a file that others have opened for appending, what was being
-//! written when the process was killed is written again.
+//! A regular file gets every byte exactly once, whether this program opens it or inherits
+//! it: each byte has its offset, so a second write after a kill does no harm. In other
+//! files, and in files that are open for appending, the piece that was being written when
+//! the process was killed is written again.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -19,10 +19,10 @@ use rustix::io::Errno;
 use crate::state::OutputStream;
 use crate::wait::is_ready;
 
-/// Most bytes of one write: what a pipe that is writable takes without blocking
-/// (pipe(7)).
+/// Most bytes of one write: a writable pipe takes that many without blocking (PIPE_BUF in
+/// pipe(7)).
 pub const CHUNK: usize = 4096;
-/// A file that could not be written to is tried again after this time.
+/// Time after which a failed write to a file is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// A value of `--serial` or `--debug-console`.
@@ -36,7 +36,7 @@ pub enum OutputTarget {
     File(PathBuf),
     /// An inherited file, which is appended to.
     Fd(RawFd),
-    /// Nowhere.
+    /// Output is discarded.
     Null,
 }
 
@@ -44,7 +44,7 @@ impl OutputTarget {
     /// Parses `stdio|file=PATH|fd=N|null`.
     ///
     /// # Errors
-    /// What would have been right.
+    /// `text` has another form; the error lists the allowed ones.
     pub fn serial(text: &str) -> Result<Self, String> {
         match text {
             "stdio" => Ok(OutputTarget::Stdio),
@@ -55,7 +55,7 @@ impl OutputTarget {
     /// Parses `stderr|file=PATH|fd=N|null`.
     ///
     /// # Errors
-    /// What would have been right.
+    /// `text` has another form; the error lists the allowed ones.
     pub fn debug(text: &str) -> Result<Self, String> {
         match text {
             "stderr" => Ok(OutputTarget::Stderr),
@@ -76,28 +76,30 @@ impl OutputTarget {
     }
 }
 
+/// An open destination.
 enum Sink {
     Null,
-    /// A regular file in which each byte can be put at its place, and which one it is.
+    /// A regular file that is written at offsets, and its device and inode numbers.
     File(File, [u64; 2]),
-    /// Anything else.
+    /// Any other file.
     Stream(OwnedFd),
 }
 
-/// What keeps output from being written.
+/// Why output cannot be written now.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Blocked {
-    /// It is full: epoll says when it takes more.
+    /// The reader is slow: epoll reports when there is room.
     Full,
-    /// It failed and is tried again at this time.
+    /// A write failed; it is tried again at this time.
     Until(Instant),
 }
 
-/// One sink with its troubles.
+/// An output with its state.
 pub struct Output {
     name: &'static str,
     sink: Sink,
     blocked: Option<Blocked>,
+    /// Bytes that were dropped since the output was last drained.
     dropped: u64,
 }
 
@@ -105,7 +107,7 @@ impl Output {
     /// Opens `target`.
     ///
     /// # Errors
-    /// One line that names the option and the file.
+    /// The file cannot be opened; the error names the option and the file.
     pub fn open(name: &'static str, target: &OutputTarget) -> anyhow::Result<Self> {
         let sink = match target {
             OutputTarget::Null => Ok(Sink::Null),
@@ -138,18 +140,18 @@ impl Output {
         matches!((&self.sink, &other.sink), (Sink::File(_, a), Sink::File(_, b)) if a == b)
     }
 
-    /// Makes `stream` fit the file before the first byte of a session: a new
-    /// stream, one that began in another file, and one whose file was truncated or
-    /// written to by others go on at its end.
+    /// Aligns `stream` with the file at the start of a session: output goes on at the end
+    /// of the file if the stream is new, began in another file, or if another process
+    /// truncated or wrote to the file.
     ///
     /// # Errors
-    /// fstat(2)'s.
-    pub fn settle(&mut self, stream: &mut OutputStream) -> io::Result<()> {
+    /// fstat(2) fails.
+    pub fn align(&mut self, stream: &mut OutputStream) -> io::Result<()> {
         self.blocked = None;
         if let Sink::File(file, identity) = &self.sink {
             let size = rustix::fs::fstat(file)?.st_size as u64;
-            // A predecessor may have written what it did not live to take off the
-            // ring. Anything else there, or less, is others' work.
+            // The previous process may have died between writing bytes and removing them
+            // from the ring. Any other size means that another process changed the file.
             let written = size.wrapping_sub(stream.base.wrapping_add(stream.tail));
             if stream.file != *identity || written > stream.pending() {
                 stream.base = size.wrapping_sub(stream.tail);
@@ -159,8 +161,8 @@ impl Output {
         Ok(())
     }
 
-    /// Writes some of `bytes`, which stand at `stream.tail`; returns how many are
-    /// done with. 0 means that it is blocked.
+    /// Writes some of `bytes`, which start at position `stream.tail`; returns how many are
+    /// finished, which is 0 when the output is blocked.
     pub fn write(&mut self, stream: &OutputStream, bytes: &[u8]) -> usize {
         if self.blocked.is_some() {
             return 0;
@@ -178,11 +180,11 @@ impl Output {
             (Err(Errno::INTR), _) => {}
             (Err(Errno::AGAIN), _) => self.blocked = Some(Blocked::Full),
             (Err(error), Sink::File(..)) => {
-                tracing::warn!("{}: writing: {error}; trying again each second", self.name);
+                tracing::warn!(%error, "{}: writing failed; it is tried again each second", self.name);
                 self.blocked = Some(Blocked::Until(Instant::now() + RETRY));
             }
             (Err(error), _) => {
-                tracing::warn!("{}: writing: {error}; no more output", self.name);
+                tracing::warn!(%error, "{}: writing failed; there is no more output", self.name);
                 self.sink = Sink::Null;
                 return bytes.len();
             }
@@ -190,33 +192,40 @@ impl Output {
         0
     }
 
-    /// A byte found no room. Said once until [`Output::is_drained`].
+    /// Counts a byte that is dropped because the ring is full. Logged once until
+    /// [`Output::set_drained`].
     pub fn drop_byte(&mut self) {
         if self.dropped == 0 {
-            tracing::warn!("{}: output is not taken; dropping what is new", self.name);
+            tracing::warn!(
+                "{}: the reader does not read; new output is dropped",
+                self.name
+            );
         }
         self.dropped += 1;
     }
 
-    /// All there was is written.
-    pub fn is_drained(&mut self) {
+    /// All output is written.
+    pub fn set_drained(&mut self) {
         let dropped = std::mem::take(&mut self.dropped);
         if dropped > 0 {
-            tracing::warn!("{}: output goes on; {dropped} bytes were lost", self.name);
+            tracing::warn!(
+                "{}: the reader reads again; {dropped} bytes were lost",
+                self.name
+            );
         }
     }
 
-    /// What keeps it from writing.
+    /// Why it cannot write now.
     pub fn blocked(&self) -> Option<Blocked> {
         self.blocked
     }
 
-    /// It may be tried again.
+    /// Lets the next write be tried.
     pub fn unblock(&mut self) {
         self.blocked = None;
     }
 
-    /// What can be waited for.
+    /// The descriptor to wait for.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         match &self.sink {
             Sink::Stream(fd) => Some(fd.as_fd()),
@@ -225,13 +234,12 @@ impl Output {
     }
 }
 
-/// A standard stream as a file of our own: not to block is a property of an open
-/// file, and the one that we inherited is others' as well. Where that is not
-/// possible (a socket, somebody else's terminal) small writes after a look with
-/// poll(2) must do.
+/// Opens a standard stream again, as an open file of our own. O_NONBLOCK belongs to the open
+/// file, and other processes share the inherited one. Where that is not possible (a socket,
+/// another user's terminal), poll(2) precedes each small write.
 fn reopen(path: &str, inherited: BorrowedFd) -> io::Result<OwnedFd> {
-    // Regular files are not opened again: where to write next is such a
-    // property, too, and it is good to share.
+    // Regular files are not opened again, because the offset belongs to the open file, too,
+    // and must be shared.
     let kind = FileType::from_raw_mode(rustix::fs::fstat(inherited)?.st_mode);
     if kind != FileType::RegularFile
         && let Ok(file) = options().open(path)
@@ -254,7 +262,7 @@ fn open(path: &Path) -> io::Result<Sink> {
 
 fn adopt(fd: RawFd) -> io::Result<Sink> {
     let fd = device_core::fd::inherit_open_for(fd, false, true)?;
-    // pwrite(2) does not put bytes at their place in a file that is open for appending.
+    // pwrite(2) ignores the offset in a file that is open for appending.
     if fcntl_getfl(&fd)?.contains(OFlags::APPEND) {
         return Ok(Sink::Stream(fd));
     }
@@ -277,7 +285,7 @@ mod tests {
 
     fn write_all(output: &mut Output, stream: &mut OutputStream, bytes: &[u8]) {
         stream.head += bytes.len() as u64;
-        output.settle(stream).unwrap();
+        output.align(stream).unwrap();
         let len = output.write(stream, bytes);
         assert_eq!(len, bytes.len());
         stream.tail += len as u64;
@@ -301,7 +309,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_appended_to_and_bytes_written_twice_are_there_once() {
+    fn bytes_written_to_a_file_twice_appear_once() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         std::fs::write(&path, "old ").unwrap();
@@ -309,13 +317,13 @@ mod tests {
         let mut output = Output::open("serial", &target).unwrap();
         let mut stream = OutputStream::default();
         write_all(&mut output, &mut stream, b"one ");
-        // A successor that does not know that "two " is written.
+        // The successor does not know that "two " is written.
         let mut copy = stream;
         write_all(&mut output, &mut stream, b"two ");
         let mut successor = Output::open("serial", &target).unwrap();
         write_all(&mut successor, &mut copy, b"two three ");
         assert_eq!(std::fs::read(&path).unwrap(), b"old one two three ");
-        // Truncated, and a new file: both go on at the end, without a hole.
+        // A truncated file and a new file: output goes on at the end, without a hole.
         std::fs::write(&path, "").unwrap();
         write_all(&mut successor, &mut copy, b"four ");
         assert_eq!(std::fs::read(&path).unwrap(), b"four ");
@@ -327,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn an_inherited_file_is_as_good_unless_it_is_open_for_appending() {
+    fn an_inherited_file_is_written_at_offsets_unless_it_is_open_for_appending() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         let open = |append: bool| {
@@ -348,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_pipe_blocks_and_a_broken_one_swallows() {
+    fn a_full_pipe_blocks_and_a_broken_one_discards() {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         let mut output = Output {
             name: "test",

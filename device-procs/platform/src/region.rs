@@ -1,20 +1,19 @@
-//! The runner's shared region, and in it the platform's own area, which makes
-//! this process replaceable. All offsets from `trap::STATE_OFFSET`:
+//! The runner's shared region. It contains the platform's own area, which makes this process
+//! replaceable. Offsets are relative to `trap::STATE_OFFSET`:
 //!
 //! | offset | size | what |
 //! |---|---|---|
 //! | 0 | 12 | magic, version, selector (32 bits each) |
-//! | 1 KiB | 1 KiB | one copy of [`State`] |
-//! | 2 KiB | 1 KiB | the other copy |
+//! | 1 KiB | 1 KiB | first copy of [`PlatformState`] |
+//! | 2 KiB | 1 KiB | second copy |
 //! | 4 KiB | 16 KiB | ring of the serial line's output |
 //! | 20 KiB | 4 KiB | ring of the debug console's output |
 //!
-//! The selector says which copy counts. A request is carried out in this order:
-//! its new state goes into the other copy, the selector changes (one store: now
-//! it has happened), the slot is completed. A successor thus finds either all of
-//! the request's effects or none, and knows which: the state names the last
-//! request carried out and its answer. Bytes of a ring count once the state's
-//! `head` includes them.
+//! The selector says which copy is current. A request is carried out in this order: the
+//! new state is written to the other copy, the selector changes (one store, which makes the
+//! request happen), and the slot is completed. So a successor finds either all effects of a
+//! request or none, and can tell which, because the state contains the last request carried
+//! out and its answer. Bytes in a ring are valid once the state's `head` includes them.
 
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
@@ -33,9 +32,10 @@ use crate::state::{OutputStream, PlatformState, STREAMS};
 
 /// "ORPS" in little-endian order.
 const AREA_MAGIC: u32 = 0x5350_524f;
-/// Version of the area and of [`State`].
+/// Version of the area and of [`PlatformState`].
 const AREA_VERSION: u32 = 1;
 
+/// Offsets of the two copies.
 const COPIES: [usize; 2] = [1024, 2048];
 const COPY_WORDS: usize = size_of::<PlatformState>() / 8;
 /// Offset and size of the rings.
@@ -49,8 +49,9 @@ const _: () = assert!(COPIES[1] + size_of::<PlatformState>() <= RINGS[0].0);
 const _: () = assert!(RINGS[0].0 + RINGS[0].1 <= RINGS[1].0);
 const _: () = assert!(RINGS[1].0 + RINGS[1].1 <= STATE_SIZE);
 
+/// The start of the area.
 #[repr(C)]
-struct Root {
+struct AreaHeader {
     magic: AtomicU32,
     version: AtomicU32,
     selector: AtomicU32,
@@ -60,15 +61,15 @@ struct Root {
 pub struct StateRegion {
     start: *mut u8,
     vcpus: usize,
-    /// Which copy counts.
+    /// Index of the current copy.
     current: Cell<usize>,
 }
 
 impl StateRegion {
-    /// Maps what the runner sent with its greeting, for `vcpus` vCPUs.
+    /// Maps the region that came with the runner's Hello, for `vcpus` vCPUs.
     ///
     /// # Errors
-    /// When it is not what it should be.
+    /// Its size, seals or header are wrong, or `vcpus` is out of range.
     pub fn map(fd: &OwnedFd, vcpus: u32) -> Result<Self, Error> {
         let count = vcpus as usize;
         if count == 0 || count > MAX_VCPUS {
@@ -82,13 +83,13 @@ impl StateRegion {
                 "{size} bytes instead of {REGION_SIZE}"
             )));
         }
-        // Without it, whoever holds the file could shrink it under our feet.
+        // Without the seal another process could shrink the file and cause SIGBUS here.
         let sealed =
             rustix::fs::fcntl_get_seals(fd).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
         if !sealed {
             return Err(Error::Region("not a memfd sealed against shrinking".into()));
         }
-        // SAFETY: a new shared mapping wherever the kernel likes.
+        // SAFETY: the kernel chooses the address of the new mapping, so it replaces none.
         let start = unsafe {
             rustix::mm::mmap(
                 std::ptr::null_mut(),
@@ -117,45 +118,46 @@ impl StateRegion {
         Ok(region)
     }
 
-    /// The first page.
+    /// The header that runner and platform share.
     pub fn header(&self) -> &TrapHeader {
         self.at(0)
     }
 
-    /// One slot for each vCPU.
+    /// The slots, one for each vCPU.
     pub fn slots(&self) -> &[TrapSlot] {
         let first: *const TrapSlot = self.at(SLOTS_OFFSET);
-        // SAFETY: `map` has seen to it that all slots lie within the region,
-        // which stays mapped; they are made of atomics.
+        // SAFETY: `map` has checked that all slots lie within the region, which stays
+        // mapped as long as `self`; slots consist of atomics.
         unsafe { std::slice::from_raw_parts(first, self.vcpus) }
     }
 
-    /// What a predecessor left behind; `None` in a region that is new.
+    /// Loads the state that the previous process left; `None` in a new region.
     ///
     /// # Errors
-    /// When there is something that no version of this program could have left,
-    /// or another version.
+    /// The state is invalid, or of another version.
     pub fn load(&self) -> Result<Option<PlatformState>, Error> {
-        let root = self.root();
-        if root.magic.load(Ordering::Acquire) != AREA_MAGIC {
+        let area = self.area_header();
+        if area.magic.load(Ordering::Acquire) != AREA_MAGIC {
             return Ok(None);
         }
-        let version = root.version.load(Ordering::Relaxed);
+        let version = area.version.load(Ordering::Relaxed);
         if version != AREA_VERSION {
             return Err(Error::Region(format!(
                 "registers of version {version}, this program knows {AREA_VERSION}"
             )));
         }
-        let current = root.selector.load(Ordering::Acquire) as usize;
+        let current = area.selector.load(Ordering::Acquire) as usize;
         let Some(&copy) = COPIES.get(current) else {
-            return Err(Error::Region(format!("there is no copy {current}")));
+            return Err(Error::Region(format!(
+                "its selector is {current}, not 0 or 1"
+            )));
         };
         let mut words = [0u64; COPY_WORDS];
         for (word, kept) in words.iter_mut().zip(self.copy(copy)) {
             *word = kept.load(Ordering::Relaxed);
         }
         let state = PlatformState::read_from_bytes(words.as_bytes())
-            .map_err(|_| Error::Region("the registers do not fit".into()))?;
+            .map_err(|_| Error::Region("the registers have an invalid value".into()))?;
         state
             .check(RING_SIZES)
             .map_err(|why| Error::Region(why.into()))?;
@@ -163,15 +165,15 @@ impl StateRegion {
         Ok(Some(state))
     }
 
-    /// Puts a first state into a new region.
+    /// Writes the first state to a new region.
     pub fn initialise(&self, state: &PlatformState) {
         self.commit(state);
-        let root = self.root();
-        root.version.store(AREA_VERSION, Ordering::Relaxed);
-        root.magic.store(AREA_MAGIC, Ordering::Release);
+        let area = self.area_header();
+        area.version.store(AREA_VERSION, Ordering::Relaxed);
+        area.magic.store(AREA_MAGIC, Ordering::Release);
     }
 
-    /// Makes `state` the one that counts, at one stroke.
+    /// Makes `state` current, atomically.
     pub fn commit(&self, state: &PlatformState) {
         let next = 1 - self.current.get();
         for (bytes, word) in state
@@ -183,11 +185,13 @@ impl StateRegion {
             value.copy_from_slice(bytes);
             word.store(u64::from_ne_bytes(value), Ordering::Relaxed);
         }
-        self.root().selector.store(next as u32, Ordering::Release);
+        self.area_header()
+            .selector
+            .store(next as u32, Ordering::Release);
         self.current.set(next);
     }
 
-    /// Adds a byte to ring `at`, whose `stream` takes note; false when it is full.
+    /// Appends a byte to ring `at` and advances `stream`; returns false when the ring is full.
     pub fn push(&self, at: usize, stream: &mut OutputStream, byte: u8) -> bool {
         let ring = self.ring(at);
         if stream.pending() >= ring.len() as u64 {
@@ -198,8 +202,7 @@ impl StateRegion {
         true
     }
 
-    /// Copies the first bytes of ring `at` that are not written out; returns how
-    /// many.
+    /// Copies the oldest unwritten bytes of ring `at` to `buffer`; returns how many.
     pub fn peek(&self, at: usize, stream: &OutputStream, buffer: &mut [u8]) -> usize {
         let ring = self.ring(at);
         let len = (stream.pending() as usize).min(buffer.len());
@@ -210,7 +213,7 @@ impl StateRegion {
         len
     }
 
-    fn root(&self) -> &Root {
+    fn area_header(&self) -> &AreaHeader {
         self.at(STATE_OFFSET)
     }
 
@@ -221,24 +224,25 @@ impl StateRegion {
     fn ring(&self, at: usize) -> &[AtomicU8] {
         let (offset, size) = RINGS[at];
         let first: *const AtomicU8 = self.at(STATE_OFFSET + offset);
-        // SAFETY: the rings lie within the region (see the assertions above).
+        // SAFETY: the assertions above show that the rings lie within the region, which stays
+        // mapped as long as `self`.
         unsafe { std::slice::from_raw_parts(first, size) }
     }
 
-    /// What lies at `offset`: something made of atomics that fits there.
+    /// The object at `offset`. `T` consists of atomics and fits there.
     fn at<T>(&self, offset: usize) -> &T {
         debug_assert!(offset + size_of::<T>() <= REGION_SIZE);
-        // SAFETY: private to this module, where all offsets are constants that are
-        // aligned for their types and lie within the region; it stays mapped as
-        // long as `self` lives. Others change it only while we use atomics.
+        // SAFETY: this function is private, and all offsets in this module are constants that
+        // are aligned for their types and lie within the region, which stays mapped as long
+        // as `self`. Other processes change it at any time, but `T` consists of atomics.
         unsafe { &*self.start.add(offset).cast::<T>() }
     }
 }
 
 impl Drop for StateRegion {
     fn drop(&mut self) {
-        // SAFETY: nothing borrowed from the region outlives it. A failure would
-        // leave it mapped, which does no harm.
+        // SAFETY: no borrow of the region outlives `self`. If munmap fails, the region stays
+        // mapped, which does no harm.
         let _ = unsafe { rustix::mm::munmap(self.start.cast(), REGION_SIZE) };
     }
 }
@@ -260,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_committed_last_is_found() {
+    fn a_successor_finds_the_last_committed_state() {
         let (fd, region) = region();
         assert!(region.load().unwrap().is_none());
         let mut state = PlatformState::power_on();
@@ -270,7 +274,7 @@ mod tests {
             region.commit(&state);
             let successor = StateRegion::map(&fd, 2).unwrap();
             assert_eq!(successor.load().unwrap(), Some(state));
-            // What is not committed is not seen, however far it got.
+            // A partly written copy is not seen.
             let other = COPIES[1 - region.current.get()];
             for word in region.copy(other) {
                 word.store(u64::MAX, Ordering::Relaxed);
@@ -280,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn garbage_is_refused() {
+    fn invalid_regions_are_refused() {
         let (fd, region) = region();
         region.initialise(&PlatformState::power_on());
         assert!(StateRegion::map(&fd, 3).is_err());
@@ -297,9 +301,9 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_takes_as_much_as_fits_and_gives_it_back_in_order() {
+    fn a_ring_returns_bytes_in_order_up_to_its_size() {
         let (_fd, region) = region();
-        // Close to where positions wrap.
+        // Positions wrap within this test.
         let mut stream = OutputStream {
             head: u64::MAX - 5,
             tail: u64::MAX - 5,

@@ -1,5 +1,5 @@
-//! One runner, from its greeting until it leaves: requests are carried out in
-//! ticket order, output and input move in between.
+//! A runner's session, from its Hello until it disconnects. Requests are carried out in
+//! ticket order; output and input are moved in between.
 
 use std::convert::Infallible;
 use std::io;
@@ -22,29 +22,30 @@ use crate::input::Input;
 use crate::output::{Blocked, CHUNK, Output};
 use crate::region::StateRegion;
 use crate::state::{DEBUG, PlatformState, SERIAL};
-use crate::wait::{self, Woken, is_ready};
+use crate::wait::{self, WaitResult, is_ready};
 
-/// How long a runner may take for its part of the greeting and for a message.
+/// How long a runner may take for each message of the handshake.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// How long the end of a session may wait for whoever reads the output.
-const DRAIN: Duration = Duration::from_secs(1);
-/// Output of this size is written even though requests keep coming.
-const PLENTY: u64 = 1024;
-/// For how long it looks for the next request. Less than a vCPU waits before it sleeps:
-/// a request found later is one that we kept from being made.
-const LOOK: Duration = Duration::from_micros(50);
+/// How long the end of a session waits for a reader of the output.
+const OUTPUT_DEADLINE: Duration = Duration::from_secs(1);
+/// Output of this many bytes is written even while requests keep coming.
+const WRITE_THRESHOLD: u64 = 1024;
+/// Longest time of polling for the next request. It is shorter than a vCPU polls for its
+/// answer: on a shared CPU, longer polling only delays the vCPU.
+const POLL_LIMIT: Duration = Duration::from_micros(50);
 
+// Event tokens.
 const STREAM: u64 = 0;
 const DOORBELL: u64 = 1;
 const SIGNALS: u64 = 2;
 const INPUT: u64 = 3;
-/// And from here on the outputs.
+/// Token of the first output; the others follow.
 const OUTPUT: u64 = 4;
 
-/// What the streams are connected to.
+/// The host side of the serial line and the debug console.
 pub struct SerialConsole {
-    /// The serial line's output, and the debug console's if that has one of its
-    /// own; at the places of their streams.
+    /// The serial line's output and, if it has one of its own, the debug console's;
+    /// indexed as the streams are.
     pub outputs: Vec<Output>,
     /// The serial line's input.
     pub input: Input,
@@ -52,11 +53,11 @@ pub struct SerialConsole {
 
 /// How a session ended.
 pub enum SessionEnd {
-    /// The runner has left.
-    Left,
-    /// A signal wants this process to end.
+    /// The runner has disconnected.
+    Disconnected,
+    /// A signal ends this process.
     Signal,
-    /// The runner cannot be served.
+    /// An error ends the session.
     Failed(Error),
 }
 
@@ -67,41 +68,43 @@ impl From<Error> for SessionEnd {
             Error::Io { source, .. }
                 if matches!(source.kind(), BrokenPipe | ConnectionReset | UnexpectedEof) =>
             {
-                SessionEnd::Left
+                SessionEnd::Disconnected
             }
             error => SessionEnd::Failed(error),
         }
     }
 }
 
-/// A connected runner.
+/// The session of a connected runner.
 pub struct TrapSession<'a> {
     stream: UnixStream,
     region: StateRegion,
-    /// What the region's area says, or will say with the next commit.
+    /// The state in the region, or the one that the next commit writes there.
     state: PlatformState,
-    line: OwnedFd,
+    /// The eventfd of the serial port's interrupt line.
+    interrupt: OwnedFd,
     console: &'a mut SerialConsole,
     poller: Poller,
     polling: AdaptivePolling,
 }
 
 impl<'a> TrapSession<'a> {
-    /// Exchanges greetings over `stream`, then takes up where a predecessor
-    /// stopped.
+    /// Does the handshake over `stream` and loads the state of the previous process.
     ///
     /// # Errors
-    /// [`End`] when it does not come to a session.
-    pub fn greet(
+    /// Why there is no session.
+    pub fn connect(
         stream: UnixStream,
         signals: BorrowedFd,
         console: &'a mut SerialConsole,
     ) -> Result<Self, SessionEnd> {
-        let what = "waiting for the greeting";
+        let what = "waiting for the runner's greeting";
         match wait::for_input(&stream, signals, Some(DEADLINE)).map_err(Error::io(what))? {
-            Woken::Ready => {}
-            Woken::Signal => return Err(SessionEnd::Signal),
-            Woken::Late => return Err(Error::Greeting(format!("none in {DEADLINE:?}")).into()),
+            WaitResult::Ready => {}
+            WaitResult::Signal => return Err(SessionEnd::Signal),
+            WaitResult::TimedOut => {
+                return Err(Error::Hello(format!("none in {DEADLINE:?}")).into());
+            }
         }
         let what = "setting a deadline";
         stream
@@ -111,17 +114,17 @@ impl<'a> TrapSession<'a> {
             .set_write_timeout(Some(DEADLINE))
             .map_err(Error::io(what))?;
 
-        let (region, doorbell) = hello(&stream)?;
-        let found = region.load()?;
-        let mut state = found.unwrap_or_else(PlatformState::power_on);
-        settle(&mut state, console)?;
-        if found.is_some() {
+        let (region, doorbell) = receive_hello(&stream)?;
+        let loaded = region.load()?;
+        let mut state = loaded.unwrap_or_else(PlatformState::power_on);
+        align_streams(&mut state, console)?;
+        if loaded.is_some() {
             region.commit(&state);
         } else {
             region.initialise(&state);
         }
         region.header().finish_sleep();
-        let line = ask_for_line(&stream)?;
+        let interrupt = request_interrupt(&stream)?;
 
         let poller = Poller::new().map_err(Error::io("epoll"))?;
         let add =
@@ -140,10 +143,10 @@ impl<'a> TrapSession<'a> {
             stream,
             region,
             state,
-            line,
+            interrupt,
             console,
             poller,
-            polling: AdaptivePolling::new(LOOK),
+            polling: AdaptivePolling::new(POLL_LIMIT),
         })
     }
 
@@ -156,57 +159,57 @@ impl<'a> TrapSession<'a> {
     }
 
     fn run(&mut self) -> Result<Infallible, SessionEnd> {
-        // A predecessor may have died between an answer and waking whoever waits
-        // for it, or between a commit and raising the line.
+        // The previous process may have died between an answer and waking its vCPU, or
+        // between a commit and raising the interrupt line.
         for slot in self.region.slots() {
             wake(slot);
         }
         if self.state.bus.uart.is_pending() {
-            self.raise();
+            self.raise_interrupt();
         }
         loop {
-            self.send_owed_event()?;
-            if self.step() {
+            self.send_pending_event()?;
+            if self.handle_request() {
                 if self.polling.found_work() {
-                    self.look_around()?;
+                    self.check_events()?;
                 }
                 continue;
             }
-            self.take_input();
+            self.read_input();
             match self.polling.found_nothing() {
                 PollAction::Poll => std::hint::spin_loop(),
-                PollAction::CheckEvents => self.look_around()?,
+                PollAction::CheckEvents => self.check_events()?,
                 PollAction::Sleep => self.sleep()?,
             }
         }
     }
 
-    /// Carries out the request that comes first; false when there is none.
-    fn step(&mut self) -> bool {
+    /// Carries out the request with the lowest ticket; returns false when there is none.
+    fn handle_request(&mut self) -> bool {
         let Some((vcpu, request)) = first_open(self.region.slots()) else {
             return false;
         };
-        let interrupt = self.carry_out(vcpu, &request);
+        let interrupt = self.apply(vcpu, &request);
         let slot = &self.region.slots()[vcpu];
         if let Some(word) = slot.complete(request.seq, self.state.answer) {
             wake_word(word);
         }
         if interrupt {
-            self.raise();
+            self.raise_interrupt();
         }
         for at in 0..self.console.outputs.len() {
-            if self.state.streams[at].pending() >= PLENTY {
-                self.drain(at);
+            if self.state.streams[at].pending() >= WRITE_THRESHOLD {
+                self.write_output(at);
             }
         }
         true
     }
 
-    /// Makes the request's effects and its answer part of the committed state;
-    /// returns whether the interrupt line goes up.
-    fn carry_out(&mut self, vcpu: usize, request: &TrapRequest) -> bool {
+    /// Commits the request's effects and its answer; returns whether to raise the interrupt
+    /// line.
+    fn apply(&mut self, vcpu: usize, request: &TrapRequest) -> bool {
         if self.state.is_applied(vcpu, request.seq) {
-            // A predecessor did; only the answer is missing.
+            // The previous process did it; only the answer is missing.
             return false;
         }
         let outcome = self.state.bus.access(&request.access);
@@ -226,9 +229,9 @@ impl<'a> TrapSession<'a> {
         outcome.interrupt
     }
 
-    fn send_owed_event(&mut self) -> Result<(), Error> {
-        if let Some(event) = self.state.owed_event() {
-            tracing::debug!("the guest asks: {event:?}");
+    fn send_pending_event(&mut self) -> Result<(), Error> {
+        if let Some(event) = self.state.pending_event() {
+            tracing::debug!(?event, "the guest made a request");
             self.send(&event)?;
             self.state.set_event_sent();
             self.region.commit(&self.state);
@@ -240,12 +243,12 @@ impl<'a> TrapSession<'a> {
         channel::send(&self.stream, message, &[]).map_err(Error::io("sending to the runner"))
     }
 
-    fn raise(&self) {
-        // EAGAIN: it has been raised more often than anybody can count.
-        let _ = rustix::io::write(&self.line, &1u64.to_ne_bytes());
+    fn raise_interrupt(&self) {
+        // EAGAIN: the counter is full, so the interrupt is pending anyway.
+        let _ = rustix::io::write(&self.interrupt, &1u64.to_ne_bytes());
     }
 
-    fn take_input(&mut self) {
+    fn read_input(&mut self) {
         let room = self.state.bus.uart.room();
         if room == 0 || !self.console.input.is_ready() {
             return;
@@ -256,13 +259,13 @@ impl<'a> TrapSession<'a> {
             let interrupt = self.state.bus.uart.receive(&buffer[..len]);
             self.region.commit(&self.state);
             if interrupt {
-                self.raise();
+                self.raise_interrupt();
             }
         }
     }
 
-    /// Writes out what stream `at` holds, as far as it goes without waiting.
-    fn drain(&mut self, at: usize) {
+    /// Writes the output of stream `at` as far as that works without waiting.
+    fn write_output(&mut self, at: usize) {
         let output = &mut self.console.outputs[at];
         if matches!(output.blocked(), Some(Blocked::Until(time)) if Instant::now() >= time) {
             output.unblock();
@@ -278,31 +281,31 @@ impl<'a> TrapSession<'a> {
             let written = output.write(stream, &buffer[..len]);
             stream.tail = stream.tail.wrapping_add(written as u64);
             if stream.pending() == 0 {
-                output.is_drained();
+                output.set_drained();
             }
             self.region.commit(&self.state);
             if output.blocked() == Some(Blocked::Full)
                 && let Some(fd) = output.fd()
                 && let Err(error) = self.poller.add(fd, OUTPUT + at as u64)
             {
-                tracing::debug!("waiting for output: {error}");
+                tracing::debug!(%error, "waiting for output failed");
             }
         }
     }
 
-    fn drain_all(&mut self) {
+    fn write_outputs(&mut self) {
         for at in 0..self.console.outputs.len() {
-            self.drain(at);
+            self.write_output(at);
         }
     }
 
-    fn look_around(&mut self) -> Result<(), SessionEnd> {
-        self.drain_all();
+    fn check_events(&mut self) -> Result<(), SessionEnd> {
+        self.write_outputs();
         self.wait(Some(Duration::ZERO))
     }
 
     fn sleep(&mut self) -> Result<(), SessionEnd> {
-        self.drain_all();
+        self.write_outputs();
         self.region.header().prepare_sleep();
         if first_open(self.region.slots()).is_some() {
             self.region.header().finish_sleep();
@@ -323,7 +326,7 @@ impl<'a> TrapSession<'a> {
         end
     }
 
-    /// Waits for anything but requests, and sees to it.
+    /// Waits for events other than requests, and handles them.
     fn wait(&mut self, timeout: Option<Duration>) -> Result<(), SessionEnd> {
         let mut tokens = Vec::new();
         self.poller
@@ -331,15 +334,15 @@ impl<'a> TrapSession<'a> {
             .map_err(Error::io("epoll_wait"))?;
         for token in tokens {
             match token {
-                STREAM => self.take_messages()?,
+                STREAM => self.receive_messages()?,
                 SIGNALS => return Err(SessionEnd::Signal),
                 INPUT => self.console.input.set_ready(),
-                // It only wakes; the requests are found in the slots.
+                // It only wakes this process; requests are in the slots.
                 DOORBELL => {}
                 output => {
                     let output = &mut self.console.outputs[(output - OUTPUT) as usize];
                     if let Some(fd) = output.fd() {
-                        // Not there any more is as good.
+                        // An output that is not registered any more is no error.
                         let _ = self.poller.remove(fd);
                     }
                     output.unblock();
@@ -349,7 +352,7 @@ impl<'a> TrapSession<'a> {
         Ok(())
     }
 
-    fn take_messages(&mut self) -> Result<(), Error> {
+    fn receive_messages(&mut self) -> Result<(), Error> {
         while is_ready(&self.stream, PollFlags::IN) {
             let what = "receiving from the runner";
             match channel::receive(&self.stream).map_err(Error::io(what))? {
@@ -360,12 +363,12 @@ impl<'a> TrapSession<'a> {
         Ok(())
     }
 
-    /// The machine's reset. What its vCPUs asked before is carried out first, but
-    /// no event that comes of it counts any more.
+    /// Resets the machine. Open requests are carried out first; events that they cause do not
+    /// count any more.
     fn reset(&mut self) -> Result<(), Error> {
-        // The vCPUs stand still: each has one request at most.
+        // The vCPUs are paused, so each has at most one open request.
         for _ in 0..self.region.slots().len() {
-            if !self.step() {
+            if !self.handle_request() {
                 break;
             }
         }
@@ -374,12 +377,12 @@ impl<'a> TrapSession<'a> {
         self.send(&FromPlatform::ResetDone)
     }
 
-    /// The end: gives whoever reads the output a little time to take the rest.
+    /// Ends the session: waits a moment for readers to take the rest of the output.
     pub fn finish(mut self) {
-        let end = Instant::now() + DRAIN;
+        let end = Instant::now() + OUTPUT_DEADLINE;
         for at in 0..self.console.outputs.len() {
             loop {
-                self.drain(at);
+                self.write_output(at);
                 let left = end.saturating_duration_since(Instant::now());
                 let output = &mut self.console.outputs[at];
                 let waited = output.blocked() == Some(Blocked::Full)
@@ -394,55 +397,57 @@ impl<'a> TrapSession<'a> {
             }
             let left = self.state.streams[at].pending();
             if left > 0 {
-                tracing::warn!("{left} bytes of output are not written: nobody takes them");
+                tracing::warn!("{left} bytes of output are lost: their reader does not read");
             }
         }
     }
 }
 
-/// Takes the runner's greeting.
-fn hello(stream: &UnixStream) -> Result<(StateRegion, OwnedFd), Error> {
+/// Receives the runner's Hello; returns the region and the doorbell.
+fn receive_hello(stream: &UnixStream) -> Result<(StateRegion, OwnedFd), Error> {
     let (message, fds) = channel::receive(stream).map_err(Error::io("receiving the greeting"))?;
     let ToPlatform::Hello { version, vcpus } = message else {
-        return Err(Error::Greeting(format!("{message:?} comes first")));
+        return Err(Error::Hello(format!("got {message:?} instead of Hello")));
     };
     if version != VERSION {
-        return Err(Error::Greeting(format!(
-            "version {version}, this program speaks {VERSION}"
+        return Err(Error::Hello(format!(
+            "the runner speaks version {version}, this program {VERSION}: use programs of one release"
         )));
     }
     let [region, doorbell] = <[OwnedFd; 2]>::try_from(fds)
-        .map_err(|fds| Error::Greeting(format!("{} descriptors instead of 2", fds.len())))?;
+        .map_err(|fds| Error::Hello(format!("{} descriptors instead of 2", fds.len())))?;
     Ok((StateRegion::map(&region, vcpus)?, doorbell))
 }
 
-/// Makes the streams fit the outputs.
-fn settle(state: &mut PlatformState, console: &mut SerialConsole) -> Result<(), Error> {
+/// Adapts the streams to the outputs.
+fn align_streams(state: &mut PlatformState, console: &mut SerialConsole) -> Result<(), Error> {
     for (output, stream) in console.outputs.iter_mut().zip(&mut state.streams) {
         output
-            .settle(stream)
+            .align(stream)
             .map_err(Error::io("the size of an output file"))?;
     }
     for stream in state.streams.iter_mut().skip(console.outputs.len()) {
         if stream.pending() > 0 {
-            tracing::warn!("the predecessor's debug output has nowhere to go");
+            tracing::warn!(
+                "debug output of the previous process is lost: there is no --debug-console now"
+            );
             stream.tail = stream.head;
         }
     }
     Ok(())
 }
 
-/// Asks for the one interrupt line that is driven.
-fn ask_for_line(stream: &UnixStream) -> Result<OwnedFd, Error> {
+/// Requests the eventfd of the serial port's interrupt line.
+fn request_interrupt(stream: &UnixStream) -> Result<OwnedFd, Error> {
     let gsis = vec![uart::LINE];
     channel::send(stream, &FromPlatform::Lines { gsis }, &[])
-        .map_err(Error::io("asking for interrupt lines"))?;
+        .map_err(Error::io("requesting interrupt lines"))?;
     let (message, fds) =
         channel::receive(stream).map_err(Error::io("receiving interrupt lines"))?;
     match (message, <[OwnedFd; 1]>::try_from(fds)) {
         (ToPlatform::Lines, Ok([line])) => Ok(line),
         (message, fds) => Err(Error::Message(format!(
-            "{message:?} with {} descriptors answers a wish for one line",
+            "got {message:?} with {} descriptors instead of one interrupt line",
             fds.map_or_else(|fds| fds.len(), |_| 1)
         ))),
     }
@@ -456,6 +461,6 @@ fn wake(slot: &TrapSlot) {
 }
 
 fn wake_word(word: &std::sync::atomic::AtomicU32) {
-    // The word is shared with another process. No sleeper is no error.
+    // The futex is shared with another process. That no vCPU sleeps is no error.
     let _ = futex::wake(word, futex::Flags::empty(), 1);
 }

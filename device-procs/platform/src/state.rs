@@ -1,7 +1,7 @@
 //! Everything that must outlive this process, as plain data.
 //!
-//! The runner's region keeps it (see [`crate::region`]), so that a process that
-//! was killed at any moment is replaced and nobody notices.
+//! It lies in the runner's region (see [`crate::region`]), so that a process that was killed
+//! at any moment can be replaced without the guest noticing.
 
 use outrigger_protocol::trap::FromPlatform;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -9,26 +9,26 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 use crate::devices::PlatformEvent;
 use crate::isa_bus::IsaBus;
 
-/// Where a ring's bytes stand. Positions count from the start of the stream and
-/// never wrap; a ring holds those from `tail` to `head`.
+/// Positions in an output stream. They count from the start of the stream and never wrap in
+/// practice; the ring contains the bytes from `tail` to `head`.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
 )]
 #[repr(C)]
 pub struct OutputStream {
-    /// Where the next byte from the guest goes.
+    /// Position of the next byte from the guest.
     pub head: u64,
-    /// The first byte that is not written out.
+    /// Position of the first byte that is not written out.
     pub tail: u64,
-    /// Where in the file position 0 lies, modulo 2^64, so that every byte has one
-    /// place in the file, however often it is written there.
+    /// File offset of position 0, modulo 2^64. So each byte has one offset in the file,
+    /// however often it is written.
     pub base: u64,
-    /// Which file that is (`st_dev` and `st_ino`, stat(3type)); 0 if none.
+    /// That file (`st_dev` and `st_ino`, stat(3type)); zeros if there is none.
     pub file: [u64; 2],
 }
 
 impl OutputStream {
-    /// How many bytes wait to be written out.
+    /// Number of bytes that are not written out.
     pub fn pending(&self) -> u64 {
         self.head.wrapping_sub(self.tail)
     }
@@ -38,29 +38,29 @@ impl OutputStream {
 pub const STREAMS: usize = 2;
 /// The serial line's stream.
 pub const SERIAL: usize = 0;
-/// The debug console's stream, if it is not written to the serial line's sink.
+/// The debug console's stream, if its output does not go where the serial line's goes.
 pub const DEBUG: usize = 1;
 
 /// No vCPU.
-const NOBODY: u32 = u32::MAX;
+const NO_VCPU: u32 = u32::MAX;
 
 const NO_EVENT: u8 = 0;
 const POWER_OFF: u8 = 1;
 const RESET: u8 = 2;
 const EXIT: u8 = 3;
 
-/// All that is committed at one stroke.
+/// The state that is committed atomically.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct PlatformState {
     /// The devices' registers.
     pub bus: IsaBus,
-    /// The answer to the request that was carried out last.
+    /// Answer to the request that was carried out last.
     pub answer: u64,
-    /// That request: slot and number.
+    /// That request: vCPU and sequence number.
     vcpu: u32,
     seq: u32,
-    /// Output on its way.
+    /// Output that is not written yet.
     pub streams: [OutputStream; STREAMS],
     event: u8,
     exit_code: u8,
@@ -69,12 +69,12 @@ pub struct PlatformState {
 }
 
 impl PlatformState {
-    /// As the power comes on.
+    /// State at power-on.
     pub fn power_on() -> Self {
         PlatformState {
             bus: IsaBus::power_on(),
             answer: 0,
-            vcpu: NOBODY,
+            vcpu: NO_VCPU,
             seq: 0,
             streams: [OutputStream::default(); STREAMS],
             event: NO_EVENT,
@@ -84,7 +84,7 @@ impl PlatformState {
         }
     }
 
-    /// The machine's reset. Output on its way stays on its way.
+    /// Resets the devices. Output that is not written yet is kept.
     pub fn reset(&mut self) {
         self.bus.reset();
         self.event = NO_EVENT;
@@ -103,9 +103,8 @@ impl PlatformState {
         self.answer = answer;
     }
 
-    /// Notes what the guest asks for. Until the runner has reset the machine, only
-    /// the first wish counts: a guest repeats a reset until it happens, and must
-    /// not be reset again for each time.
+    /// Records the guest's request. Only the first request before the runner resets the
+    /// machine counts: a guest repeats a reset until it happens, and must be reset once.
     pub fn set_event(&mut self, event: PlatformEvent) {
         if self.event == NO_EVENT {
             (self.event, self.exit_code) = match event {
@@ -116,8 +115,8 @@ impl PlatformState {
         }
     }
 
-    /// What the runner must be told.
-    pub fn owed_event(&self) -> Option<FromPlatform> {
+    /// The message that the runner has not got yet.
+    pub fn pending_event(&self) -> Option<FromPlatform> {
         if self.event_sent != 0 {
             return None;
         }
@@ -131,17 +130,19 @@ impl PlatformState {
         }
     }
 
-    /// Notes that it was told.
+    /// Records that the message is sent.
     pub fn set_event_sent(&mut self) {
         self.event_sent = 1;
     }
 
-    /// What is wrong with a state that was found in memory, if anything.
-    /// `rings` are the sizes of the rings.
+    /// Checks a state that was found in memory; `rings` are the sizes of the rings.
+    ///
+    /// # Errors
+    /// What is wrong with it.
     pub fn check(&self, rings: [usize; STREAMS]) -> Result<(), &'static str> {
         for (stream, size) in self.streams.iter().zip(rings) {
             if stream.pending() > size as u64 {
-                return Err("an output ring is fuller than full");
+                return Err("an output ring contains more bytes than its size");
             }
         }
         self.bus.uart.check()
@@ -155,20 +156,20 @@ mod tests {
     #[test]
     fn only_the_first_event_counts_until_a_reset() {
         let mut state = PlatformState::power_on();
-        assert_eq!(state.owed_event(), None);
+        assert_eq!(state.pending_event(), None);
         state.set_event(PlatformEvent::Reset);
         state.set_event(PlatformEvent::PowerOff);
-        assert_eq!(state.owed_event(), Some(FromPlatform::ResetRequest));
+        assert_eq!(state.pending_event(), Some(FromPlatform::ResetRequest));
         state.set_event_sent();
         state.set_event(PlatformEvent::Reset);
-        assert_eq!(state.owed_event(), None);
+        assert_eq!(state.pending_event(), None);
         state.reset();
         state.set_event(PlatformEvent::Exit(7));
-        assert_eq!(state.owed_event(), Some(FromPlatform::Exit { code: 7 }));
+        assert_eq!(state.pending_event(), Some(FromPlatform::Exit { code: 7 }));
     }
 
     #[test]
-    fn rings_fuller_than_full_are_refused() {
+    fn a_stream_that_exceeds_its_ring_is_refused() {
         let mut state = PlatformState::power_on();
         state.streams[DEBUG].head = 17;
         state.check([16, 17]).unwrap();

@@ -1,5 +1,4 @@
-//! Waiting with poll(2), and the signals that end the program as a descriptor
-//! that can be waited for.
+//! Waiting with poll(2), also for the signals that end the program.
 
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -8,43 +7,42 @@ use std::time::{Duration, Instant};
 use outrigger_cli::signals;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// Whether `fd` can be read from or written to now. An error to be had there
-/// counts as well.
+/// Whether `fd` is ready for `what` now. A pending error counts as ready.
 pub fn is_ready(fd: impl AsFd, what: PollFlags) -> bool {
     wait(&mut [PollFd::new(&fd, what)], Some(Duration::ZERO)).unwrap_or(true)
 }
 
-/// How [`for_input`] ended.
+/// Result of [`for_input`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Woken {
+pub enum WaitResult {
     /// The descriptor is readable.
     Ready,
-    /// A signal wants the program to end.
+    /// A signal that ends the program has arrived.
     Signal,
-    /// It has taken too long.
-    Late,
+    /// The timeout is over.
+    TimedOut,
 }
 
-/// Waits until `fd` is readable or one of `signals` has come.
+/// Waits until `fd` is readable or one of `signals` has arrived.
 ///
 /// # Errors
-/// poll(2)'s.
+/// poll(2) fails.
 pub fn for_input(
     fd: impl AsFd,
     signals: impl AsFd,
     timeout: Option<Duration>,
-) -> io::Result<Woken> {
+) -> io::Result<WaitResult> {
     let mut fds = [
         PollFd::new(&fd, PollFlags::IN),
         PollFd::new(&signals, PollFlags::IN),
     ];
     let any = wait(&mut fds, timeout)?;
     Ok(if !fds[1].revents().is_empty() {
-        Woken::Signal
+        WaitResult::Signal
     } else if any {
-        Woken::Ready
+        WaitResult::Ready
     } else {
-        Woken::Late
+        WaitResult::TimedOut
     })
 }
 
@@ -66,17 +64,17 @@ fn wait(fds: &mut [PollFd], timeout: Option<Duration>) -> io::Result<bool> {
     }
 }
 
-/// Waits until `fd` takes output; false when that has taken too long.
+/// Waits until `fd` is writable; returns false after `timeout`.
 pub fn for_output(fd: impl AsFd, timeout: Duration) -> bool {
     wait(&mut [PollFd::new(&fd, PollFlags::OUT)], Some(timeout)).unwrap_or(false)
 }
 
-/// Blocks the signals that end the program; returns a descriptor that becomes
-/// readable when one has come (signalfd(2)).
+/// Blocks the signals that end the program; returns a descriptor that becomes readable
+/// when one arrives (signalfd(2)).
 ///
 /// # Errors
-/// The kernel's, when it is out of descriptors.
-pub fn ending_signals() -> io::Result<OwnedFd> {
+/// signalfd(2) fails, for example because no descriptors are left.
+pub fn termination_signals() -> io::Result<OwnedFd> {
     let set = signals::termination_set();
     signals::block(&set);
     // SAFETY: the set is initialised.
@@ -84,6 +82,6 @@ pub fn ending_signals() -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it has just been made, and is nobody else's.
+    // SAFETY: signalfd has just returned it, so this is the only owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

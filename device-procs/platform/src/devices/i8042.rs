@@ -1,6 +1,6 @@
-//! The keyboard controller, an i8042 at 0x60/0x64, with nothing plugged in: it is
-//! there to reset the machine, and answers a driver that looks for keyboard and
-//! mouse at once instead of leaving it to its time-outs. Nothing interrupts.
+//! The keyboard controller, an i8042 at 0x60/0x64 without keyboard and mouse. It resets the
+//! machine, and answers a driver that looks for devices at once, so that the driver need not
+//! wait for its time-outs. It raises no interrupt.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -23,11 +23,11 @@ const READ_OUTPUTS: u8 = 0xd0;
 const WRITE_OUTPUTS: u8 = 0xd1;
 const ECHO_KEYBOARD: u8 = 0xd2;
 const ECHO_MOUSE: u8 = 0xd3;
-/// Pulses output lines low, those whose bit here is clear; line 0 is reset.
+/// Pulses the output lines whose bits are clear; line 0 is reset.
 const PULSE: u8 = 0xf0;
 
 const TEST_PASSED: u8 = 0x55;
-/// "The clock line is stuck": what an empty socket looks like.
+/// Interface test result "clock line stuck": no device is connected.
 const TEST_NOTHING_THERE: u8 = 0x01;
 /// Both ports disabled, scan codes translated, self-test passed.
 const CONFIGURATION: u8 = 0x74;
@@ -35,21 +35,21 @@ const CONFIGURATION: u8 = 0x74;
 const OUTPUTS: u8 = 0x03;
 const OUTPUT_RESET: u8 = 1 << 0;
 
-/// The registers.
+/// Registers of the controller.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct I8042 {
     configuration: u8,
-    /// The command that the next byte of data belongs to; 0 if none.
+    /// The command whose parameter is the next data byte; 0 if there is none.
     command: u8,
     data: u8,
-    /// Whether `data` waits to be read.
+    /// Whether `data` is not read yet.
     full: u8,
     reserved: [u8; 4],
 }
 
 impl I8042 {
-    /// As the power comes on.
+    /// State at power-on.
     pub fn power_on() -> Self {
         I8042 {
             configuration: CONFIGURATION,
@@ -60,8 +60,8 @@ impl I8042 {
         }
     }
 
-    /// The status register. The controller takes everything at once, so its
-    /// input buffer never shows as full.
+    /// Reads the status register. The controller handles each byte at once, so its input
+    /// buffer is never full.
     pub fn status(&self) -> u8 {
         if self.full != 0 {
             STATUS_IDLE | STATUS_FULL
@@ -70,14 +70,14 @@ impl I8042 {
         }
     }
 
-    /// Reads data; without any, the last byte again.
+    /// Reads the data register; returns the last byte again if there is no new one.
     pub fn read_data(&mut self) -> u8 {
         self.full = 0;
         self.data
     }
 
-    /// Writes data; returns whether the machine is to be reset. What is meant for
-    /// a keyboard finds none.
+    /// Writes the data register; returns whether to reset the machine. Bytes for a keyboard
+    /// are ignored.
     pub fn write_data(&mut self, value: u8) -> bool {
         match std::mem::take(&mut self.command) {
             WRITE_CONFIGURATION => self.configuration = value,
@@ -88,7 +88,7 @@ impl I8042 {
         false
     }
 
-    /// Writes a command; returns whether the machine is to be reset.
+    /// Writes the command register; returns whether to reset the machine.
     pub fn command(&mut self, command: u8) -> bool {
         self.command = 0;
         match command {

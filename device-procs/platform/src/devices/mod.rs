@@ -1,18 +1,18 @@
-//! The devices, each with its registers as plain data: whatever a register
-//! access changes can be committed at one stroke (see [`crate::state`]).
+//! The devices. Their registers are plain data, so that everything a register access
+//! changes can be committed atomically (see [`crate::state`]).
 
 pub mod i8042;
 pub mod power;
 pub mod rtc;
 pub mod uart;
 
-/// What a guest asks of the whole machine.
+/// A guest's request that concerns the whole machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PlatformEvent {
-    /// Switch it off.
+    /// Power off.
     PowerOff,
-    /// Reset it.
+    /// Reset.
     Reset,
-    /// End it with this code; 0 is a pass.
+    /// End with this exit code; 0 is success.
     Exit(u8),
 }

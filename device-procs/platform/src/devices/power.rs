@@ -1,8 +1,7 @@
 //! Power: the ACPI PM1a register blocks at 0x600 and 0x604 (ACPI 6.5 section
 //! 4.8.3) and the reset control register at 0xcf9.
 //!
-//! There is no power button yet, so no status bit is ever set and the SCI is not
-//! driven.
+//! There is no power button, so no status bit is ever set and the SCI is not raised.
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -10,9 +9,9 @@ use super::PlatformEvent;
 
 /// The first port of the PM1a block: status, enable and control, two bytes each.
 pub const PM1_PORT: u16 = 0x600;
-/// How many ports it has.
+/// Number of ports of the block.
 pub const PM1_SIZE: u16 = 6;
-/// Reset control, as in Intel's south bridges.
+/// Reset control register, as in Intel's south bridges.
 pub const RESET_PORT: u16 = 0xcf9;
 
 const STATUS: usize = 0;
@@ -26,14 +25,14 @@ const SCI_ENABLED: u8 = 1 << 0;
 const SLEEP_TYPE: u8 = 0b111 << 2;
 /// SLP_EN, in the same byte.
 const SLEEP: u8 = 1 << 5;
-/// What the DSDT gives as SLP_TYP of S5.
+/// SLP_TYP of S5, as in the DSDT.
 const SOFT_OFF: u8 = 0;
 
 const RESET: u8 = 1 << 2;
-/// What reads back: the kind of reset.
+/// Bits that read back: the kind of reset.
 const RESET_KIND: u8 = 1 << 1 | 1 << 3;
 
-/// The registers.
+/// Registers of the power block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Power {
@@ -43,7 +42,7 @@ pub struct Power {
 }
 
 impl Power {
-    /// As the power comes on.
+    /// State at power-on.
     pub fn power_on() -> Self {
         Power {
             pm1: [0, 0, 0, 0, SCI_ENABLED, 0],
@@ -64,7 +63,7 @@ impl Power {
             // Writing 1 clears.
             STATUS..ENABLE => self.pm1[offset] &= !value,
             ENABLE..CONTROL_LOW => self.pm1[offset] = value,
-            // The other bits here mean nothing without bus masters and firmware.
+            // The other bits have no effect without bus masters and firmware.
             CONTROL_LOW => {}
             CONTROL_HIGH => {
                 self.pm1[offset] = value & SLEEP_TYPE;

@@ -1,10 +1,9 @@
-//! The clock: an MC146818 at 0x70/0x71 that shows the host's time of day in UTC,
-//! with 128 bytes of CMOS RAM.
+//! The real-time clock: an MC146818 at 0x70/0x71 with 128 bytes of CMOS RAM. It has the
+//! host's time of day in UTC.
 //!
-//! The time is the host's: setting it has no effect. Nothing ever interrupts (no
-//! alarm, no periodic or update interrupt), so line 8 is not driven; the alarm
-//! registers keep what is written. An update takes no time here, so UIP always
-//! reads clear; a driver reads twice, as it does when an update falls in between.
+//! Setting the time has no effect. There are no interrupts (alarm, periodic, update), so
+//! line 8 is never raised; the alarm registers keep what is written. An update takes no
+//! time, so UIP always reads as 0; a driver reads twice in case an update falls in between.
 
 use std::time::{Duration, SystemTime};
 
@@ -28,22 +27,22 @@ const STATUS_A: u8 = 0x0a;
 const STATUS_B: u8 = 0x0b;
 const STATUS_C: u8 = 0x0c;
 const STATUS_D: u8 = 0x0d;
-/// The century, where PCs keep it.
+/// Register of the century on PCs.
 const CENTURY: u8 = 0x32;
 
 /// Update in progress.
 const A_UIP: u8 = 1 << 7;
-/// The oscillator runs at 32,768 Hz; the rate is the one that firmware leaves.
+/// Register A: oscillator at 32,768 Hz, with the rate that firmware sets.
 const A_DEFAULT: u8 = 0x26;
 const B_24_HOURS: u8 = 1 << 1;
 const B_BINARY: u8 = 1 << 2;
 /// Periodic, alarm and update interrupts.
 const B_INTERRUPTS: u8 = 0b111 << 4;
-/// The RAM and the time are valid: the battery is good.
+/// Register D: RAM and time are valid.
 const D_VALID: u8 = 1 << 7;
 const PM: u8 = 1 << 7;
 
-/// The registers.
+/// Registers of the clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Rtc {
@@ -53,7 +52,7 @@ pub struct Rtc {
 }
 
 impl Rtc {
-    /// With a new battery.
+    /// State with a new battery.
     pub fn power_on() -> Self {
         let mut bytes = [0; SIZE];
         bytes[usize::from(STATUS_A)] = A_DEFAULT;
@@ -65,14 +64,13 @@ impl Rtc {
         }
     }
 
-    /// The machine's reset, which a battery does not notice: only interrupts are
-    /// switched off.
+    /// Resets the clock: disables interrupts. The battery keeps all other registers.
     pub fn reset(&mut self) {
         self.index = 0;
         self.bytes[usize::from(STATUS_B)] &= !B_INTERRUPTS;
     }
 
-    /// Selects a register. Bit 7 masks the NMI, of which there is none.
+    /// Selects a register. Bit 7 masks NMIs; there are none.
     pub fn select(&mut self, value: u8) {
         self.index = value & 0x7f;
     }
@@ -109,7 +107,7 @@ impl Rtc {
             MINUTES => seconds / 60 % 60,
             HOURS if status_b & B_24_HOURS == 0 => (hour + 11) % 12 + 1,
             HOURS => hour,
-            // Sunday is 1; the first day of 1970 was a Thursday.
+            // Sunday is 1; 1 January 1970 was a Thursday.
             WEEKDAY => (days + 4) % 7 + 1,
             DAY => day,
             MONTH => month,
@@ -126,15 +124,15 @@ impl Rtc {
     }
 }
 
-/// Year, month and day of the month, both from 1, `days` after 1 January 1970
-/// in the Gregorian calendar.
+/// Year, month (from 1) and day of the month (from 1) in the Gregorian calendar, `days` days
+/// after 1 January 1970.
 fn date(days: u64) -> (u64, u64, u64) {
     /// Days in 400, 100 and 4 years.
     const CYCLE: u64 = 146_097;
     const CENTURY: u64 = 36_524;
     const LEAP: u64 = 1_461;
-    /// From 1 March 1600 to 1 January 1970. Years are counted from March, so
-    /// that a leap day is the last day of its year, and of its cycle.
+    /// Days from 1 March 1600 to 1 January 1970. Years start in March here, so that a leap
+    /// day is the last day of its year and cycle.
     const OFFSET: u64 = 135_080;
 
     let days = days + OFFSET;
@@ -175,7 +173,7 @@ mod tests {
 
     #[test]
     fn dates_are_right_around_leap_days() {
-        // Taken from date(1): `date -u -d DATE +%s`, divided by 86,400.
+        // From date(1): `date -u -d DATE +%s`, divided by 86,400.
         for (days, expected) in [
             (0, (1970, 1, 1)),
             (11_015, (2000, 2, 28)),

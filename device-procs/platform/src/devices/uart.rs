@@ -1,11 +1,10 @@
 //! The serial port: a 16550A at 0x3f8, interrupt line 4.
 //!
-//! Crate vm-superio emulates the registers. Two things are put right here: data
-//! that waits to be read goes on showing in the interrupt identification (there,
-//! reading that register forgets it, and a driver that takes one byte at a time
-//! would leave the rest lying), and an interrupt that is disabled does not show.
-//! As there, the transmitter is always empty, modem lines never change and the
-//! FIFO control register is ignored: input that came early is not thrown away.
+//! Crate vm-superio 0.8 emulates the registers. This module corrects two points: unread
+//! data stays visible in the interrupt identification register (in the crate, reading that
+//! register clears it, so a driver that takes one byte at a time would leave the rest), and
+//! a disabled interrupt is not visible. As in the crate, the transmitter is always empty, modem
+//! lines never change, and the FIFO control register is ignored, so early input is kept.
 
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -19,7 +18,7 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 pub const PORT: u16 = 0x3f8;
 /// Its interrupt line (GSI).
 pub const LINE: u32 = 4;
-/// Bytes that wait to be read, at most.
+/// Size of the receive FIFO in bytes.
 pub const FIFO: usize = 64;
 
 const IIR: u8 = 2;
@@ -32,7 +31,7 @@ const IIR_RECEIVED: u8 = 1 << 2;
 const IIR_FIFO: u8 = 3 << 6;
 const MCR_LOOP: u8 = 1 << 4;
 
-/// The registers.
+/// Registers of the port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Uart {
@@ -49,14 +48,14 @@ pub struct Uart {
     received: [u8; FIFO],
 }
 
-/// What an access to a register does outside the registers.
+/// Effects of a register access outside the registers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct UartEffect {
-    /// The value, if it was a read.
+    /// The value of a read.
     pub value: u8,
-    /// A byte for the line.
+    /// A byte that the port sends.
     pub sent: Option<u8>,
-    /// The interrupt line goes up.
+    /// The port raises its interrupt line.
     pub interrupt: bool,
 }
 
@@ -88,14 +87,17 @@ impl io::Write for Wire {
 type Chip<'a> = Serial<Edge<'a>, NoEvents, Wire>;
 
 impl Uart {
-    /// As the power comes on.
+    /// State at power-on.
     pub fn power_on() -> Self {
         let mut uart = Uart::new_zeroed();
         uart.store(&SerialState::default());
         uart
     }
 
-    /// What is wrong with registers that were found in memory, if anything.
+    /// Checks registers that were found in memory.
+    ///
+    /// # Errors
+    /// What is wrong with them.
     pub fn check(&self) -> Result<(), &'static str> {
         if usize::from(self.received_len) > FIFO {
             return Err("the serial port's FIFO is fuller than full");
@@ -106,7 +108,7 @@ impl Uart {
     /// The driver reads the register at `offset`.
     pub fn read(&mut self, offset: u8) -> UartEffect {
         if offset == IIR && self.interrupt_identification & IIR_RECEIVED != 0 {
-            // Goes only with the data, and before an empty transmitter.
+            // Received data has priority over an empty transmitter, until it is read.
             return UartEffect {
                 value: IIR_FIFO | IIR_RECEIVED,
                 ..UartEffect::default()
@@ -118,14 +120,14 @@ impl Uart {
     /// The driver writes the register at `offset`.
     pub fn write(&mut self, offset: u8, value: u8) -> UartEffect {
         self.with_chip(|chip| {
-            // Neither the trigger nor the wire fails.
+            // Neither the trigger nor the writer returns an error.
             let _ = chip.write(offset, value);
             0
         })
     }
 
-    /// How many bytes from the line it takes now. It waits for an empty FIFO, so
-    /// that bytes come in few portions.
+    /// Number of bytes that [`Uart::receive`] accepts now. It is 0 until the FIFO is empty,
+    /// so that bytes arrive in few batches.
     pub fn room(&self) -> usize {
         if self.received_len == 0 && self.modem_control & MCR_LOOP == 0 {
             FIFO
@@ -134,8 +136,8 @@ impl Uart {
         }
     }
 
-    /// Bytes come over the line, no more than there is [`Uart::room`] for;
-    /// returns whether the interrupt line goes up.
+    /// Receives bytes, no more than [`Uart::room`]; returns whether the port raises its
+    /// interrupt line.
     pub fn receive(&mut self, bytes: &[u8]) -> bool {
         self.with_chip(|chip| {
             let _ = chip.enqueue_raw_bytes(bytes);
@@ -144,7 +146,7 @@ impl Uart {
         .interrupt
     }
 
-    /// Whether an interrupt waits to be served.
+    /// Whether an interrupt is pending.
     pub fn is_pending(&self) -> bool {
         self.interrupt_identification & IIR_NONE == 0
     }
@@ -153,10 +155,10 @@ impl Uart {
         let edge = Cell::new(false);
         let chip = Chip::from_state(&self.load(), Edge(&edge), NoEvents, Wire::default());
         let Ok(mut chip) = chip else {
-            // Only for a FIFO that is too full, and `check` has seen to that.
+            // Fails only for a FIFO that is too full, which `check` excludes.
             return UartEffect::default();
         };
-        // What was pending already has raised the line before.
+        // An interrupt that was pending before has raised the line already.
         edge.set(false);
         let value = work(&mut chip);
         self.store(&chip.state());
@@ -226,7 +228,7 @@ mod tests {
         assert_eq!(uart.read(IIR).value, IIR_FIFO | IIR_NONE);
         let effect = uart.write(DATA, b'b');
         assert_eq!((effect.sent, effect.interrupt), (Some(b'b'), true));
-        // Disabled, it does not show.
+        // A disabled interrupt is not visible.
         uart.write(IER, 0);
         assert!(!uart.is_pending());
     }
@@ -266,7 +268,7 @@ mod tests {
         assert_eq!(uart.write(DATA, 0x5a).sent, None);
         assert_eq!(uart.room(), 0);
         assert_eq!(uart.read(DATA).value, 0x5a);
-        // Still in loopback: the line is cut off in both directions.
+        // In loopback the line is disconnected in both directions.
         assert_eq!(uart.room(), 0);
         uart.write(LCR, 0x83);
         uart.write(DATA, 0x01);

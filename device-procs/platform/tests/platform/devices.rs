@@ -1,4 +1,4 @@
-//! What a guest sees.
+//! The devices as a guest sees them.
 
 use std::io::Write;
 use std::process::Stdio;
@@ -54,8 +54,8 @@ fn input_is_received_with_an_interrupt_and_echoed() {
     while echoed.len() < text.len() {
         assert!(readable_within(&machine.line, DEADLINE), "no interrupt");
         machine.line.read().unwrap();
-        // A driver that looks at the identification only, and takes one byte at
-        // a time.
+        // As a driver that reads only the interrupt identification and takes one byte at a
+        // time.
         while machine.read(0, IIR, 1) & 0x0f == 0x04 {
             let byte = machine.read(0, 0x3f8, 1) as u8;
             machine.print(0, &[byte]);
@@ -140,13 +140,13 @@ fn events_reach_the_runner_once_until_it_resets() {
     ] {
         c.machine.write(0, port, size, value);
         assert_eq!(receive(&c.stream), event);
-        // A guest that does not wait for its reset; had this been sent, the next
-        // message would not be the answer to the reset.
+        // The guest does not wait for its reset. If this were sent, the next message would
+        // not be the answer to the reset.
         c.machine.write(0, port, size, value);
         c.machine.write(1, 0x64, 1, 0xfe);
         reset();
     }
-    // Nothing was asked for by these.
+    // These request nothing.
     c.machine.write(0, 0xcf9, 1, 0x02);
     c.machine.write(0, 0x604, 2, 0x1c00);
     c.machine.write(0, 0x64, 1, 0xd1);
@@ -155,7 +155,7 @@ fn events_reach_the_runner_once_until_it_resets() {
 }
 
 #[test]
-fn a_reset_finishes_what_was_asked_and_keeps_the_output() {
+fn a_reset_finishes_open_requests_and_keeps_the_output() {
     let c = connected(2, &[]);
     c.machine.write(0, 0x3ff, 1, 0x55);
     c.machine.write(0, 0x70, 1, 0x50);
@@ -176,7 +176,7 @@ fn a_reset_finishes_what_was_asked_and_keeps_the_output() {
 }
 
 #[test]
-fn what_nobody_claims_reads_as_ones() {
+fn unclaimed_addresses_read_as_ones() {
     let c = connected(1, &[]);
     for port in [
         0x0, 0x21, 0x80, 0x2f8, 0x3f7, 0x400, 0xcfc, 0x5ff, 0x606, 0xffff,
@@ -215,8 +215,8 @@ fn what_nobody_claims_reads_as_ones() {
 #[test]
 fn writes_of_two_vcpus_are_carried_out_in_the_order_of_their_tickets() {
     let c = connected(2, &[]);
-    // One thread plays both, so the order of tickets is the order here; each
-    // write waits only for the one before it in its own slot.
+    // One thread acts for both vCPUs, so tickets are in program order; each write waits only
+    // for the previous one in its own slot.
     let text: Vec<u8> = (0..4000u32).map(|i| b'!' + (i * 7 % 90) as u8).collect();
     let mut random = 12345u32;
     for &byte in &text {

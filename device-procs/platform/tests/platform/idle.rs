@@ -1,4 +1,4 @@
-//! What it costs: nothing when idle, and little otherwise.
+//! Processor time: none when idle.
 
 use std::time::{Duration, Instant};
 
@@ -21,11 +21,11 @@ fn an_idle_process_never_wakes() {
     wait_until("it sleeps", || before(&mut seen));
     std::thread::sleep(Duration::from_secs(1));
     assert_eq!((c.process.ticks(), switches()), seen);
-    // And wakes again.
+    // It wakes up again.
     assert_eq!(c.machine.read(0, 0x3fd, 1), 0x60);
 }
 
-/// Prints the figures; they are not judged, for machines differ.
+/// Prints the figures without judging them, because machines differ.
 #[test]
 fn round_trips_are_measured() {
     let c = connected(1, &[]);

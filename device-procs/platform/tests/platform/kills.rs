@@ -1,4 +1,4 @@
-//! The process is killed at any moment, and the guest does not notice.
+//! The process is killed at random moments, and the guest does not notice.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -12,7 +12,7 @@ use rustix::process::Signal;
 
 use crate::machine::{Machine, option, receive};
 
-/// Repeatable with `OUTRIGGER_SEED`.
+/// Random numbers, repeatable with `OUTRIGGER_SEED`.
 struct Random(u64);
 
 impl Random {
@@ -44,8 +44,8 @@ fn start(machine: &Machine, serial: &Path) -> (Process, UnixStream) {
     (process, stream)
 }
 
-/// Runs processes one after the other and kills each at some moment. What the
-/// guest does meanwhile goes on in other threads. Returns the last one, alive.
+/// Runs processes one after the other and kills each at a random moment, while other
+/// threads act as the guest. Returns the last process, which is alive.
 fn kill_many(
     machine: &Machine,
     serial: &Path,
@@ -56,7 +56,7 @@ fn kill_many(
         let (process, _stream) = start(machine, serial);
         let magnitude = 10 + random.below(14);
         let moment = Duration::from_nanos(random.below(1 << magnitude));
-        // Sleeping is too coarse for what happens within microseconds.
+        // Sleeping is too coarse for events within microseconds.
         let begin = Instant::now();
         while begin.elapsed() < moment {
             std::hint::spin_loop();
@@ -92,7 +92,7 @@ fn every_line_is_in_the_file_once_over_200_kills() {
             }
             machine.wait(0);
         });
-        // Another vCPU, whose registers must stay what it makes them.
+        // Another vCPU, whose registers must keep what it writes.
         let checker = scope.spawn(|| {
             let mut value = 0u64;
             while !stop.load(Ordering::Relaxed) {
@@ -124,7 +124,7 @@ fn every_line_is_in_the_file_once_over_200_kills() {
 }
 
 #[test]
-fn reads_that_change_something_happen_once() {
+fn reads_with_side_effects_happen_once() {
     let dir = tempfile::tempdir().unwrap();
     let serial = dir.path().join("serial");
     let machine = Machine::new(1);
@@ -133,7 +133,7 @@ fn reads_that_change_something_happen_once() {
     std::thread::scope(|scope| {
         let _stop = Stop(&stop);
         let guest = scope.spawn(|| {
-            // In loopback a byte written twice, or taken out twice, shows.
+            // In loopback, a byte that is written or read twice is noticed.
             machine.write(0, 0x3fc, 1, 0x10);
             let mut next = 0u64;
             while !stop.load(Ordering::Relaxed) {
@@ -156,10 +156,10 @@ fn reads_that_change_something_happen_once() {
     assert_eq!(std::fs::read(&serial).unwrap(), b"");
 }
 
-/// Slots as a kill leaves them between a commit and the answer: that moment is
-/// too short to be met by chance, so it is made.
+/// Sets the slots as a kill between a commit and the answer leaves them: that moment is too
+/// short to hit by chance.
 #[test]
-fn what_was_committed_and_not_answered_is_only_answered() {
+fn a_committed_request_is_answered_and_not_repeated() {
     let dir = tempfile::tempdir().unwrap();
     let serial = dir.path().join("serial");
     let machine = Machine::new(2);
@@ -200,9 +200,9 @@ fn what_was_committed_and_not_answered_is_only_answered() {
     assert_eq!(std::fs::read(&serial).unwrap(), b"once");
 }
 
-/// The same between the answer and waking whoever waits for it.
+/// The same between the answer and waking the vCPU that waits for it.
 #[test]
-fn whoever_waits_for_an_answer_that_is_there_is_woken() {
+fn a_vcpu_that_waits_for_a_finished_answer_is_woken() {
     let machine = Machine::new(1);
     std::thread::scope(|scope| {
         let vcpu = scope.spawn(|| machine.read(0, 0x3fd, 1));
@@ -230,7 +230,7 @@ fn an_interrupt_and_an_event_survive_a_kill() {
     first.wait();
     drop(stream);
     let _ = machine.line.read();
-    // Written while nobody was there; the transmitter's interrupt still waits.
+    // Written while no process was there; the transmitter's interrupt is still pending.
     machine.write(0, 0x604, 2, 0x2000);
     let (_second, stream) = start(&machine, &serial);
     assert_eq!(receive(&stream), FromPlatform::PowerOff);

@@ -1,4 +1,4 @@
-//! A runner's end of the trap channel without a virtual machine.
+//! The runner's side of the trap channel, without a virtual machine.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 /// How long a vCPU spins; the runner's own value.
 const SPIN: Duration = Duration::from_micros(100);
 
-/// The region and all that goes with it.
+/// The region with its descriptors.
 pub struct Machine {
     pub region: OwnedFd,
     start: *mut u8,
@@ -37,7 +37,7 @@ unsafe impl Sync for Machine {}
 // SAFETY: as above.
 unsafe impl Send for Machine {}
 
-/// A memfd of `size` bytes, sealed if wanted.
+/// A memfd of `size` bytes, sealed if `sealed` is set.
 pub fn memfd(size: usize, seals: SealFlags) -> OwnedFd {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let fd = rustix::fs::memfd_create("trap-test", flags).unwrap();
@@ -49,7 +49,7 @@ pub fn memfd(size: usize, seals: SealFlags) -> OwnedFd {
 impl Machine {
     pub fn new(vcpus: u32) -> Self {
         let region = memfd(REGION_SIZE, SealFlags::SHRINK | SealFlags::GROW);
-        // SAFETY: a new shared mapping wherever the kernel likes.
+        // SAFETY: the kernel chooses the address of the new mapping.
         let start = unsafe {
             rustix::mm::mmap(
                 std::ptr::null_mut(),
@@ -76,7 +76,7 @@ impl Machine {
     }
 
     pub fn header(&self) -> &TrapHeader {
-        // SAFETY: the region begins with it.
+        // SAFETY: the region starts with the header.
         unsafe { &*self.start.cast() }
     }
 
@@ -93,7 +93,7 @@ impl Machine {
         }
     }
 
-    /// The whole greeting.
+    /// The whole handshake.
     pub fn greet(&self, stream: &UnixStream) {
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         let fds = [self.region.as_raw_fd(), self.doorbell.as_raw_fd()];
@@ -109,7 +109,7 @@ impl Machine {
         }
     }
 
-    /// Waits for the slot to be done: a lost wake-up ends in a panic.
+    /// Waits until the slot's request is done; panics after a lost wake-up.
     pub fn wait(&self, vcpu: usize) {
         let slot = self.slot(vcpu);
         let start = Instant::now();
@@ -170,7 +170,7 @@ impl Machine {
         unsafe { &*slot.cast::<AtomicU32>().add(at) }
     }
 
-    /// Makes a request that was answered look as if it had not been.
+    /// Makes an answered request look unanswered.
     pub fn reopen(&self, vcpu: usize) {
         let done = self.word(vcpu, 1);
         assert_eq!(
@@ -179,12 +179,12 @@ impl Machine {
         );
     }
 
-    /// Whether the vCPU sleeps, or is about to.
+    /// Whether the vCPU sleeps or is about to sleep.
     pub fn is_waiting(&self, vcpu: usize) -> bool {
         self.word(vcpu, 3).load(Ordering::SeqCst) != 0
     }
 
-    /// Whether the line was raised since the last look.
+    /// Whether the line was raised since the last call.
     pub fn raised(&self) -> bool {
         self.line.read().is_ok()
     }

@@ -1,5 +1,4 @@
-//! The platform process, driven over its real channel: the runner's end is played
-//! by [`machine`], the process is the real binary.
+//! Tests of the real platform program over its real channel. [`machine`] acts as the runner.
 
 mod devices;
 mod idle;

@@ -1,4 +1,4 @@
-//! The serial line's other end.
+//! The host side of the serial line.
 
 use std::fs::File;
 use std::io::Read;
@@ -10,7 +10,7 @@ use rustix::process::Signal;
 
 use crate::machine::{Machine, connected, option};
 
-/// A process whose standard output is a pipe that nobody reads yet.
+/// A process whose standard output is a pipe without a reader yet.
 fn piped() -> (Machine, std::os::unix::net::UnixStream, Process, File) {
     let machine = Machine::new(1);
     let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
@@ -25,7 +25,7 @@ fn piped() -> (Machine, std::os::unix::net::UnixStream, Process, File) {
 }
 
 #[test]
-fn a_reader_that_is_slow_loses_the_newest_and_nobody_waits_for_it() {
+fn a_slow_reader_loses_the_newest_output_and_blocks_nothing() {
     let (machine, stream, process, mut reader) = piped();
     let before = process.resident();
     // A pipe holds 64 KiB and the ring 16 KiB.
@@ -53,13 +53,13 @@ fn a_reader_that_is_slow_loses_the_newest_and_nobody_waits_for_it() {
     );
     assert!(got[..kept] == text[..kept] && got.ends_with(b"END"));
     let log = process.log();
-    assert_eq!(log.matches("dropping").count(), 1, "{log}");
+    assert_eq!(log.matches("new output is dropped").count(), 1, "{log}");
     let lost = format!("{} bytes were lost", text.len() - kept);
     assert!(log.contains(&lost), "{log}");
 }
 
 #[test]
-fn a_reader_that_leaves_stops_only_the_output() {
+fn a_closed_pipe_stops_only_the_output() {
     let (machine, _stream, process, reader) = piped();
     drop(reader);
     machine.print(0, &[b'x'; 100_000]);
@@ -70,7 +70,7 @@ fn a_reader_that_leaves_stops_only_the_output() {
 }
 
 #[test]
-fn sigterm_writes_out_what_there_is() {
+fn sigterm_writes_pending_output() {
     let c = connected(1, &[]);
     let text: Vec<u8> = (0..5000u32).map(|i| b'a' + (i % 26) as u8).collect();
     c.machine.print(0, &text);
@@ -86,13 +86,13 @@ fn sigterm_does_not_wait_long_for_a_reader() {
     machine.print(0, &[b'x'; 100_000]);
     machine.wait(0);
     process.signal(Signal::TERM);
-    // Ends by itself although nothing is ever read.
+    // It ends although its output is never read.
     assert_eq!(process.wait().code(), Some(0));
-    assert!(process.log().contains("nobody takes them"));
+    assert!(process.log().contains("their reader does not read"));
 }
 
 #[test]
-fn wrong_outputs_are_one_line_and_an_early_end() {
+fn a_wrong_output_option_is_one_line_and_ends_the_program() {
     let dir = tempfile::tempdir().unwrap();
     let missing = option("--serial=file=", &dir.path().join("no/where"));
     let same = dir.path().join("same");

@@ -1,4 +1,4 @@
-//! Runners that come and go, and some that should not have come.
+//! Runners that connect and disconnect, and invalid ones.
 
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -22,11 +22,11 @@ fn listening() -> (Process, std::path::PathBuf) {
     (process, serial)
 }
 
-/// The process hangs up.
+/// Expects that the process closes the connection.
 fn expect_hang_up(mut stream: &UnixStream) {
     stream.set_read_timeout(Some(DEADLINE)).unwrap();
     let mut rest = Vec::new();
-    // A hang-up with something of ours unread arrives as a reset.
+    // If data of ours is unread, the close arrives as ECONNRESET.
     match stream.read_to_end(&mut rest) {
         Ok(_) => {}
         Err(e) => assert_eq!(e.kind(), std::io::ErrorKind::ConnectionReset),
@@ -34,7 +34,7 @@ fn expect_hang_up(mut stream: &UnixStream) {
 }
 
 #[test]
-fn a_bad_greeting_ends_its_connection_with_one_line_and_the_next_is_served() {
+fn a_bad_hello_ends_its_connection_with_one_line_and_the_next_is_served() {
     let (process, serial) = listening();
     let machine = Machine::new(2);
     let good = machine.region.as_raw_fd();
@@ -47,7 +47,7 @@ fn a_bad_greeting_ends_its_connection_with_one_line_and_the_next_is_served() {
         (
             hello(VERSION + 1, 2),
             vec![good, bell],
-            "greeting: version 2",
+            "greeting: the runner speaks version 2",
         ),
         (hello(VERSION, 2), vec![], "0 descriptors"),
         (hello(VERSION, 2), vec![good, bell, bell], "3 descriptors"),
@@ -68,7 +68,7 @@ fn a_bad_greeting_ends_its_connection_with_one_line_and_the_next_is_served() {
         ),
         (hello(VERSION, 65), vec![good, bell], "65 vCPUs"),
         (hello(VERSION, 1), vec![good, bell], "2 vCPUs"),
-        (ToPlatform::Reset, vec![], "Reset comes first"),
+        (ToPlatform::Reset, vec![], "got Reset instead of Hello"),
     ];
     for (i, (message, fds, said)) in cases.iter().enumerate() {
         let stream = process.connect();
@@ -82,7 +82,7 @@ fn a_bad_greeting_ends_its_connection_with_one_line_and_the_next_is_served() {
     let stream = process.connect();
     std::io::Write::write_all(&mut &stream, b"\x05\0\0\0hello").unwrap();
     expect_hang_up(&stream);
-    // One who looks whether anybody listens is no news.
+    // A connection that is closed at once is not logged.
     drop(process.connect());
 
     let stream = process.connect();
@@ -95,7 +95,7 @@ fn a_bad_greeting_ends_its_connection_with_one_line_and_the_next_is_served() {
 }
 
 #[test]
-fn a_message_out_of_place_ends_the_session_and_not_the_process() {
+fn an_unexpected_message_ends_the_session_and_not_the_process() {
     let (process, _) = listening();
     let machine = Machine::new(1);
     let stream = process.connect();
@@ -109,7 +109,7 @@ fn a_message_out_of_place_ends_the_session_and_not_the_process() {
 }
 
 #[test]
-fn a_new_runner_finds_a_new_machine_and_an_old_one_its_own() {
+fn each_runner_finds_the_state_of_its_own_machine() {
     let (process, serial) = listening();
     let first = Machine::new(1);
     let stream = process.connect();
@@ -117,7 +117,7 @@ fn a_new_runner_finds_a_new_machine_and_an_old_one_its_own() {
     first.write(0, 0x3ff, 1, 0x11);
     first.print(0, b"first ");
     first.wait(0);
-    // The second runner waits until the first has left.
+    // The second runner waits until the first has disconnected.
     let second = Machine::new(4);
     let next = process.connect();
     drop(stream);
@@ -142,7 +142,7 @@ fn a_new_runner_finds_a_new_machine_and_an_old_one_its_own() {
 #[test]
 fn a_connected_process_ends_with_its_runner() {
     let c = connected(1, &[]);
-    // It is confined: seccomp filters, and nobody's privileges.
+    // It is confined: seccomp filters, and no privileges.
     assert_eq!(c.process.status("", "Seccomp"), "2");
     assert_eq!(c.process.status("", "CapEff"), "0000000000000000");
     assert_eq!(c.process.status("", "Threads"), "1");
@@ -155,9 +155,9 @@ fn a_connected_process_ends_with_its_runner() {
 }
 
 #[test]
-fn an_event_that_was_not_sent_is_owed() {
+fn an_event_that_was_not_sent_is_sent_by_the_successor() {
     let machine = Machine::new(1);
-    // Asked before anybody was there to hear it.
+    // Requested while no process was there.
     machine.write(0, 0xf4, 1, 3);
     let (_process, stream) = Launch::new("device-platform")
         .args(["--serial=null"])
@@ -167,7 +167,7 @@ fn an_event_that_was_not_sent_is_owed() {
 }
 
 #[test]
-fn it_tells_what_it_is() {
+fn capabilities_name_the_type() {
     let output = Command::new(binary("device-platform"))
         .arg("--print-capabilities")
         .output()
