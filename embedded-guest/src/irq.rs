@@ -1,7 +1,7 @@
 //! Interrupt vectors, waiting for interrupts, and the local APIC's timer.
 //!
-//! Kernel-mode code only counts; see boot/interrupts.s. That an interrupt came on a
-//! vector nobody asked for is found by comparing all 256 counters.
+//! Kernel-mode code only counts interrupts; see boot/interrupts.s. Comparing all 256 counters
+//! shows an interrupt on an unused vector.
 
 use crate::boot;
 use crate::single::Single;
@@ -41,7 +41,8 @@ const TICK: u32 = 100_000_000;
 /// Timer ticks in a second.
 pub const TICKS_PER_SECOND: u64 = 10;
 
-/// No time stamp counter runs faster, so this many cycles are at least a second.
+/// At least the frequency of any time stamp counter, so this many cycles are at least a
+/// second.
 const CYCLES_PER_SECOND: u64 = 5_000_000_000;
 
 static OWNERS: Single<Vec<String>> = Single::new(Vec::new());
@@ -52,7 +53,7 @@ static SLEEP: AtomicBool = AtomicBool::new(true);
 pub struct Vector(u8);
 
 impl Vector {
-    /// A vector that nobody has yet, for `owner` (a name for messages).
+    /// Allocates a vector for `owner` (a name for messages).
     ///
     /// # Errors
     /// All are taken.
@@ -130,20 +131,20 @@ fn write_local_apic(register: u32, value: u32) {
     }
 }
 
-/// Starts the tick that lets sleepers look at their deadline.
+/// Starts the timer tick, by which sleepers check their deadline.
 pub fn start_timer() {
     write_local_apic(DIVIDE, DIVIDE_BY_1);
     write_local_apic(LVT_TIMER, PERIODIC | u32::from(TIMER));
     write_local_apic(INITIAL_COUNT, TICK);
 }
 
-/// Stops the tick: nothing but devices interrupts from now on.
+/// Stops the timer tick: from now on only devices interrupt.
 pub fn stop_timer() {
     write_local_apic(INITIAL_COUNT, 0);
     write_local_apic(LVT_TIMER, MASKED | u32::from(TIMER));
 }
 
-/// How many ticks there have been.
+/// Number of ticks so far.
 pub fn ticks() -> u64 {
     count(TIMER)
 }
@@ -153,7 +154,7 @@ pub fn wait_asleep(asleep: bool) {
     SLEEP.store(asleep, Ordering::Relaxed);
 }
 
-/// Waits once: until the number of interrupts is no longer `seen`, or only a moment.
+/// Waits once: until the number of interrupts differs from `seen`, or a short time.
 fn pause(seen: u64) {
     if SLEEP.load(Ordering::Relaxed) {
         boot::sleep(seen);
@@ -173,7 +174,7 @@ pub fn cycles() -> u64 {
     unsafe { _rdtsc() }
 }
 
-/// A moment after which waiting is given up.
+/// A time after which waiting ends with an error.
 pub struct Deadline(u64);
 
 impl Deadline {
@@ -188,10 +189,10 @@ impl Deadline {
     }
 }
 
-/// Waits until `ready` returns something; looks again after every interrupt.
+/// Waits until `ready` returns a value; calls it again after every interrupt.
 ///
 /// # Errors
-/// Nothing came in `seconds`.
+/// It returned none within `seconds`.
 pub fn wait_until<T>(seconds: u64, mut ready: impl FnMut() -> Option<T>) -> Result<T, String> {
     let deadline = Deadline::after(seconds);
     loop {
@@ -208,7 +209,7 @@ pub fn wait_until<T>(seconds: u64, mut ready: impl FnMut() -> Option<T>) -> Resu
     }
 }
 
-/// Waits, without a deadline, until `ready` says so; looks again after every interrupt.
+/// Waits without a deadline until `ready` returns true; calls it again after every interrupt.
 pub fn wait_for_ever(mut ready: impl FnMut() -> bool) {
     loop {
         let seen = total();
@@ -247,7 +248,7 @@ impl Snapshot {
             let owner = vector
                 .checked_sub(FIRST)
                 .and_then(|index| owners.get(usize::from(index)))
-                .map_or("nobody", |name| name);
+                .map_or("no device", |name| name);
             return Err(format!(
                 "{more} interrupts on vector {vector}, which is for {owner}"
             ));

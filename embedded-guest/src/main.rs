@@ -1,5 +1,5 @@
-//! A freestanding guest: finds its devices by itself, drives them in user mode, says
-//! how that went, and ends the machine. README.md lists its jobs.
+//! A freestanding guest: finds its devices, drives them in user mode, reports the result and
+//! ends the machine. README.md lists its jobs.
 
 #![no_std]
 #![no_main]

@@ -1,5 +1,5 @@
-//! What the guest says: every line goes to the UART and, once there is one, to the
-//! virtio console; and how it ends.
+//! Output and the end of the guest. Every line goes to the UART and, once one is in use, to
+//! the virtio console.
 
 use crate::single::Single;
 use crate::virtio::console::Console;
@@ -12,7 +12,7 @@ use core::panic::PanicInfo;
 /// PM1a control: SLP_EN, with sleep type 0, is off.
 const PM1A_CONTROL: u16 = 0x604;
 const SLEEP_ENABLE: u16 = 0x2000;
-/// What is written there ends the machine; other than 0 means failure.
+/// A write ends the machine; any value but 0 means failure.
 const EXIT_PORT: u16 = 0xf4;
 const FAILED: u8 = 1;
 const PANICKED: u8 = 0x7f;
@@ -70,7 +70,7 @@ pub fn exit(code: u8) -> ! {
     halt()
 }
 
-/// What is left where neither port ends the machine.
+/// Halts, where neither port ends the machine.
 fn halt() -> ! {
     loop {
         crate::irq::halt();
@@ -93,7 +93,7 @@ fn panic(info: &PanicInfo) -> ! {
     exit(PANICKED)
 }
 
-/// Where boot/interrupts.s goes on after an exception in user mode.
+/// boot/interrupts.s continues here after an exception in user mode.
 #[unsafe(no_mangle)]
 extern "C" fn fault(vector: u64, code: u64, address: u64, memory: u64) -> ! {
     let _ = writeln!(

@@ -6,8 +6,8 @@ use core::ops::Deref;
 /// A `RefCell` that may be a static.
 pub struct Single<T>(RefCell<T>);
 
-// SAFETY: one processor runs, and interrupt entries touch nothing of Rust's but the
-// interrupt counters: there is no second thread.
+// SAFETY: there is no second thread: one processor runs, and interrupt entries access only
+// the interrupt counters.
 unsafe impl<T> Sync for Single<T> {}
 
 impl<T> Single<T> {

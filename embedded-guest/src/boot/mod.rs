@@ -1,6 +1,6 @@
 //! Start-up and the only code that runs in kernel mode: `start.s` enters user mode
 //! within some 70 instructions, `interrupts.s` counts interrupts, `services.s` does
-//! what user mode can't.
+//! what user mode cannot do.
 
 use core::arch::{asm, global_asm};
 
@@ -17,7 +17,7 @@ pub fn sleep(seen: u64) {
 }
 
 /// Writes `text` to the 16550 at `port` and returns how many bytes it did not take
-/// in about a million looks at its line status.
+/// in about a million reads of its line status.
 pub fn write_uart(port: u16, text: &[u8]) -> usize {
     if text.is_empty() {
         return 0;

@@ -32,8 +32,8 @@ pub fn greet(device: Device) -> Result<(), String> {
     Ok(())
 }
 
-/// Sends back everything it receives until a line `quit`; says the console's size at
-/// first and whenever the device says that it changed.
+/// Sends back everything it receives until a line `quit`; prints the console's size at the
+/// start and whenever the device reports a change.
 ///
 /// # Errors
 /// The device failed.

@@ -21,8 +21,8 @@ const STRETCH: u64 = 2048;
 const CONFIG_WCE: u64 = 1 << 11;
 const WRITEBACK: u64 = 32;
 
-/// Sets the disk to write-through, and says what the disk says of that, now and whenever
-/// it changes; never ends.
+/// Sets the disk to write-through and prints the disk's cache mode, now and at each change;
+/// never ends.
 ///
 /// # Errors
 /// There is no disk, or it does not start.
@@ -40,7 +40,7 @@ pub fn write_through(guest: &Guest) -> Result<(), String> {
     }
 }
 
-/// Writes four stretches, the last ending with the disk, flushes, reads them back.
+/// Writes four ranges, the last one at the end of the disk, flushes, and reads them back.
 ///
 /// # Errors
 /// A request failed, or what was read is not what was written.
@@ -80,7 +80,7 @@ pub fn check(guest: &Guest, device: Device) -> Result<(), String> {
     Ok(())
 }
 
-/// The requests of a stretch: first sector and number of sectors.
+/// The requests of a range: first sector and number of sectors.
 fn requests(start: u64, length: u64) -> impl Iterator<Item = (u64, u64)> {
     let end = start + length;
     (start..end)
@@ -88,7 +88,7 @@ fn requests(start: u64, length: u64) -> impl Iterator<Item = (u64, u64)> {
         .map(move |sector| (sector, REQUEST.min(end - sector)))
 }
 
-/// Writes a stretch in requests of 64 KiB.
+/// Writes a range in requests of 64 KiB.
 ///
 /// # Errors
 /// See [`Disk::write`].
@@ -101,8 +101,8 @@ pub fn write(disk: &mut Disk, seed: u64, start: u64, length: u64) -> Result<(), 
     Ok(())
 }
 
-/// Reads a stretch in requests of 64 KiB; on a disk that can be written to it must be
-/// what [`write`] wrote.
+/// Reads a range in requests of 64 KiB; on a writable disk the data must be what [`write`]
+/// wrote.
 ///
 /// # Errors
 /// See [`Disk::read`]; or it is something else.

@@ -15,8 +15,8 @@ const LENGTH: u64 = 4096;
 const SECTORS: u64 = LENGTH / SECTOR;
 const SEED: u64 = 0x6469_736b;
 
-/// Reads by looking at the used ring: between the first and the last request the
-/// guest leaves user mode for the doorbell only.
+/// Reads and polls the used ring: between the first and the last request the guest leaves
+/// user mode only for the doorbell.
 ///
 /// # Errors
 /// See [`Disk::complete`].

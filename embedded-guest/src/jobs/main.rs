@@ -1,4 +1,4 @@
-//! `main`: every device found does its work, and each interrupt comes where it should.
+//! `main`: every device works, and each interrupt arrives on its vector.
 
 use super::{Guest, console, disk, net};
 use crate::irq::Snapshot;
@@ -9,8 +9,8 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-/// The types with a driver, in the order of their turn, and their names in `need=`.
-/// The console is first, to take the lines about the others.
+/// The types with a driver, in order, and their names in `need=`. The console is first, so
+/// that it shows the lines about the others.
 const KINDS: [(u16, &str); 3] = [(CONSOLE, "console"), (BLOCK, "block"), (NET, "net")];
 
 /// Checks all devices.

@@ -1,4 +1,4 @@
-//! What the guest can be told to do: `job=NAME` on its command line.
+//! The jobs of the guest: `job=NAME` on its command line.
 
 mod console;
 mod disk;
@@ -98,7 +98,7 @@ fn job(guest: &Guest) -> Result<(), String> {
         "serial-irq" => serial::echo(guest),
         "port-read" => ports::time_user(guest),
         "port-kernel" => ports::time_kernel(guest),
-        "ports" => ports::nobody(guest),
+        "ports" => ports::unclaimed(guest),
         "rtc" => ports::date(guest),
         "idle" => power::idle(),
         "spin" => power::spin(),
@@ -111,7 +111,7 @@ fn job(guest: &Guest) -> Result<(), String> {
     }
 }
 
-/// The late way, for a command line that does not begin with this job; see boot/start.s.
+/// Job `first-byte`, for a command line that does not start with it; see boot/start.s.
 fn first_byte() -> ! {
     port::write8(uart::BASE, b'B');
     report::power_off()

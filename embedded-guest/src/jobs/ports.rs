@@ -1,5 +1,5 @@
-//! `port-read`, `port-kernel`: what a port access costs; `ports`: what is read where
-//! nothing answers; `rtc`: the date.
+//! `port-read`, `port-kernel`: the cost of a port access; `ports`: reads of unclaimed ports;
+//! `rtc`: the date.
 
 use super::Guest;
 use crate::boot::{self, KERNEL_READS};
@@ -15,8 +15,8 @@ use logic::clock::{self, Clock};
 use logic::times::Times;
 
 const LINE_STATUS: u64 = uart::BASE as u64 + 5;
-/// Nothing is there on a PC.
-const NOBODY: u64 = 0x500;
+/// A port without a device on a PC.
+const UNCLAIMED_PORT: u64 = 0x500;
 
 const CMOS_INDEX: u16 = 0x70;
 const CMOS_DATA: u16 = 0x71;
@@ -43,7 +43,7 @@ pub fn time_user(guest: &Guest) -> Result<(), String> {
     report("port-read", port, times, 1)
 }
 
-/// Times `count` reads of a port from kernel mode, in lots of [`KERNEL_READS`].
+/// Times `count` reads of a port from kernel mode, [`KERNEL_READS`] at a time.
 ///
 /// # Errors
 /// A bad option.
@@ -67,13 +67,13 @@ fn report(job: &str, port: u16, times: Times, lot: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// Reads a port at which nothing answers: all ones; and device registers with memory
-/// decoding off, which is all ones on most machines, but 0 on QEMU: only printed.
+/// Reads a port without a device, which must return all ones, and prints device registers
+/// with memory decoding disabled (all ones on most machines, 0 on QEMU).
 ///
 /// # Errors
-/// Something answered.
-pub fn nobody(guest: &Guest) -> Result<(), String> {
-    let port = port_number(guest, NOBODY)?;
+/// The port did not return all ones.
+pub fn unclaimed(guest: &Guest) -> Result<(), String> {
+    let port = port_number(guest, UNCLAIMED_PORT)?;
     let (byte, long) = (port::read8(port), port::read32(port));
     line!("ports: {port:#x} reads {byte:#x}, {long:#x}");
     if (byte, long) != (0xff, 0xffff_ffff) {

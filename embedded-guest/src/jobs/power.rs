@@ -1,4 +1,4 @@
-//! `idle`, `spin`, `reset`: about the processor and the machine.
+//! `idle`, `spin`, `reset`: jobs for the processor and the machine.
 
 use super::Guest;
 use crate::irq::{self, Deadline, TICKS_PER_SECOND};
@@ -11,7 +11,7 @@ use core::hint::black_box;
 const I8042_COMMAND: u16 = 0x64;
 const PULSE_RESET: u8 = 0xfe;
 const RESET_CONTROL: u16 = 0xcf9;
-/// Hard reset chosen, then carried out.
+/// Values that select and carry out a hard reset.
 const HARD: u8 = 0x02;
 const HARD_NOW: u8 = 0x06;
 /// How long a reset may take.

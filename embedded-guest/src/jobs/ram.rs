@@ -1,4 +1,4 @@
-//! `ram`: is all the memory there that the loader speaks of, and is every place its own?
+//! `ram`: all memory in the loader's map exists, and no two addresses are the same memory.
 
 use super::Guest;
 use crate::line;
@@ -11,26 +11,26 @@ use core::ops::Range;
 use logic::pattern;
 
 const MIB: u64 = 1 << 20;
-/// The page at 0 holds nothing to test, and a pointer to it is not one.
+/// Page 0 is left out, because a pointer to it is null.
 const LOWEST: u64 = 4096;
-/// At both ends of every range each page is touched for so long.
+/// Bytes at both ends of each range in which every page is tested.
 const ENDS: u64 = MIB;
 const END_STEP: u64 = 4096;
-/// In between, one word every so often.
+/// Distance of the tested words in between, in bytes.
 const MIDDLE_STEP: u64 = 4 * MIB;
 const SEED: u64 = 0x7261_6d21;
 
-/// A touched word and what it held before.
+/// A tested word and its previous value.
 struct Word {
     address: u64,
     old: u64,
 }
 
-/// Writes a different value to every place chosen, then reads them all back, then
-/// restores them. Memory that shows up at two addresses is noticed.
+/// Writes a different value to each tested word, reads all back, and restores them. So memory
+/// that appears at two addresses is noticed.
 ///
 /// # Errors
-/// The place that did not keep its value; or less or more memory than expected.
+/// A word did not keep its value, or there is less or more memory than expected.
 pub fn run(guest: &Guest) -> Result<(), String> {
     let mut found = 0;
     let mut words = Vec::new();
@@ -71,7 +71,7 @@ pub fn run(guest: &Guest) -> Result<(), String> {
     Ok(())
 }
 
-/// Firmware keeps up to `tolerance-mib` (2) to itself.
+/// Firmware reserves up to `tolerance-mib` (2).
 fn check_size(guest: &Guest, found: u64) -> Result<(), String> {
     let expected = guest.options.number("expect-mib", 0)?;
     let tolerance = guest.options.number("tolerance-mib", 2)?;
@@ -85,7 +85,7 @@ fn check_size(guest: &Guest, found: u64) -> Result<(), String> {
     Ok(())
 }
 
-/// The addresses to touch in a range: none in the guest itself.
+/// The addresses to test in a range, without those of the guest itself.
 fn places(range: &Range<u64>) -> Vec<u64> {
     let start = range.start.max(LOWEST).next_multiple_of(END_STEP);
     let end = range.end & !(END_STEP - 1);

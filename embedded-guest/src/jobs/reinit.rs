@@ -1,4 +1,4 @@
-//! `reset-reinit`: devices are reset and set up again and again, at rest and at work.
+//! `reset-reinit`: devices are reset and set up repeatedly, idle and with requests in flight.
 
 use super::{Guest, disk, net};
 use crate::irq;

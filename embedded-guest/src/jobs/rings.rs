@@ -1,6 +1,5 @@
-//! Devices that ask for a reset (virtio 1.2, 2.1.2) and must work after it. `bad-rings`:
-//! because queues are at addresses where no queue can be. `needs-reset`: for a reason
-//! that is outside the guest.
+//! Devices that request a reset (virtio 1.2, 2.1.2) and must work after it. `bad-rings`:
+//! because queues are at invalid addresses. `needs-reset`: for a reason outside the guest.
 
 use super::{Guest, disk};
 use crate::virtio::BLOCK;
@@ -17,17 +16,17 @@ use alloc::string::String;
 /// DEVICE_NEEDS_RESET.
 const NEEDS_RESET: u8 = 0x40;
 
-/// What is wrong with a place, and the place.
+/// What is wrong with an address, and the address.
 const PLACES: [(&str, u64); 3] = [
     ("at the end of all addresses", u64::MAX - 0xfff),
     ("where no memory is", 0xd000_0000),
     ("at an odd address", 0x10_0001),
 ];
 
-/// Tries each place, then uses the disk as it should be.
+/// Tries each address, then uses the disk normally.
 ///
 /// # Errors
-/// The device took such a queue, or does not work afterwards.
+/// The device accepted such a queue, or does not work afterwards.
 pub fn run(guest: &Guest) -> Result<(), String> {
     let device = guest.device(BLOCK)?;
     let name = &device.name;
@@ -48,10 +47,10 @@ pub fn run(guest: &Guest) -> Result<(), String> {
     disk::check(guest, device)
 }
 
-/// Takes the disk into use, waits until it asks for a reset, and does as it wishes.
+/// Starts to use the disk, waits until it requests a reset, and resets it.
 ///
 /// # Errors
-/// The device never asks, or does not work afterwards.
+/// The device never requests a reset, or does not work afterwards.
 pub fn wait_and_reset(guest: &Guest) -> Result<(), String> {
     let device = guest.device(BLOCK)?;
     let disk = Disk::start(device.clone(), Completion::Polling)?;

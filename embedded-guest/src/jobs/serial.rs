@@ -27,8 +27,7 @@ pub fn lines(guest: &Guest) -> Result<(), String> {
     Ok(())
 }
 
-/// Sends back, on the UART, what it receives until a line `quit`; learns of it by
-/// interrupt only.
+/// Sends back what the UART receives until a line `quit`; reads only after an interrupt.
 ///
 /// # Errors
 /// The UART stopped taking bytes.

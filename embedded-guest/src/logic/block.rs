@@ -1,8 +1,8 @@
-//! Blocks that say what they are: which place, which sequence number, which run, with a
-//! checksum over all of it. And where on the disk such a run keeps what, so that the
-//! host can check an image by what its guest was told (tests/src/chaos.rs).
+//! Self-describing blocks: each contains its block number, a sequence number and the run, with
+//! a checksum. Also the layout of the disk, so that the host can check an image by what its
+//! guest was told (tests/src/chaos.rs).
 //!
-//! This file is compiled on both sides: it uses nothing but core.
+//! The host compiles this file, too, so it uses only core.
 
 use core::fmt;
 
@@ -12,7 +12,7 @@ pub const SIZE: usize = 4096;
 const WORDS: usize = SIZE / 8;
 /// First word of a block of data: "outrigB1".
 const MAGIC: u64 = 0x3142_6769_7274_756f;
-/// What the words of the header are.
+/// Indices of the header's words.
 const ADDRESS: usize = 1;
 const SEQUENCE: usize = 2;
 const QUEUE: usize = 3;
@@ -22,12 +22,12 @@ const CHECKSUM: usize = WORDS - 1;
 
 /// Words of payload that a block of a report holds.
 pub const REPORT_WORDS: usize = CHECKSUM - PAYLOAD;
-/// In place of a queue's number: this block belongs to the report.
+/// Used instead of a queue number: this block belongs to the report.
 pub const REPORT: u64 = 0x7265_706f_7274;
-/// First word of the control block when the guest is to come to an end: "outrStop".
+/// First word of the control block that makes the guest end: "outrStop".
 pub const STOP: u64 = 0x706f_7453_7274_756f;
 
-/// What a block says of itself.
+/// The header of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Label {
     /// Which block of the disk it is.
@@ -156,12 +156,12 @@ pub fn is_blank(data: &[u8]) -> bool {
     data.iter().all(|byte| *byte == 0)
 }
 
-/// Whether the control block says that the guest is to come to an end.
+/// Whether the control block makes the guest end.
 pub fn says_stop(data: &[u8]) -> bool {
     get(data, 0) == STOP
 }
 
-/// Over all words but the last. Their order counts.
+/// Checksum of all words but the last; depends on their order.
 fn checksum(data: &[u8]) -> u64 {
     (0..CHECKSUM).fold(0x6f75_7472, |sum: u64, index| {
         (sum ^ get(data, index))
@@ -180,9 +180,8 @@ fn put(data: &mut [u8], index: usize, word: u64) {
     data[8 * index..8 * index + 8].copy_from_slice(&word.to_le_bytes());
 }
 
-/// What is where on a disk: data from block 0 on, behind it the report (a summary, the
-/// sequence number of each block, the longest gaps), and in the last block what the host
-/// tells the guest.
+/// The layout of the disk: data from block 0 on, then the report (a summary, the sequence
+/// number of each block, the longest gaps), and the control block, which the host writes, last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Blocks of data.

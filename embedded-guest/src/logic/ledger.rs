@@ -1,11 +1,11 @@
-//! What a disk has acknowledged, block by block, and whether what it holds fits that.
-//! Compiled on the host as well (tests/src/chaos.rs).
+//! What a disk has acknowledged, block by block, and whether its content agrees with that.
+//! The host compiles this file, too (tests/src/chaos.rs).
 
 use super::block::{self, Flaw, Label};
 use alloc::vec::Vec;
 use core::fmt;
 
-/// What a driver has under way on a block.
+/// The request in flight on a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Busy {
     No,
@@ -25,7 +25,7 @@ struct Entry {
     busy: Busy,
 }
 
-/// A disk does not hold what it said that it does.
+/// The disk's content contradicts what it acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wrong {
     /// Never written, although this sequence number was acknowledged.
@@ -205,7 +205,7 @@ impl Ledger {
     }
 }
 
-/// The sequence number that a block holds, if it may hold it.
+/// The sequence number of a block, if it is an allowed one.
 fn check(seed: u64, block: u64, entry: Entry, data: &[u8]) -> Result<u64, Wrong> {
     let acknowledged = entry.sequence;
     let unsure = matches!(entry.busy, Busy::Unsure | Busy::Settling);

@@ -7,7 +7,7 @@ pub type Mac = [u8; 6];
 /// An IPv4 address.
 pub type Ip = [u8; 4];
 
-/// A station: what it is called on the link and on the network.
+/// A host: its Ethernet and its IPv4 address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Station {
     /// Ethernet address.
@@ -139,8 +139,8 @@ fn set_checksum(bytes: &mut [u8], at: usize) {
     bytes[at..at + 2].copy_from_slice(&sum);
 }
 
-/// Says what `frame` is. An echo reply counts if it is for `own`, carries
-/// `identifier` and is undamaged.
+/// Parses `frame`. An echo reply counts if it is for `own`, has `identifier` and a correct
+/// checksum.
 pub fn parse(frame: &[u8], own: Station, identifier: u16) -> Received<'_> {
     let received = match frame.get(12..ETHERNET_HEADER) {
         Some(kind) if kind == TYPE_ARP => parse_arp(&frame[ETHERNET_HEADER..]),

@@ -1,5 +1,5 @@
-//! Contents that tell where they belong: every 8-byte word depends on its place and
-//! on a seed, so data at the wrong place, or of another run, is noticed.
+//! A test pattern: every 8-byte word depends on its offset and on a seed, so data at the wrong
+//! offset, or of another run, is noticed.
 
 /// The word at byte offset `place`.
 pub fn word(seed: u64, place: u64) -> u64 {

@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-/// So many are kept; the rest only count.
+/// Number of durations that are kept; the rest is only counted.
 const MOST: usize = 1 << 15;
 
 /// Measured durations, in any unit.

@@ -1,11 +1,11 @@
-//! A used ring, checked entry by entry: each chain comes back once, with the length it
-//! has to have (virtio 1.3, 2.7.8). Compiled on the host as well.
+//! A used ring, checked entry by entry: each chain is returned once, with the right length
+//! (virtio 1.3, 2.7.8). The host compiles this file, too.
 
 use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
 
-/// What a device must not do with a used ring.
+/// A fault of the device in the used ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// The index moved by more than what is lent.
@@ -58,7 +58,7 @@ enum Head {
     Returned,
 }
 
-/// The chains lent to a device, and how far its used ring was read.
+/// The chains that the device has, and how far its used ring was read.
 pub struct Lent {
     heads: Vec<Head>,
     count: u16,

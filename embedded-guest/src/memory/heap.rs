@@ -1,5 +1,5 @@
-//! The heap: blocks of a power of two bytes, cut from one stretch of the image and
-//! kept in a list per size when freed. A block is aligned to its size, so pages for
+//! The heap: blocks of a power of two bytes, cut from one range of the image and kept in a
+//! list for each size when freed. A block is aligned to its size, so pages for
 //! virtqueues come from here too.
 
 use core::alloc::{GlobalAlloc, Layout};

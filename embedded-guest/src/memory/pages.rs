@@ -1,4 +1,4 @@
-//! Page tables for what lies above 4 GiB; boot/tables.s has mapped the rest.
+//! Page tables for memory above 4 GiB; boot/tables.s maps the rest.
 
 use alloc::boxed::Box;
 use core::ops::Range;
@@ -9,10 +9,10 @@ const LARGE_PAGE: u64 = 2 << 20;
 const TABLE: u64 = 0x27;
 const PRESENT: u64 = 1;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-/// Four levels of tables map so much to itself.
+/// Most memory that four levels of tables identity-map here.
 const LIMIT: u64 = 1 << 47;
 
-/// How memory is to be reached.
+/// Cache mode of a mapping.
 #[derive(Clone, Copy)]
 pub enum Kind {
     /// Through the caches.

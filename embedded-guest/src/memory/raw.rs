@@ -1,4 +1,4 @@
-//! The memory functions that compilers call: no C library brings them here.
+//! The memory functions that compilers call; there is no C library.
 
 use core::arch::asm;
 

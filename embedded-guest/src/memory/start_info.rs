@@ -1,4 +1,4 @@
-//! What the loader says: `hvm_start_info`
+//! The loader's start info: `hvm_start_info`
 //! (https://xenbits.xen.org/docs/unstable/misc/pvh.html).
 
 use alloc::string::String;

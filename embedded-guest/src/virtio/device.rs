@@ -65,7 +65,7 @@ pub mod common {
 /// No driver uses more queues of a device.
 pub const MOST_QUEUES: usize = 4;
 
-/// A stretch of a BAR.
+/// A range of a BAR.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Area {
     /// Physical address.

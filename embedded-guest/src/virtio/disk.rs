@@ -20,7 +20,7 @@ const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
 const ID_LENGTH: usize = 20;
 const STATUS_OK: u8 = 0;
-/// What no device writes: the status byte was left alone.
+/// A status that no device writes: it shows that the status byte was not written.
 const NO_STATUS: u8 = 0xff;
 
 /// A disk in use. The transport is first: it is dropped, and the device reset,

@@ -1,10 +1,10 @@
-//! What virtio-drivers needs to know of memory: addresses are physical addresses.
+//! Memory access for virtio-drivers: addresses are physical addresses.
 
 use alloc::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use core::ptr::NonNull;
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
 
-/// Memory mapped one to one, used by devices without translation.
+/// Identity-mapped memory that devices access without translation.
 pub struct Identity;
 
 fn layout(pages: usize) -> Layout {

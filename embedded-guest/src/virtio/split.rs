@@ -1,6 +1,6 @@
-//! A split virtqueue by hand (virtio 1.3, 2.7), for a driver that checks the device's
-//! every step: [`Lent`] judges the used ring. The device must ask for each doorbell and
-//! send each interrupt that it owes.
+//! A split virtqueue by hand (virtio 1.3, 2.7), for a driver that checks every step of the
+//! device. [`Lent`] checks the used ring. The device must request each doorbell and send each
+//! interrupt that is due.
 
 use super::hal::Identity;
 use super::transport::{Transport, feature};
@@ -18,7 +18,7 @@ use virtio_drivers::{BufferDirection, Hal};
 pub const SIZE: u16 = 64;
 const PAGES: usize = 2;
 
-/// Places in the ring's memory.
+/// Offsets in the ring's memory.
 const AVAILABLE: usize = 16 * SIZE as usize;
 const AVAILABLE_INDEX: usize = AVAILABLE + 2;
 const AVAILABLE_RING: usize = AVAILABLE + 4;

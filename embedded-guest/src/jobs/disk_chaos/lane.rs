@@ -15,7 +15,7 @@ const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
 const STATUS_OK: u8 = 0;
-/// What no device writes: the status byte was left alone.
+/// A status that no device writes: it shows that the status byte was not written.
 const NO_STATUS: u8 = 0xee;
 /// The data of a slot at rest begins and ends with it.
 const AT_REST: u64 = 0x6166_6665_6374_6564;
@@ -49,7 +49,7 @@ struct Slot {
     status: u8,
 }
 
-/// A queue and its slots. A slot is either lent, and then left alone, or at rest.
+/// A queue and its request slots. A slot is either lent to the device or idle.
 pub struct Lane {
     /// The ring.
     pub ring: Split,
@@ -104,7 +104,7 @@ impl Lane {
     /// Submits `work`; the device learns of it by [`Split::tell`].
     ///
     /// # Errors
-    /// Somebody wrote into the slot at rest.
+    /// The device wrote to the buffer of a request that is not in flight.
     pub fn submit(&mut self, mut work: Work, layout: &Layout) -> Result<(), String> {
         let Some(index) = self.free.pop() else {
             return Err(format!("{}: full", self.ring.name()));

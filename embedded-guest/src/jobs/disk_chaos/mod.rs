@@ -1,7 +1,7 @@
-//! `disk-chaos`: blocks that say what they are, written and read on all queues at once,
-//! while somebody kills, stops and swaps the process behind the disk. Each acknowledged
-//! write must be there, each request answered once, whatever happens; at the end the
-//! disk holds a report by which the host can check the image (`logic::block::Layout`).
+//! `disk-chaos`: self-describing blocks are written and read on all queues at once, while the
+//! host kills, stops and swaps the disk's process. Each acknowledged write must be on the disk,
+//! and each request completed once. At the end the disk contains a report by which the host
+//! checks the image (`logic::block::Layout`).
 
 mod lane;
 mod report;
@@ -26,9 +26,9 @@ const FEATURE_FLUSH: u64 = 1 << 9;
 const FEATURE_MULTI_QUEUE: u64 = 1 << 12;
 /// Descriptors that each request may take.
 const CHAIN: u16 = lane::CHAIN;
-/// How many blocks are looked at for one that nothing is under way on.
+/// How many blocks are tried to find one without a request in flight.
 const PROBES: u64 = 8;
-/// Gaps that a report has room for; each takes two words.
+/// Number of gaps in a report; each takes two words.
 const MOST_GAPS: usize = block::GAP_BLOCKS as usize * block::REPORT_WORDS / 2;
 
 /// What the command line asks for.
@@ -79,7 +79,7 @@ struct Chaos {
 /// Runs it.
 ///
 /// # Errors
-/// The first thing that is not as it has to be.
+/// The first fault.
 pub fn run(guest: &Guest) -> Result<(), String> {
     let device = guest.device(BLOCK)?;
     let options = &guest.options;
@@ -129,7 +129,7 @@ pub fn run(guest: &Guest) -> Result<(), String> {
     Ok(())
 }
 
-/// What the blocks hold is what an earlier run left, if anything.
+/// The blocks may contain data of an earlier run.
 fn adopt() -> impl FnMut(&mut Chaos) -> Option<Work> {
     let mut blocks = 0..;
     move |chaos| {
@@ -140,7 +140,7 @@ fn adopt() -> impl FnMut(&mut Chaos) -> Option<Work> {
     }
 }
 
-/// Every block once more.
+/// Reads every block once more.
 fn verify() -> impl FnMut(&mut Chaos) -> Option<Work> {
     let mut blocks = 0..;
     move |chaos| {

@@ -1,5 +1,5 @@
-//! What `disk-chaos` leaves on the disk for the host: a summary, the last acknowledged
-//! sequence number of each block, and the longest gaps (`logic::block::Layout`).
+//! The report of `disk-chaos` on the disk: a summary, the last acknowledged sequence number of
+//! each block, and the longest gaps (`logic::block::Layout`).
 
 use super::Chaos;
 use super::lane::Work;
