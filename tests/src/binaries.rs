@@ -1,6 +1,5 @@
-//! Where the programs under test are. Cargo tells a test only of the binaries of
-//! its own package, so those of others are built here, in the profile and the
-//! target directory of the test itself.
+//! Paths of the programs under test. Cargo gives a test only the binaries of its own package,
+//! so the others are built here, with the profile and target directory of the test itself.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -11,21 +10,21 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::process::Launch;
 
-/// What this process has built already.
+/// Packages that this process has built.
 static BUILT: Mutex<Option<HashSet<String>>> = Mutex::new(None);
 
-/// Path of the program of package `name`, built from the present sources.
+/// Path of the program of package `name`, built from the current sources.
 ///
 /// # Panics
-/// When it does not build.
+/// It does not build.
 pub fn binary(name: &str) -> PathBuf {
     of_package(name, name)
 }
 
-/// Path of the program `name` of this package, which only tests use.
+/// Path of the program `name` of this package, for tests only.
 ///
 /// # Panics
-/// When it does not build.
+/// It does not build.
 pub fn helper(name: &str) -> PathBuf {
     of_package(env!("CARGO_PKG_NAME"), name)
 }
@@ -42,10 +41,10 @@ fn of_package(package: &str, name: &str) -> PathBuf {
     path
 }
 
-/// A foreign program, of those that `tests/peers/build.sh` makes.
+/// Path of a foreign program that `tests/peers/build.sh` makes.
 ///
 /// # Panics
-/// When nobody said where they are.
+/// OUTRIGGER_PEERS is not set.
 pub fn peer(name: &str) -> Launch {
     let directory = std::env::var_os("OUTRIGGER_PEERS").expect(
         "OUTRIGGER_PEERS is not set: run ./test.sh, or set it to what tests/peers/build.sh prints",
@@ -71,8 +70,8 @@ pub fn target_directory() -> PathBuf {
     directory
 }
 
-/// Under cargo-nextest each test is a process; a file tells them whether another
-/// of the same run was here before.
+/// Under cargo-nextest each test is a process; a file tells whether another process of the
+/// same run has built the package.
 fn build_once_per_run(package: &str, name: &str, directory: &Path) {
     let run = std::env::var("NEXTEST_RUN_ID").unwrap_or_default();
     let mut stamp = File::options()

@@ -8,7 +8,7 @@ pub const RX: usize = 0;
 /// Index of the transmit queue.
 pub const TX: usize = 1;
 
-/// Sends `bytes`, and waits until they are taken.
+/// Sends `bytes` and waits until the device has completed them.
 pub fn send(guest: &mut Guest, bytes: &[u8]) {
     let buffer = Buffer::readable(guest.ram.put(bytes), bytes.len() as u32);
     guest.queues[TX].run(&[buffer]);
@@ -23,7 +23,7 @@ pub fn post(guest: &mut Guest, count: usize, len: u32) {
     guest.queues[RX].kick();
 }
 
-/// Waits for a receive buffer to be filled; returns what is in it.
+/// Waits until a receive buffer is filled; returns its content.
 pub fn receive(guest: &mut Guest) -> Vec<u8> {
     let queue = &mut guest.queues[RX];
     let used = queue.wait();
@@ -31,7 +31,7 @@ pub fn receive(guest: &mut Guest) -> Vec<u8> {
     guest.ram.get(buffer.address, used.len as usize)
 }
 
-/// As [`receive`], and offers the buffer again, until there are `len` bytes.
+/// Receives `len` bytes; offers each buffer again.
 pub fn receive_all(guest: &mut Guest, len: usize) -> Vec<u8> {
     let mut all = Vec::new();
     while all.len() < len {

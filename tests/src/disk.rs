@@ -34,7 +34,7 @@ pub fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
 impl Request {
     /// A request of type `kind`.
     pub fn new(ram: &Ram, kind: u32, sector: u64, data: &[Buffer]) -> Self {
-        // A status that no device writes, to see that one is written.
+        // A status that no device writes, to detect that one is written.
         let status = ram.put(&[0xee]);
         let mut buffers = vec![Buffer::readable(ram.put(&header(kind, sector)), 16)];
         buffers.extend(data);
@@ -42,19 +42,19 @@ impl Request {
         Request { buffers, status }
     }
 
-    /// Runs it to its end; returns the status byte.
+    /// Submits the request and waits for it; returns the status byte.
     pub fn run(&self, ram: &Ram, queue: &mut DriverQueue) -> u32 {
         queue.run(&self.buffers);
         ram.get(self.status, 1)[0].into()
     }
 }
 
-/// Byte `at` of an image that differs from sector to sector.
+/// Byte `at` of an image whose sectors all differ.
 pub fn pattern(at: usize) -> u8 {
     (at / SECTOR * 7 + at % 251) as u8
 }
 
-/// `len` bytes of such an image, from `from` on.
+/// `len` bytes of that image, from offset `from` on.
 pub fn pattern_of(from: usize, len: usize) -> Vec<u8> {
     (from..from + len).map(pattern).collect()
 }

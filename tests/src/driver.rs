@@ -1,6 +1,6 @@
-//! A disk without a machine: crate virtio-driver's vhost-user front end and virtio-blk
-//! driver, in this process. Guest memory is this process's own, and guest-physical
-//! addresses are its addresses.
+//! A disk without a virtual machine: the vhost-user front end and virtio-blk driver of crate
+//! virtio-driver, in this process. Its guest memory is this process's memory, and
+//! guest-physical addresses are virtual addresses.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -32,7 +32,7 @@ pub struct Driver {
 
 /// One queue with buffers of its own.
 pub struct Queue {
-    // Fields are dropped in this order: the memory goes last.
+    // Fields are dropped in this order, the memory last.
     queue: VirtioBlkQueue<'static, usize>,
     doorbell: Box<dyn QueueNotifier>,
     interrupt: Arc<EventFd>,
@@ -95,14 +95,14 @@ impl Queue {
         unsafe { self.memory.as_ptr().add(at) }
     }
 
-    /// Fills buffer `buffer`, which no request in flight may use.
+    /// Fills buffer `buffer`; no request in flight may use it.
     pub fn fill(&mut self, buffer: usize, bytes: &[u8]) {
         assert!(bytes.len() <= self.buffer_size);
-        // SAFETY: the buffer is as long, and nobody else's at this time.
+        // SAFETY: the buffer has that length, and no request in flight uses it.
         unsafe { self.address(buffer).copy_from(bytes.as_ptr(), bytes.len()) };
     }
 
-    /// What is in buffer `buffer`, which no request in flight may use.
+    /// Content of buffer `buffer`; no request in flight may use it.
     pub fn content(&self, buffer: usize) -> Vec<u8> {
         let mut bytes = vec![0; self.buffer_size];
         let len = bytes.len();
@@ -152,18 +152,18 @@ impl Queue {
         self.queue.flush(number).unwrap();
     }
 
-    /// Rings the doorbell if the device wants to hear it.
+    /// Rings the doorbell unless the device has disabled it.
     pub fn kick(&mut self) {
-        // What is offered must be visible before the device's wish is read; the crate
-        // has no barrier there (virtio 1.2 section 2.7.13.4.1).
+        // The available index must be visible before the device's notification flag is read;
+        // the crate has no barrier there (virtio 1.2 section 2.7.13.4.1).
         fence(Ordering::SeqCst);
         if self.queue.avail_notif_needed() {
             self.doorbell.notify().unwrap();
         }
     }
 
-    /// Takes what is completed, waiting for an interrupt until something is: the
-    /// buffers' numbers and 0 or a negative errno.
+    /// Waits for completed requests, sleeping until an interrupt if there are none; returns
+    /// the buffers' numbers and 0 or a negative errno.
     pub fn wait(&mut self) -> Vec<(usize, i32)> {
         loop {
             let done: Vec<_> = self
@@ -174,14 +174,14 @@ impl Queue {
             if !done.is_empty() {
                 return done;
             }
-            // The wish for an interrupt must be visible before the last look; the crate
-            // has no barrier there either.
+            // used_event must be visible before the used index is read again; the crate has
+            // no barrier there either.
             self.queue.set_used_notif_enabled(true);
             fence(Ordering::SeqCst);
             if self.queue.completions().has_next() {
                 continue;
             }
-            // Reading it would wait for ever if the device does not answer.
+            // A read would block for ever if the device does not answer.
             assert!(readable_within(&*self.interrupt, DEADLINE), "no interrupt");
             self.interrupt.read().unwrap();
         }

@@ -24,15 +24,15 @@ pub const INDIRECT_DESC: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
 /// VHOST_USER_F_PROTOCOL_FEATURES.
 pub const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
-/// The front end does not learn how many queues there are unless it asks, so
-/// that it can ask for too many.
+/// Number of queues that the front end assumes, so that tests can name queues that do not
+/// exist.
 const MAX_QUEUES: u64 = 256;
 
 /// A guest.
 pub struct Guest {
     /// The front end; [`Guest`]'s methods are the usual way.
     pub frontend: Frontend,
-    /// A second hand on its socket.
+    /// A duplicate of its socket.
     pub stream: UnixStream,
     /// Its memory.
     pub ram: Arc<Ram>,
@@ -54,8 +54,8 @@ impl Guest {
         }
     }
 
-    /// A guest with all there is to negotiate, memory shared, and as many queues
-    /// of 64 entries as it is told.
+    /// A guest that has negotiated all features and shared its memory, with `queues` queues of
+    /// 64 entries.
     pub fn boot(stream: UnixStream, features: u64, queues: usize) -> Self {
         let mut guest = Guest::new(stream, Ram::small());
         guest.negotiate(features);
@@ -66,8 +66,8 @@ impl Guest {
         guest
     }
 
-    /// Negotiates what of `features` there is, VERSION_1 and the protocol
-    /// features. Every request is acknowledged from now on.
+    /// Negotiates the offered part of `features`, VERSION_1 and the protocol features. From now
+    /// on every message is acknowledged.
     pub fn negotiate(&mut self, features: u64) {
         self.frontend.set_owner().unwrap();
         let offered = self.frontend.get_features().unwrap();
@@ -84,9 +84,8 @@ impl Guest {
         }
     }
 
-    /// Another front end, connected by `stream`, goes on with this guest's memory and
-    /// queues. Where the device of this one was it does not ask: that process may be
-    /// gone, and the used index says it.
+    /// Returns another front end on `stream` that goes on with this guest's memory and queues,
+    /// from the used index: the old device process may be gone and cannot be asked.
     pub fn move_to(self, stream: UnixStream) -> Self {
         let (ram, queues, features) = (self.ram, self.queues, self.features);
         drop((self.frontend, self.stream));
@@ -117,7 +116,7 @@ impl Guest {
         index
     }
 
-    /// Makes a queue, which the device does not learn of.
+    /// Makes a queue without telling the device.
     pub fn new_queue(&mut self, size: u16) -> usize {
         let mut queue = DriverQueue::new(&self.ram, size);
         queue.event_idx = self.features & EVENT_IDX != 0;
@@ -146,7 +145,7 @@ impl Guest {
         self.frontend.set_vring_call(index, &queue.call).unwrap();
     }
 
-    /// Where queue `index` is, in the front end's words.
+    /// Addresses of queue `index` as user addresses.
     pub fn addresses(&self, index: usize) -> VringConfigData {
         let queue = &self.queues[index];
         VringConfigData {
@@ -166,7 +165,7 @@ impl Guest {
         u16::try_from(base).unwrap()
     }
 
-    /// Interrupts of all queues since the last time.
+    /// Interrupts of all queues since the last call.
     pub fn interrupts(&self) -> u64 {
         self.queues.iter().map(DriverQueue::interrupts).sum()
     }
@@ -182,14 +181,14 @@ impl Guest {
     /// Writes to the configuration space.
     ///
     /// # Errors
-    /// When the device refuses it.
+    /// The device refuses it.
     pub fn set_config(&mut self, offset: u32, bytes: &[u8]) -> vhost::Result<()> {
         let flags = VhostUserConfigFlags::WRITABLE;
         self.frontend.set_config(offset, flags, bytes)
     }
 }
 
-/// The protocol features that this front end makes use of.
+/// The protocol features that this front end uses.
 pub fn known() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::CONFIG

@@ -10,10 +10,10 @@ fn output(arguments: &[&str]) -> Output {
     output.unwrap_or_else(|error| panic!("qemu-img: {error}; ./test.sh installs it"))
 }
 
-/// Runs qemu-img; returns what it says.
+/// Runs qemu-img; returns its output.
 ///
 /// # Panics
-/// When it fails.
+/// It fails.
 pub fn qemu_img(arguments: &[&str]) -> String {
     let output = output(arguments);
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -26,8 +26,8 @@ fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
-/// Writes the disk of one image, given by format and path, to another one, which is made
-/// anew unless it is there: then it stays the same file.
+/// Copies the disk of one image, given by format and path, to another image. An existing
+/// target stays the same file.
 pub fn convert((from, source): (&str, &Path), (to, target): (&str, &Path)) {
     if target.exists() && to == "raw" {
         let n = ["convert", "-n", "-U", "-f", from, "-O", to];
@@ -37,19 +37,19 @@ pub fn convert((from, source): (&str, &Path), (to, target): (&str, &Path)) {
     let copy = target.with_extension("new");
     let arguments = ["convert", "-U", "-f", from, "-O", to];
     qemu_img(&[&arguments[..], &[text(source), text(&copy)]].concat());
-    // Whoever has the file open goes on with the same one.
+    // A process that has the target open keeps the same file.
     let copied = std::fs::read(&copy).unwrap();
     std::fs::write(target, copied).unwrap();
     std::fs::remove_file(&copy).unwrap();
 }
 
-/// Checks an image's tables. Clusters that nobody uses any more are no error.
+/// Checks an image's tables. Leaked clusters are no error.
 ///
 /// # Panics
-/// When anything else is wrong with them.
+/// Anything else is wrong with them.
 pub fn check_format(format: &str, image: &Path) {
     if format != "qcow2" {
-        // Others have no such check.
+        // Other formats have no check.
         return;
     }
     let output = output(&["check", "-q", "-U", "-f", format, text(image)]);
@@ -59,10 +59,10 @@ pub fn check_format(format: &str, image: &Path) {
     assert!(fine, "{said}{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Where in the file byte `at` of the disk lies.
+/// File offset of byte `at` of the disk.
 ///
 /// # Panics
-/// When it lies nowhere.
+/// It is not allocated.
 pub fn place_of(format: &str, image: &Path, at: u64) -> u64 {
     let said = qemu_img(&["map", "-U", "-f", format, "--output=json", text(image)]);
     let extents: Value = serde_json::from_str(&said).unwrap();

@@ -1,4 +1,4 @@
-//! The launcher under test, or a script that does its work.
+//! The launcher under test, or a script in its place.
 
 use std::fs::File;
 use std::os::unix::process::CommandExt;
@@ -27,8 +27,8 @@ pub fn programs() -> PathBuf {
     path
 }
 
-/// The launcher, running, in a session of its own by which its processes are
-/// found; whatever is left of it is killed at the end.
+/// A running launcher, in a session of its own by which its processes are found. Remaining
+/// processes are killed on drop.
 pub struct Launcher {
     child: Child,
     directory: tempfile::TempDir,
@@ -73,7 +73,7 @@ impl Launcher {
         Launcher { child, directory }
     }
 
-    /// A file of its directory.
+    /// Path of a file in its directory.
     pub fn read(&self, name: &str) -> String {
         let bytes = std::fs::read(self.directory.path().join(name)).unwrap();
         String::from_utf8_lossy(&bytes).into_owned()
@@ -126,7 +126,7 @@ impl Launcher {
         }
     }
 
-    /// Process id of the one that is called `name`: of two, the successor.
+    /// Process id of the process called `name`; of two, the newer one.
     pub fn pid_of(&self, name: &str) -> Pid {
         let mut pid = None;
         wait_until(&format!("{name} runs"), || {
@@ -142,7 +142,7 @@ impl Launcher {
         pid.unwrap()
     }
 
-    /// What `outrigger ctl control ...` says, and its exit code: the machine was started
+    /// Output and exit code of `outrigger ctl control ...`; the machine must have been started
     /// with `--control control`.
     pub fn ctl(&self, arguments: &[&str]) -> (i32, String, String) {
         self.ctl_at("control", arguments)
@@ -161,7 +161,7 @@ impl Launcher {
         (code, text(&output.stdout), text(&output.stderr))
     }
 
-    /// [`Launcher::ctl`], which must succeed; returns what it says.
+    /// [`Launcher::ctl`], which must succeed; returns its output.
     pub fn do_ctl(&self, arguments: &[&str]) -> String {
         let (code, said, error) = self.ctl(arguments);
         let log = self.read("stderr");
@@ -184,15 +184,15 @@ impl Launcher {
         devices.iter().find(|it| it.id == id).unwrap().state
     }
 
-    /// Sends a signal to the process that is called `name`; one of another name follows
-    /// it only if it is waited for.
+    /// Sends a signal to the process called `name`. A following signal to another process
+    /// may overtake it, unless the test waits for the effect.
     pub fn signal(&self, name: &str, signal: Signal) -> Pid {
         let pid = self.pid_of(name);
         kill_process(pid, signal).unwrap();
         pid
     }
 
-    /// Waits until another process than `old` is called `name`.
+    /// Waits until a process other than `old` is called `name`.
     pub fn wait_successor(&self, name: &str, old: Pid) -> Pid {
         wait_until(&format!("{name} is another process"), || {
             self.pid_of(name) != old
@@ -200,7 +200,7 @@ impl Launcher {
         self.pid_of(name)
     }
 
-    /// Waits for its end; returns the exit code, -1 for a signal.
+    /// Waits until it exits; returns the exit code, -1 for a signal.
     pub fn wait(&mut self) -> i32 {
         let start = Instant::now();
         while start.elapsed() < Duration::from_secs(60) {
@@ -212,9 +212,9 @@ impl Launcher {
         panic!("the launcher did not end: {}", self.read("stderr"));
     }
 
-    /// Waits until all of its processes are gone.
-    pub fn expect_nobody_left(&self) {
-        wait_until("nobody is left", || self.processes().is_empty());
+    /// Waits until all its processes are gone.
+    pub fn expect_no_process_left(&self) {
+        wait_until("no process is left", || self.processes().is_empty());
     }
 }
 
@@ -228,11 +228,11 @@ impl Drop for Launcher {
     }
 }
 
-/// Both ends of a new terminal: the one that somebody types at, and the one that a
-/// program has.
+/// Both ends of a new pseudo-terminal: the master, at which the test types, and the slave, for
+/// the program.
 ///
 /// # Panics
-/// When there is none to be had.
+/// There are no pseudo-terminals left.
 pub fn terminal() -> (File, File) {
     let flags = rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY;
     let terminal = rustix::pty::openpt(flags).unwrap();

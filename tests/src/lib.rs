@@ -1,14 +1,13 @@
-//! A test front end: what stands in for a virtual machine when a device process
-//! is tested. It drives a real process, spawned from its real binary.
+//! Test support: front ends, guests and machines that drive real processes, spawned from
+//! their real binaries.
 //!
 //! * [`process`] builds, starts, watches and reaps the device process;
 //! * [`ram`] is guest memory, shared as the runner shares it;
 //! * [`queue`] is a split virtqueue from the driver's side;
-//! * [`guest`] ties them together over vhost-user: negotiate, share memory,
-//!   start and stop rings;
-//! * [`chaos`] checks the image of a guest whose disk was killed again and again;
-//! * [`driver`] is another front end for disks, other people's, and [`qemu`] another
-//!   monitor.
+//! * [`guest`] joins them over vhost-user: it negotiates, shares memory, starts and stops
+//!   rings;
+//! * [`chaos`] checks the image of a guest whose disk was killed repeatedly;
+//! * [`driver`] is a foreign front end for disks, and [`qemu`] a foreign VMM.
 //!
 //! Everything here panics when something is wrong, and every wait has a
 //! deadline: this crate is for tests only.
@@ -39,14 +38,14 @@ pub mod slow_file;
 
 use std::time::{Duration, Instant};
 
-/// How long anything may take before a test fails. Generous, because a busy
-/// machine is no reason to fail.
+/// How long any step may take before a test fails. Generous, because the machine may be
+/// busy.
 pub const DEADLINE: Duration = Duration::from_secs(30);
 
 /// Waits until `condition` holds.
 ///
 /// # Panics
-/// After [`DEADLINE`], naming `what`.
+/// It does not hold within [`DEADLINE`]; the message names `what`.
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {

@@ -1,5 +1,5 @@
-//! The Linux test guest that `tests/guest/build.sh` makes; `test.sh` says where in
-//! OUTRIGGER_LINUX_GUEST; and what its steps need on the host's side, and leave there.
+//! The Linux test guest that `tests/guest/build.sh` makes (its directory is in
+//! OUTRIGGER_LINUX_GUEST), and the host side of its steps.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 
 use crate::machine::{Machine, Running};
 
-/// Emulated guest kernels take their time.
+/// Deadline for a guest; emulated guest kernels are slow.
 pub const PATIENCE: Duration = Duration::from_secs(240);
 
 /// A file of the guest's directory.
 ///
 /// # Panics
-/// When nobody said where that is.
+/// OUTRIGGER_LINUX_GUEST is not set.
 pub fn guest(file: &str) -> PathBuf {
     let directory = std::env::var_os("OUTRIGGER_LINUX_GUEST")
         .expect("OUTRIGGER_LINUX_GUEST is not set: run ./test.sh, or set it to what tests/guest/build.sh prints");
@@ -31,10 +31,10 @@ pub fn linux(kernel: &str, options: &str) -> Machine {
     Machine::new(&guest(kernel), &cmdline).args(["--initrd", &initrd])
 }
 
-/// Waits until the serial port has said `text`.
+/// Waits until the serial port's output contains `text`.
 ///
 /// # Panics
-/// When it never does, or the machine ends.
+/// It does not in time, or the machine ends.
 pub fn wait_serial(machine: &Running, text: &str) {
     let start = Instant::now();
     while !machine.serial().contains(text) {
@@ -48,10 +48,10 @@ pub fn wait_serial(machine: &Running, text: &str) {
     }
 }
 
-/// Waits for the machine's end, which must have this code.
+/// Waits until the machine ends, which must be with this code.
 ///
 /// # Panics
-/// When it has another.
+/// It ends with another code.
 pub fn wait_end(machine: &Running, code: i32) {
     wait_end_within(machine, code, PATIENCE);
 }
@@ -59,7 +59,7 @@ pub fn wait_end(machine: &Running, code: i32) {
 /// The same, with a `limit` of the caller's.
 ///
 /// # Panics
-/// When it has another code, or does not end.
+/// It ends with another code, or not in time.
 pub fn wait_end_within(machine: &Running, code: i32, limit: Duration) {
     let start = Instant::now();
     while machine.runner.is_running() && start.elapsed() < limit {
@@ -68,7 +68,7 @@ pub fn wait_end_within(machine: &Running, code: i32, limit: Duration) {
     machine.expect(code);
 }
 
-/// What the guest fetches in its step `net`.
+/// The file that the guest fetches in its step `net`.
 pub fn body() -> Vec<u8> {
     (0..12_000u32).flat_map(u32::to_le_bytes).collect()
 }
@@ -96,7 +96,7 @@ fn serve(namespace: String, pace: Duration) -> u16 {
     let namespace = File::open(namespace).unwrap();
     let (sender, port) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
-        // A network namespace is a thread's own matter.
+        // setns(2) changes the namespace of this thread only.
         let kind = Some(rustix::thread::LinkNameSpaceType::Network);
         rustix::thread::move_into_link_name_space(namespace.as_fd(), kind).unwrap();
         let listener = TcpListener::bind("10.0.2.1:0").unwrap();
@@ -129,8 +129,8 @@ fn md5(data: &[u8]) -> String {
     String::from_utf8(output.stdout).unwrap()[..32].to_owned()
 }
 
-/// The host's view of what the step `disk` wrote: a clean file system whose files
-/// have the checksums that the guest noted.
+/// Checks what the step `disk` wrote: a clean file system whose files have the checksums that
+/// the guest recorded.
 pub fn check_image(image: &Path) {
     let check = Command::new("e2fsck")
         .arg("-fn")

@@ -7,7 +7,7 @@ use std::process::Command;
 pub struct Loop(String);
 
 impl Loop {
-    /// `None` when this host or user has none, which is said.
+    /// `None`, with a message, when this host or user has no loop devices.
     pub fn new(file: &Path) -> Option<Self> {
         let output = Command::new("losetup")
             .args(["--find", "--show"])

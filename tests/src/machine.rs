@@ -1,5 +1,5 @@
-//! Whole machines: a runner and its device processes, each started as a script
-//! would, with the serial port going to a file and events to another.
+//! Whole machines: a runner and its device processes, each started as a script would do it.
+//! The serial port and the events go to files.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -13,10 +13,10 @@ use outrigger_protocol::control::{ControlReply, MachineEvent};
 use crate::process::{LIFETIME, Launch, Process};
 use crate::{binaries, wait_until};
 
-/// True when tests that need /dev/kvm are to be left out (OUTRIGGER_SKIP_KVM=1).
+/// Whether to skip tests that need /dev/kvm (OUTRIGGER_SKIP_KVM=1).
 ///
 /// # Panics
-/// When they are not, and /dev/kvm cannot be opened.
+/// They are not to be skipped, and /dev/kvm cannot be opened.
 pub fn skip_kvm() -> bool {
     if std::env::var_os("OUTRIGGER_SKIP_KVM").is_some_and(|value| value == "1") {
         eprintln!("skipped: OUTRIGGER_SKIP_KVM=1");
@@ -32,10 +32,10 @@ pub fn skip_kvm() -> bool {
     false
 }
 
-/// The embedded guest, built from the present sources.
+/// The embedded guest, built from the current sources.
 ///
 /// # Panics
-/// When it does not build.
+/// It does not build.
 pub fn embedded_guest() -> &'static Path {
     static GUEST: OnceLock<PathBuf> = OnceLock::new();
     GUEST.get_or_init(|| {
@@ -55,14 +55,14 @@ pub fn embedded_guest() -> &'static Path {
     })
 }
 
-/// A device process, and what the runner is told of it.
+/// A device process and the runner's option for it.
 struct Device {
     id: String,
     option: String,
     process: Process,
 }
 
-/// A machine in the making.
+/// Builds a machine.
 pub struct Machine {
     kernel: PathBuf,
     cmdline: String,
@@ -74,8 +74,8 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// A machine that boots the embedded guest with this command line, with a
-    /// serial port and nothing else.
+    /// A machine that boots the embedded guest with this command line and has only a serial
+    /// port.
     pub fn embedded(cmdline: &str) -> Self {
         Self::new(embedded_guest(), cmdline)
     }
@@ -104,7 +104,7 @@ impl Machine {
         self
     }
 
-    /// Lets it run for so long at most.
+    /// Limits its running time.
     pub fn lifetime(mut self, time: Duration) -> Self {
         self.lifetime = time;
         self
@@ -140,8 +140,8 @@ impl Machine {
         self.served(id, kind, process, &socket)
     }
 
-    /// Adds a device of type `kind`, which may have further keys behind it, served
-    /// by a process that runs.
+    /// Adds a device that a running process serves; `kind` is its type, with further keys if
+    /// needed.
     pub fn served(mut self, id: &str, kind: &str, process: Process, socket: &Path) -> Self {
         self.devices.push(Device {
             id: id.to_owned(),
@@ -168,7 +168,7 @@ impl Machine {
         self.directory.path().join("disk.img")
     }
 
-    /// Adds `net0`, an isolated network with 10.0.2.1 at its far end.
+    /// Adds `net0`, an isolated network whose host side is 10.0.2.1.
     pub fn net(self) -> Self {
         self.device("net0", "net", "device-net", ["--isolated", "10.0.2.1/24"])
     }
@@ -185,7 +185,7 @@ impl Machine {
         self.prepare().start()
     }
 
-    /// Starts the platform: all device processes are there then.
+    /// Starts the platform process, so that all device processes run.
     pub fn prepare(self) -> Prepared {
         let platform = self
             .serial
@@ -221,7 +221,7 @@ impl Machine {
     }
 }
 
-/// A machine whose device processes run and whose runner does not.
+/// A machine whose device processes run and whose runner does not run yet.
 pub struct Prepared {
     launch: Launch,
     devices: Vec<Device>,
@@ -230,7 +230,7 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// Where the serial port goes.
+    /// Path of the file with the serial port's output.
     pub fn serial_path(&self) -> PathBuf {
         self.directory.path().join("serial")
     }
@@ -259,7 +259,7 @@ fn start_platform(directory: &Path, lifetime: Duration) -> Process {
         .listening_at(&socket)
 }
 
-/// A machine that runs. Dropping it ends all its processes.
+/// A running machine. Dropping it ends all its processes.
 pub struct Running {
     /// The runner.
     pub runner: Process,
@@ -283,14 +283,13 @@ impl Running {
         self.directory.path()
     }
 
-    /// Puts `process` into the place of the one that serves device `id`, which is
-    /// returned.
+    /// Records `process` as the one that serves device `id`; returns the previous one.
     pub fn replace(&mut self, id: &str, process: Process) -> Process {
         let device = self.devices.iter_mut().find(|d| d.id == id).unwrap();
         std::mem::replace(&mut device.process, process)
     }
 
-    /// Kills the platform process and starts another one in its place.
+    /// Kills the platform process and starts another one at the same socket.
     pub fn replace_platform(&mut self) {
         let old = self.platform.take().unwrap();
         old.signal(rustix::process::Signal::KILL);
@@ -298,13 +297,13 @@ impl Running {
         self.platform = Some(start_platform(self.directory.path(), LIFETIME));
     }
 
-    /// What came out of the serial port so far.
+    /// Output of the serial port so far.
     pub fn serial(&self) -> String {
         let bytes = std::fs::read(&self.serial).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Waits until the serial port has said `text`.
+    /// Waits until the serial port's output contains `text`.
     pub fn wait_serial(&self, text: &str) {
         wait_until(&format!("the guest says {text:?}"), || {
             assert!(
@@ -321,7 +320,7 @@ impl Running {
     pub fn events(&self) -> Vec<MachineEvent> {
         let path = self.directory.path().join("events");
         let text = std::fs::read_to_string(path).unwrap_or_default();
-        // The last line may be in the making.
+        // The last line may be incomplete.
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         whole
             .lines()
@@ -368,14 +367,14 @@ impl Running {
         status.code().unwrap_or_else(|| panic!("{status}"))
     }
 
-    /// Waits for the end of an embedded guest, which must pass.
+    /// Waits until an embedded guest ends, which must pass.
     pub fn passes(&self) {
         self.expect(0);
         let serial = self.serial();
         assert!(serial.contains("guest: pass"), "{serial}");
     }
 
-    /// Waits for the end, which must have this code.
+    /// Waits until the runner ends, which must be with this code.
     pub fn expect(&self, code: i32) {
         let got = self.wait();
         assert_eq!(

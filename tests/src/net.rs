@@ -1,5 +1,5 @@
-//! A guest's network stack, as much as a test needs: frames built by hand, over
-//! virtio-net from the driver's side (virtio 1.2 section 5.1.6).
+//! A minimal network stack of a guest: frames built by hand, over virtio-net from the driver's
+//! side (virtio 1.2 section 5.1.6).
 
 use std::net::Ipv4Addr;
 
@@ -14,20 +14,20 @@ pub const TX: usize = 1;
 /// Length of the header before each frame.
 pub const HEADER: usize = 12;
 
-/// The guest's station address.
+/// The guest's MAC address.
 pub const MAC: [u8; 6] = [0x52, 0x54, 0, 1, 2, 3];
-/// Everybody's.
+/// The broadcast MAC address.
 pub const BROADCAST: [u8; 6] = [0xff; 6];
-/// The guest's address.
+/// The guest's IPv4 address.
 pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
-/// The host's, with `--isolated`.
+/// The host's IPv4 address with `--isolated`.
 pub const HOST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 1);
 
 /// EtherType of IPv4.
 pub const IPV4: u16 = 0x0800;
 /// EtherType of ARP.
 pub const ARP: u16 = 0x0806;
-/// EtherType for experiments, which everybody ignores.
+/// EtherType for local experiments, which hosts ignore.
 pub const EXPERIMENT: u16 = 0x88b5;
 
 /// A frame from the device.
@@ -35,7 +35,7 @@ pub const EXPERIMENT: u16 = 0x88b5;
 pub struct Frame {
     /// The virtio-net header.
     pub header: [u8; HEADER],
-    /// From the destination address on.
+    /// The Ethernet frame.
     pub bytes: Vec<u8>,
 }
 
@@ -45,12 +45,12 @@ impl Frame {
         u16::from_be_bytes([self.bytes[12], self.bytes[13]])
     }
 
-    /// What follows the Ethernet header.
+    /// Bytes after the Ethernet header.
     pub fn payload(&self) -> &[u8] {
         &self.bytes[14..]
     }
 
-    /// The IPv4 payload, if that is what it has and its protocol is `protocol`.
+    /// The IPv4 payload, if it is an IPv4 packet of `protocol`.
     pub fn ipv4(&self, protocol: u8) -> Option<&[u8]> {
         let packet = self.payload();
         (self.ethertype() == IPV4 && packet[9] == protocol).then(|| {
@@ -59,7 +59,7 @@ impl Frame {
         })
     }
 
-    /// How many buffers it took (num_buffers).
+    /// Number of buffers that it uses (num_buffers).
     pub fn buffers(&self) -> u16 {
         u16::from_le_bytes([self.header[10], self.header[11]])
     }
@@ -70,7 +70,7 @@ pub fn ethernet(to: [u8; 6], ethertype: u16, payload: &[u8]) -> Vec<u8> {
     [&to[..], &MAC, &ethertype.to_be_bytes(), payload].concat()
 }
 
-/// An ARP request: `from` wants to know who has `whose`.
+/// An ARP request of `from` for the address `whose`.
 pub fn arp_request(from: Ipv4Addr, whose: Ipv4Addr) -> Vec<u8> {
     let mut packet = vec![0, 1, 8, 0, 6, 4, 0, 1];
     packet.extend(MAC);
@@ -80,7 +80,7 @@ pub fn arp_request(from: Ipv4Addr, whose: Ipv4Addr) -> Vec<u8> {
     ethernet(BROADCAST, ARP, &packet)
 }
 
-/// If `frame` answers [`arp_request`] of `from`: the station that was asked for.
+/// The MAC address in `frame`, if that answers [`arp_request`] of `from`.
 pub fn arp_reply(frame: &Frame, from: Ipv4Addr) -> Option<[u8; 6]> {
     let packet = frame.payload();
     (frame.ethertype() == ARP && packet[7] == 2 && packet[24..28] == from.octets())
@@ -96,7 +96,7 @@ pub fn checksum(bytes: &[u8]) -> u16 {
     !((sum & 0xffff) + (sum >> 16)) as u16
 }
 
-/// What TCP's checksum covers before its header.
+/// The pseudo-header that TCP's checksum covers.
 pub fn pseudo_header(from: Ipv4Addr, to: Ipv4Addr, protocol: u8, len: usize) -> Vec<u8> {
     let len = (len as u16).to_be_bytes();
     [&from.octets()[..], &to.octets(), &[0, protocol], &len].concat()
@@ -125,7 +125,7 @@ pub fn ping(sequence: u16, data: &[u8]) -> Vec<u8> {
     ipv4(1, &message)
 }
 
-/// If `frame` answers [`ping`] number `sequence`: the data.
+/// The data of `frame`, if that answers [`ping`] number `sequence`.
 pub fn pong(frame: &Frame, sequence: u16) -> Option<Vec<u8>> {
     let message = frame.ipv4(1)?;
     let this = message[0] == 0 && message[6..8] == sequence.to_be_bytes();
@@ -141,14 +141,14 @@ pub fn buffers(ram: &Ram, frame: &[u8]) -> Vec<Buffer> {
     vec![Buffer::readable(ram.put(&bytes), bytes.len() as u32)]
 }
 
-/// Sends a frame behind `header`, and waits until it is gone.
+/// Sends a frame with `header` and waits until it is completed.
 pub fn send_with(guest: &mut Guest, header: [u8; HEADER], frame: &[u8]) -> Used {
     let bytes = [&header[..], frame].concat();
     let buffer = Buffer::readable(guest.ram.put(&bytes), bytes.len() as u32);
     guest.queues[TX].run(&[buffer])
 }
 
-/// Sends a frame that wants nothing, and waits until it is gone.
+/// Sends a frame without offloads and waits until it is completed.
 pub fn send(guest: &mut Guest, frame: &[u8]) {
     send_with(guest, [0; HEADER], frame);
 }
@@ -178,7 +178,7 @@ pub fn receive(guest: &mut Guest) -> Frame {
         }
         buffers.push(buffer);
         missing -= 1;
-        // All of a frame is there, or nothing.
+        // All buffers of a frame are completed together.
         assert!(missing == 0 || queue.device_used_index() != queue.used_index);
     }
     for buffer in buffers {
@@ -191,8 +191,8 @@ pub fn receive(guest: &mut Guest) -> Frame {
     }
 }
 
-/// Waits for a frame that `pick` makes something of; others are ignored, for a
-/// host's stack talks when it likes.
+/// Waits for a frame for which `pick` returns a value. Other frames are ignored, because a
+/// host sends some of its own.
 pub fn receive_until<T>(guest: &mut Guest, pick: impl Fn(&Frame) -> Option<T>) -> (Frame, T) {
     let start = std::time::Instant::now();
     loop {
@@ -204,7 +204,7 @@ pub fn receive_until<T>(guest: &mut Guest, pick: impl Fn(&Frame) -> Option<T>) -
     }
 }
 
-/// MTU of interface `name` in the present network namespace.
+/// MTU of interface `name` in the current network namespace.
 pub fn mtu_of(name: &str) -> u32 {
     use std::os::fd::AsRawFd;
     let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
@@ -214,14 +214,14 @@ pub fn mtu_of(name: &str) -> u32 {
         *to = from as libc::c_char;
     }
     let operation = libc::SIOCGIFMTU as libc::Ioctl;
-    // SAFETY: SIOCGIFMTU takes a `struct ifreq` and fills the field in.
+    // SAFETY: SIOCGIFMTU takes a `struct ifreq` and sets the field.
     unsafe {
         assert_eq!(libc::ioctl(socket.as_raw_fd(), operation, &mut request), 0);
         request.ifr_ifru.ifru_mtu as u32
     }
 }
 
-/// The station of the host, which thereby learns of ours.
+/// The host's MAC address, by ARP; the host learns the guest's by it.
 pub fn resolve(guest: &mut Guest, from: Ipv4Addr) -> [u8; 6] {
     send(guest, &arp_request(from, HOST));
     receive_until(guest, |frame| arp_reply(frame, from)).1

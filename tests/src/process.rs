@@ -1,5 +1,5 @@
-//! A device process under test, with a directory of its own. Dropping it ends
-//! the process and removes the directory.
+//! A device process under test, with a directory of its own. Dropping it ends the process and
+//! removes the directory.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -18,8 +18,8 @@ use tempfile::TempDir;
 
 use crate::{binaries, wait_until};
 
-/// No process under test lives longer unless [`Launch::lifetime`] says so, so that
-/// nothing that waits for one waits for ever: a killed process closes its socket.
+/// Default lifetime of a process under test ([`Launch::lifetime`] changes it). After that it
+/// is killed, which closes its socket, so that no test waits for ever.
 pub const LIFETIME: Duration = Duration::from_secs(120);
 
 /// A running program.
@@ -30,7 +30,7 @@ pub struct Process {
     watchdog: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
-/// A command line in the making.
+/// Builds a command line.
 pub struct Launch {
     command: Command,
     directory: TempDir,
@@ -39,7 +39,7 @@ pub struct Launch {
 }
 
 impl Launch {
-    /// The program of package `name`, built if need be.
+    /// The program of package `name`, built if necessary.
     pub fn new(name: &str) -> Self {
         Self::program(&binaries::binary(name))
     }
@@ -54,13 +54,13 @@ impl Launch {
         }
     }
 
-    /// A program that is open, wherever it may lie.
+    /// An open program file.
     pub fn of(program: &File) -> Self {
         let path = format!("/proc/self/fd/{}", program.as_raw_fd());
         Self::program(Path::new(&path))
     }
 
-    /// Lets it live for so long at most.
+    /// Limits its lifetime.
     pub fn lifetime(mut self, time: Duration) -> Self {
         self.lifetime = time;
         self
@@ -72,7 +72,7 @@ impl Launch {
         self
     }
 
-    /// The directory that goes with the process.
+    /// The directory of the process.
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
@@ -88,21 +88,20 @@ impl Launch {
         &mut self.command
     }
 
-    /// Leaves `fd` open in the process, and there only, and adds its number
-    /// behind `option`.
+    /// Lets only this process inherit `fd`, and passes its number with `option`.
     pub fn pass(mut self, option: &str, fd: OwnedFd) -> Self {
         self.command.arg(option).arg(fd.as_raw_fd().to_string());
         self.passed.push(fd);
         self
     }
 
-    /// Starts it as it is, ready or not. Its standard error goes to a file that
+    /// Starts it without waiting until it is ready. Its standard error goes to a file, which
     /// [`Process::log`] reads.
     pub fn spawn(mut self) -> Process {
         let log = File::create(self.directory.path().join("log")).unwrap();
         let inherited: Vec<_> = self.passed.iter().map(|fd| fd.as_raw_fd()).collect();
         let prepare = move || {
-            // A test that dies takes its process along.
+            // The process is killed when its test dies.
             rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
             for &fd in &inherited {
                 // SAFETY: only a flag of a descriptor that is open is changed.
@@ -139,12 +138,12 @@ impl Launch {
         }
     }
 
-    /// Starts it and waits until it says that it is ready.
+    /// Starts it and waits until it reports that it is ready.
     pub fn ready(self) -> Process {
         let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
         let process = self.pass("--ready-fd", writer).spawn();
         let mut said = String::new();
-        // Ends when the process does, which is then seen in what it said.
+        // Ends when the process ends; the log then says why.
         File::from(reader).read_to_string(&mut said).unwrap();
         assert_eq!(said, "ready\n", "it did not start:\n{}", process.log());
         process
@@ -185,12 +184,12 @@ impl Process {
         self.pid
     }
 
-    /// The directory that goes with it.
+    /// Its directory.
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
 
-    /// Takes the directory, which outlives the process then.
+    /// Takes the directory, which then outlives the process.
     pub fn keep_directory(&mut self) -> TempDir {
         let log = self.directory.path().join("log");
         let other = tempfile::tempdir().unwrap();
@@ -216,7 +215,7 @@ impl Process {
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         let pid = Pid::from_raw(self.pid as i32).unwrap();
-        // Not reaped before `self` is gone, so the number is still its own.
+        // It is reaped only with `self`, so the pid is still its own.
         rustix::process::kill_process(pid, signal).unwrap();
     }
 
@@ -225,7 +224,7 @@ impl Process {
         self.child().try_wait().unwrap().is_none()
     }
 
-    /// Waits for it to end by itself.
+    /// Waits until it exits.
     pub fn wait(&self) -> ExitStatus {
         let mut status = None;
         wait_until("the process has ended", || {
@@ -238,7 +237,7 @@ impl Process {
     /// Processor time that it has used so far, in clock ticks (proc_pid_stat(5)).
     pub fn ticks(&self) -> u64 {
         let stat = std::fs::read_to_string(self.proc("stat")).unwrap();
-        // Fields count from behind the name, which may contain anything.
+        // Fields are counted after the name, which may contain any byte.
         let fields: Vec<&str> = stat
             .rsplit(')')
             .next()

@@ -1,4 +1,4 @@
-//! QEMU as somebody else's monitor: a machine whose devices are our processes.
+//! QEMU as a foreign VMM: a machine whose devices are our processes.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -14,7 +14,7 @@ const PROGRAM: &str = "qemu-system-x86_64";
 pub enum Board {
     /// A PC with PCI Express and ACPI.
     Q35,
-    /// No PCI and no ACPI: devices are named to the kernel on its command line.
+    /// No PCI and no ACPI: devices are listed on the kernel command line.
     Microvm,
 }
 
@@ -26,7 +26,7 @@ impl Board {
         }
     }
 
-    /// What a vhost-user device of `kind` is called here.
+    /// QEMU's name of a vhost-user device of `kind` on this machine.
     fn device(self, kind: &str) -> String {
         match self {
             Board::Q35 => format!("{kind}-pci"),
@@ -42,7 +42,7 @@ impl Board {
     }
 }
 
-/// A machine in the making.
+/// Builds a machine.
 pub struct Qemu {
     launch: Launch,
     board: Board,
@@ -50,7 +50,7 @@ pub struct Qemu {
 }
 
 /// # Panics
-/// When there is no QEMU.
+/// QEMU is not installed.
 fn must_be_there() {
     let version = Command::new(PROGRAM).arg("--version").output();
     if let Err(error) = version {
@@ -58,8 +58,7 @@ fn must_be_there() {
     }
 }
 
-/// What this QEMU says when it is to plug in a device called `name` and is told nothing
-/// else of it.
+/// Output of QEMU for `-device name` without further options.
 pub fn complaint(name: &str) -> String {
     must_be_there();
     let output = Command::new(PROGRAM)
@@ -72,8 +71,8 @@ pub fn complaint(name: &str) -> String {
 }
 
 impl Qemu {
-    /// A machine with a serial port, `cpus` processors and `memory` MiB of memory that
-    /// can be shared, which boots a kernel of the test guest.
+    /// A machine with a serial port, `cpus` processors and `memory` MiB of shared memory, which
+    /// boots a kernel of the test guest.
     pub fn new(board: Board, cpus: u32, memory: u32, cmdline: &str) -> Self {
         must_be_there();
         let launch = Launch::program(Path::new(PROGRAM)).lifetime(PATIENCE);
@@ -120,8 +119,8 @@ impl Qemu {
         self
     }
 
-    /// Adds a vhost-user device of `kind` behind whoever listens on `socket`, to whom QEMU
-    /// connects again whenever it has lost them; `options` go to the device.
+    /// Adds a vhost-user device of `kind` on `socket`, to which QEMU reconnects whenever the
+    /// connection is lost; `options` go to the device.
     pub fn reconnecting(mut self, kind: &str, socket: &Path, options: &str) -> Self {
         let path = socket.display();
         let chardev = format!("socket,id=again,path={path},reconnect-ms=10");
@@ -144,7 +143,7 @@ impl Qemu {
         self
     }
 
-    /// Adds options of QEMU's own.
+    /// Adds QEMU options.
     pub fn args<S: AsRef<std::ffi::OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
         self.launch = self.launch.args(args);
         self
@@ -159,7 +158,7 @@ impl Qemu {
     }
 }
 
-/// A machine that runs. Dropping it ends it.
+/// A running machine. Dropping it ends it.
 pub struct Running {
     /// QEMU.
     pub process: Process,
@@ -167,20 +166,20 @@ pub struct Running {
 }
 
 impl Running {
-    /// What came out of the serial port so far.
+    /// Output of the serial port so far.
     pub fn serial(&self) -> String {
         let bytes = std::fs::read(&self.serial).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Waits until the guest has said `text` on its serial port; returns all of it.
+    /// Waits until the output of the serial port contains `text`; returns all output.
     ///
     /// # Panics
-    /// When it does not, or says that it failed.
+    /// It does not in time, or the guest reports a failure.
     pub fn wait_serial(&self, text: &str) -> String {
         let start = Instant::now();
         loop {
-            // First whether it runs: what it says last is not to be missed.
+            // The state is read first, so that the last output is not missed.
             let running = self.process.is_running();
             let serial = self.serial();
             if serial.contains(text) {

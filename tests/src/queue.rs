@@ -1,5 +1,5 @@
-//! A split virtqueue from the driver's side (virtio 1.2 section 2.7), which can
-//! also build what no driver may.
+//! A split virtqueue from the driver's side (virtio 1.2 section 2.7). It can also build what
+//! the specification forbids.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 /// The buffer is a table of descriptors.
 pub const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 
-/// A piece of guest memory in a request.
+/// A buffer of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Buffer {
     /// Guest-physical address.
@@ -35,7 +35,7 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// For the device to read.
+    /// A device-readable buffer.
     pub fn readable(address: u64, len: u32) -> Self {
         Buffer {
             address,
@@ -44,7 +44,7 @@ impl Buffer {
         }
     }
 
-    /// For the device to write.
+    /// A device-writable buffer.
     pub fn writable(address: u64, len: u32) -> Self {
         Buffer {
             address,
@@ -121,8 +121,8 @@ impl DriverQueue {
         u16::from_le(self.ram.load(GuestAddress(address), order).unwrap())
     }
 
-    /// Writes a descriptor as it is: into the queue's table, or into the indirect
-    /// table at `table`.
+    /// Writes a descriptor without checks, to the queue's table or to the indirect table at
+    /// `table`.
     pub fn descriptor(&self, table: u64, index: u16, buffer: Buffer, flags: u16, next: u16) {
         let mut bytes = [0; 16];
         bytes[..8].copy_from_slice(&buffer.address.to_le_bytes());
@@ -132,7 +132,7 @@ impl DriverQueue {
         self.ram.set(table + 16 * u64::from(index), &bytes);
     }
 
-    /// Puts `head` into the available ring, whatever it is.
+    /// Puts `head` into the available ring without checks.
     pub fn offer(&mut self, head: u16) {
         let slot = u64::from(self.avail_index % self.size);
         self.store(self.available + 4 + 2 * slot, head, Ordering::Relaxed);
@@ -140,7 +140,7 @@ impl DriverQueue {
         self.store(self.available + 2, self.avail_index, Ordering::Release);
     }
 
-    /// Sets the available index, whatever is in the ring.
+    /// Sets the available index without checks.
     pub fn set_avail_index(&mut self, index: u16) {
         self.store(self.available + 2, index, Ordering::Release);
     }
@@ -195,8 +195,8 @@ impl DriverQueue {
         head
     }
 
-    /// Whether the device wants to hear of the requests offered since the
-    /// available index was `before`.
+    /// Whether the device wants a notification of the requests since the available index
+    /// was `before`.
     pub fn wants_kick(&self, before: u16) -> bool {
         fence(Ordering::SeqCst);
         if self.event_idx {
@@ -214,7 +214,7 @@ impl DriverQueue {
         self.kick.write(1).unwrap();
     }
 
-    /// Takes the next completed request.
+    /// Returns the next completed request.
     pub fn take(&mut self) -> Option<Used> {
         if self.load(self.used_ring + 2, Ordering::Acquire) == self.used_index {
             return None;
@@ -230,19 +230,19 @@ impl DriverQueue {
         Some(Used { head, len: word(4) })
     }
 
-    /// The device's used index as it stands in the ring.
+    /// The used index in the ring.
     pub fn device_used_index(&self) -> u16 {
         self.load(self.used_ring + 2, Ordering::Acquire)
     }
 
-    /// Asks for an interrupt once the used index has passed `index` (used_event).
+    /// Requests an interrupt once the used index has passed `index` (used_event).
     pub fn set_used_event(&self, index: u16) {
         let at = self.available + 4 + 2 * u64::from(self.size);
         self.store(at, index, Ordering::Relaxed);
         fence(Ordering::SeqCst);
     }
 
-    /// Waits for the next completed request, sleeping until the interrupt comes.
+    /// Waits for the next completed request, sleeping until the interrupt.
     pub fn wait(&mut self) -> Used {
         let start = Instant::now();
         loop {
@@ -270,7 +270,7 @@ impl DriverQueue {
         used
     }
 
-    /// Waits until the device has completed all that was offered, by looking.
+    /// Polls until the device has completed all requests.
     pub fn wait_all(&mut self) -> Vec<Used> {
         let mut all = Vec::new();
         wait_until("all requests are completed", || {
@@ -282,20 +282,20 @@ impl DriverQueue {
         all
     }
 
-    /// Interrupts since the last time; 0 when there was none.
+    /// Interrupts since the last call.
     pub fn interrupts(&self) -> u64 {
         self.call.read().unwrap_or(0)
     }
 
-    /// Pretends that `index` requests have gone through the queue, which must be
-    /// stopped and empty.
+    /// Sets both indices as if the queue had carried `index` requests; it must be stopped and
+    /// empty.
     pub fn set_indices(&mut self, index: u16) {
         (self.avail_index, self.used_index) = (index, index);
         self.store(self.available + 2, index, Ordering::Relaxed);
         self.store(self.used_ring + 2, index, Ordering::Relaxed);
     }
 
-    /// Starts afresh after requests that no driver may make.
+    /// Resets the driver's state after invalid requests.
     pub fn clear(&mut self) {
         self.free = (0..self.size).rev().collect();
         self.chains.clear();

@@ -13,14 +13,14 @@ use vhost::VhostUserMemoryRegionInfo;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap};
 
-/// In front of each region in the file.
+/// Gap before each region in the file, in bytes.
 const GAP: u64 = 0x10_0000;
 
 /// Guest memory; dereferences to the memory itself for reading and writing.
 pub struct Ram {
     file: File,
     memory: GuestMemoryMmap<()>,
-    /// The end of what [`Ram::alloc`] has given out, for each region.
+    /// End of the allocations of [`Ram::alloc`] in each region.
     taken: Mutex<Vec<u64>>,
 }
 
@@ -58,7 +58,7 @@ impl Ram {
         Self::new(&[(0, 1 << 20), (1 << 32, 4 << 20)])
     }
 
-    /// Room that nobody else uses, in the region with number `region`.
+    /// Allocates memory in the region with number `region`.
     pub fn alloc_in(&self, region: usize, len: u64, align: u64) -> u64 {
         let mut taken = self.taken.lock().unwrap();
         let address = taken[region].next_multiple_of(align);
@@ -70,12 +70,12 @@ impl Ram {
         address
     }
 
-    /// Room that nobody else uses, in the last region.
+    /// Allocates memory in the last region.
     pub fn alloc(&self, len: u64) -> u64 {
         self.alloc_in(self.memory.num_regions() - 1, len, 16)
     }
 
-    /// As [`Ram::alloc`], with `bytes` put into it.
+    /// Allocates memory as [`Ram::alloc`] does and writes `bytes` to it.
     pub fn put(&self, bytes: &[u8]) -> u64 {
         let address = self.alloc(bytes.len() as u64);
         self.set(address, bytes);
@@ -94,13 +94,12 @@ impl Ram {
         bytes
     }
 
-    /// What the front end calls the byte at `address`.
+    /// User address of the byte at `address`.
     pub fn user(&self, address: u64) -> u64 {
         address + USER_ADDRESS_OFFSET
     }
 
-    /// The memory table in the front end's words. The descriptors are good for
-    /// as long as `self` is.
+    /// The memory table with user addresses. Its descriptors are valid as long as `self`.
     pub fn regions(&self) -> Vec<VhostUserMemoryRegionInfo> {
         let info = |region: &GuestRegionMmap<()>| VhostUserMemoryRegionInfo {
             guest_phys_addr: region.start_addr().0,
@@ -112,8 +111,8 @@ impl Ram {
         self.memory.iter().map(info).collect()
     }
 
-    /// All there is in memory, the gaps of the file included: whether anything
-    /// has been written is a comparison of two of these.
+    /// All memory, including the gaps in the file. A comparison of two of these shows whether
+    /// anything was written.
     pub fn snapshot(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.file.metadata().unwrap().len() as usize];
         std::os::unix::fs::FileExt::read_exact_at(&self.file, &mut bytes, 0).unwrap();

@@ -1,4 +1,4 @@
-//! Messages by hand, for what crate vhost's front end would never send.
+//! vhost-user messages by hand, which crate vhost's front end would never send.
 
 use std::io::{IoSlice, Read};
 use std::mem::MaybeUninit;
@@ -46,7 +46,7 @@ pub fn receive(mut stream: &UnixStream) -> Vec<u8> {
     body
 }
 
-/// Whether the device has hung up, or does so by the deadline.
+/// Whether the device closes the connection before the deadline.
 pub fn hangs_up(mut stream: &UnixStream) -> bool {
     stream.set_read_timeout(Some(DEADLINE)).unwrap();
     let mut bytes = [0; 256];

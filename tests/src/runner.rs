@@ -1,4 +1,4 @@
-//! The runner by itself, for what it says and leaves when something is wrong.
+//! The runner alone: its errors, and what it leaves behind.
 
 use std::path::{Path, PathBuf};
 
@@ -6,13 +6,13 @@ use tempfile::TempDir;
 
 use crate::process::Launch;
 
-/// A command line that is a mistake, or a guest that is one.
+/// A wrong command line, or a guest that fails.
 pub struct Mistake<'a> {
     /// Arguments.
     pub args: Vec<String>,
-    /// The exit code that it must give.
+    /// The expected exit code.
     pub code: i32,
-    /// What the line on stderr must contain.
+    /// Text that the line on stderr must contain.
     pub words: &'a [&'a str],
 }
 
@@ -35,7 +35,7 @@ impl Default for Place {
 }
 
 impl Place {
-    /// Where it is.
+    /// Its path.
     pub fn path(&self) -> &Path {
         self.0.path()
     }
@@ -58,11 +58,11 @@ impl Place {
         names
     }
 
-    /// Makes all of `mistakes` at the same time: each must give its exit code and
-    /// one line that names what is wrong, and leave nothing in this directory.
+    /// Runs all `mistakes` in parallel. Each must exit with its code and one line that names
+    /// what is wrong, and leave nothing in this directory.
     ///
     /// # Panics
-    /// When one does not.
+    /// One does not.
     pub fn expect(&self, mistakes: &[Mistake]) {
         let before = self.list();
         // A few at a time: some wait for a deadline, and all use memory.
@@ -83,10 +83,10 @@ impl Place {
     }
 }
 
-/// Checks what a process said that made `mistake`.
+/// Checks the output for `mistake`.
 ///
 /// # Panics
-/// When it is not one line that names what is wrong.
+/// It is not one line that names what is wrong.
 pub fn check_line(mistake: &Mistake, code: Option<i32>, said: &str) {
     let what = format!("{:?}: {code:?}: {said}", mistake.args);
     assert_eq!(code, Some(mistake.code), "{what}");

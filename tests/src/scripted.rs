@@ -1,5 +1,5 @@
-//! A vhost-user back end that lies: it follows the protocol (vhost-user, "Message
-//! types") but for what its script says.
+//! A scripted vhost-user back end. It follows the protocol (vhost-user, "Message types")
+//! except where its script deviates.
 
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
@@ -32,19 +32,19 @@ const VERSION: u32 = 1;
 const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
 
-/// What the script wants done with a message.
+/// What the back end does with a message.
 pub enum Answer {
-    /// What the protocol asks for.
+    /// Follow the protocol.
     Proper,
-    /// These bytes, and so many descriptors along with them.
+    /// Answer with these bytes and this number of descriptors.
     Bytes(Vec<u8>, usize),
-    /// A well-formed answer with this payload.
+    /// Send a well-formed answer with this payload.
     Payload(Vec<u8>),
-    /// These bytes on the back-end channel, and a proper answer.
+    /// Send these bytes on the back-end channel, and a proper answer.
     Channel(Vec<u8>),
-    /// Nothing, and nothing to any message after it.
+    /// Do not answer this message or any later one.
     Silence,
-    /// The end of the connection.
+    /// Close the connection.
     Close,
 }
 
@@ -69,7 +69,7 @@ pub fn serve(path: &Path, script: impl Fn(u32) -> Answer + Send + 'static) {
     let listener = UnixListener::bind(path).unwrap();
     std::thread::spawn(move || {
         let (stream, _) = listener.accept().unwrap();
-        // Either side may leave at any point.
+        // Either side may close the connection at any point.
         let _ = run(stream, script);
     });
 }
@@ -93,7 +93,7 @@ fn run(mut stream: UnixStream, script: impl Fn(u32) -> Answer) -> std::io::Resul
             }
             Answer::Channel(bytes) => channel.as_ref().unwrap().write_all(&bytes)?,
             Answer::Silence => {
-                // Until the other side has had enough.
+                // Until the other side closes the connection.
                 while stream.read(&mut [0; 512])? > 0 {}
                 return Ok(());
             }

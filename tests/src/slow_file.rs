@@ -1,4 +1,4 @@
-//! A file whose reads somebody may hold up: a FUSE file system that is this one file
+//! A file whose reads a test can delay: a FUSE file system that consists of this one file
 //! (linux/fuse.h), served by a thread of the test.
 
 use std::fs::File;
@@ -12,9 +12,9 @@ use crate::DEADLINE;
 
 /// Length of the file in bytes.
 pub const LEN: u64 = 4 << 20;
-/// Reads from here on are held up.
+/// Reads from this offset on are delayed.
 pub const SLOW: u64 = LEN / 2;
-/// What is in it everywhere.
+/// Every byte of the file.
 pub const CONTENT: u8 = 0x5a;
 
 // Requests (enum fuse_opcode).
@@ -26,19 +26,19 @@ const RELEASE: u32 = 18;
 const INIT: u32 = 26;
 const INTERRUPT: u32 = 36;
 const BATCH_FORGET: u32 = 42;
-/// FUSE_ASYNC_DIO: those who go past the page cache need not wait.
+/// FUSE_ASYNC_DIO: O_DIRECT reads are asynchronous.
 const ASYNC_DIO: u32 = 1 << 15;
 /// Length of a request's header in bytes.
 const HEADER: usize = 40;
 
 /// The file.
 pub struct SlowFile {
-    /// Open to be read. It has no name any more, so nothing is left behind.
+    /// Open for reading. It is unmounted already, so nothing is left behind.
     pub file: File,
     held: Receiver<Read>,
 }
 
-/// A read that waits for its answer.
+/// A delayed read.
 #[must_use]
 pub struct Read {
     device: File,
@@ -47,22 +47,22 @@ pub struct Read {
 }
 
 impl Read {
-    /// Lets it go on.
+    /// Answers it.
     pub fn release(self) {
         reply(&self.device, self.unique, Ok(vec![CONTENT; self.size]));
     }
 }
 
 impl Drop for Read {
-    /// A test that fails must not leave somebody who waits for ever. A second answer is
-    /// none.
+    /// Answers the read, so that no process waits for ever after a test fails. The kernel
+    /// ignores a second answer.
     fn drop(&mut self) {
         reply(&self.device, self.unique, Err(libc::EIO));
     }
 }
 
 impl SlowFile {
-    /// `None` where this user may not mount, which is said.
+    /// `None`, with a message, where this user may not mount.
     pub fn new() -> Option<Self> {
         let place = tempfile::NamedTempFile::new().unwrap();
         let mut options = File::options();
@@ -81,16 +81,16 @@ impl SlowFile {
         let file = File::open(place.path());
         unmount(place.path(), UnmountFlags::DETACH).unwrap();
         let file = file.unwrap();
-        // A close is told to the server unless it has said once that it has no use for
-        // that; a test that dies closes the file when its threads are gone.
+        // The kernel sends FLUSH at each close unless the server has refused it once. When a
+        // test dies, the file is closed after the server's thread is gone.
         drop(file.try_clone().unwrap());
         Some(SlowFile { file, held })
     }
 
-    /// Waits until a read is held up.
+    /// Waits for a delayed read.
     ///
     /// # Panics
-    /// When none is.
+    /// There is none in time.
     pub fn wait(&self) -> Read {
         self.held.recv_timeout(DEADLINE).unwrap()
     }
@@ -104,7 +104,7 @@ fn long(bytes: &[u8], at: usize) -> u64 {
     u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 
-/// Until the last who has the file open is gone.
+/// Serves until no process has the file open.
 fn serve(mut device: File, say: &Sender<Read>) {
     let mut request = vec![0; 1 << 17];
     while device.read(&mut request).is_ok() {
@@ -116,7 +116,7 @@ fn serve(mut device: File, say: &Sender<Read>) {
             GETATTR => Ok(attributes()),
             OPEN => Ok(vec![0; 16]),
             RELEASE => Ok(vec![]),
-            // Among them FLUSH, at each close.
+            // For example FLUSH, at each close.
             READ => {
                 let (offset, size) = (long(body, 8), word(body, 16) as usize);
                 if offset >= SLOW {
@@ -126,7 +126,7 @@ fn serve(mut device: File, say: &Sender<Read>) {
                         unique,
                         size,
                     };
-                    // Nobody waits for it: it is dropped, and thereby answered.
+                    // No test waits for it: dropping it answers it.
                     let _ = say.send(read);
                     continue;
                 }
@@ -147,7 +147,7 @@ fn reply(mut device: &File, unique: u64, answer: Result<Vec<u8>, i32>) {
     bytes.extend(error.to_ne_bytes());
     bytes.extend(unique.to_ne_bytes());
     bytes.extend(body);
-    // Whoever asked may be gone.
+    // The process that reads may be gone.
     let _ = device.write(&bytes);
 }
 
@@ -162,7 +162,7 @@ fn init() -> Vec<u8> {
     out.to_vec()
 }
 
-/// struct fuse_attr_out: it stays as it is.
+/// struct fuse_attr_out, with an infinite timeout.
 fn attributes() -> Vec<u8> {
     let mut out = [0u8; 104];
     for (at, value) in [(0, u64::MAX >> 1), (16, 1), (24, LEN), (32, LEN / 512)] {

@@ -25,7 +25,7 @@ fn expect(mut launcher: Launcher, code: i32, parts: &[&str], mut before: Vec<Str
         assert!(said.contains(part), "no {part:?} in: {said}");
     }
     assert_eq!(launcher.read("stdout"), "");
-    launcher.expect_nobody_left();
+    launcher.expect_no_process_left();
     before.extend(["stderr".into(), "stdout".into()]);
     before.sort();
     assert_eq!(names(launcher.directory()), before);

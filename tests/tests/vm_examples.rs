@@ -233,7 +233,7 @@ fn the_same_guest_runs_on_three_disk_back_ends() {
         let names = ["device-disk", "qemu-storage-daemon", "template-device"];
         assert_eq!(line, format!("== {}", names[number]));
     }
-    script.expect_nobody_left();
+    script.expect_no_process_left();
     let left = fs::read_dir(script.directory().join("tmp")).unwrap();
     assert_eq!(left.count(), 0);
 }

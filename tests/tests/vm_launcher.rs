@@ -50,7 +50,7 @@ fn the_demo_passes_and_says_so() {
     assert_eq!(code, 0, "{stdout}{stderr}");
     assert!(stdout.contains("guest: pass"), "{stdout}{stderr}");
     assert!(stderr.contains("demo passed"), "{stderr}");
-    launcher.expect_nobody_left();
+    launcher.expect_no_process_left();
 }
 
 #[test]
@@ -101,7 +101,7 @@ fn the_exit_code_is_the_runners() {
     assert_eq!(launch("job=fail code=3", &[]).wait(), 4);
     let mut reset = launch("job=reset how=cf9", &["--on-reset", "exit"]);
     assert_eq!(reset.wait(), 3);
-    reset.expect_nobody_left();
+    reset.expect_no_process_left();
 }
 
 #[test]
@@ -124,7 +124,7 @@ fn nobody_is_left_whoever_dies_first() {
         kill_process(pid, Signal::KILL).unwrap();
         let got = launcher.wait();
         assert_eq!(got, code, "{victim}: {}", launcher.read("stderr"));
-        launcher.expect_nobody_left();
+        launcher.expect_no_process_left();
         if victim.starts_with("device") {
             assert!(launcher.read("stderr").contains(victim), "{victim}");
         }
@@ -146,7 +146,7 @@ fn signals_end_all_of_it() {
             "{signal:?}: {}",
             launcher.read("stderr")
         );
-        launcher.expect_nobody_left();
+        launcher.expect_no_process_left();
     }
 }
 
@@ -190,7 +190,7 @@ fn ctrl_a_x_on_a_stdio_console_ends_the_machine() {
         after.local_modes, before.local_modes,
         "the terminal is as it was"
     );
-    launcher.expect_nobody_left();
+    launcher.expect_no_process_left();
 }
 
 #[test]
@@ -206,7 +206,7 @@ fn a_device_that_does_not_start_is_named() {
         said.contains("/nonexistent.img") && said.contains("disk0"),
         "{said}"
     );
-    launcher.expect_nobody_left();
+    launcher.expect_no_process_left();
 }
 
 #[test]
@@ -267,7 +267,7 @@ fn launch_script(shell: &str, cmdline: &str, disk: Option<&str>) -> Launcher {
 }
 
 fn expect_nothing_left(script: &Launcher) {
-    script.expect_nobody_left();
+    script.expect_no_process_left();
     let left = std::fs::read_dir(script.directory().join("tmp")).unwrap();
     assert_eq!(left.count(), 0);
 }
@@ -346,7 +346,7 @@ fn the_printed_script_has_a_console_that_one_can_leave() {
         writer.write_all(b"\x01x").unwrap();
         let code = script.wait();
         assert_eq!(code, 0, "{shell}: {}", script.read("stderr"));
-        script.expect_nobody_left();
+        script.expect_no_process_left();
     }
 }
 
@@ -440,6 +440,6 @@ fn the_runners_mistakes_are_one_line_too() {
         for part in parts {
             assert!(said.contains(part), "no {part:?} in: {said}");
         }
-        launcher.expect_nobody_left();
+        launcher.expect_no_process_left();
     }
 }

@@ -35,7 +35,7 @@ fn launch_with(cmdline: &str, more: &[&str], stdin: Stdio) -> Launcher {
 fn expect_end(launcher: &mut Launcher, code: i32) {
     let got = launcher.wait();
     assert_eq!(got, code, "{}", launcher.read("stderr"));
-    launcher.expect_nobody_left();
+    launcher.expect_no_process_left();
     let mut left = std::fs::read_dir(launcher.directory()).unwrap();
     let stale = left.any(|entry| {
         let name = entry.unwrap().file_name().into_string().unwrap();

@@ -40,7 +40,7 @@ fn launch(cmdline: &str, more: &[&str]) -> Launcher {
 fn expect_end(launcher: &mut Launcher, code: i32) {
     let got = launcher.wait();
     assert_eq!(got, code, "{}", launcher.read("stderr"));
-    launcher.expect_nobody_left();
+    launcher.expect_no_process_left();
     let mut left: Vec<_> = std::fs::read_dir(launcher.directory())
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())

@@ -98,7 +98,7 @@ fn a_guest_sees_its_disk_grow() {
     let mut last = [0; 4096];
     image.read_exact_at(&mut last, 96 * MIB - 4096).unwrap();
     assert!(last.starts_with(b"#!/bin/busybox sh\n"));
-    launcher.expect_nobody_left();
+    launcher.expect_no_process_left();
 }
 
 /// ... whoever serves the disk: a restart and a kill in between.
@@ -156,7 +156,7 @@ fn a_busy_disk_is_grown_flushed_and_measured_whatever_process_serves_it() {
     );
     launcher.do_ctl(&["stop"]);
     assert_eq!(launcher.wait(), 0, "{}", launcher.read("stderr"));
-    launcher.expect_nobody_left();
+    launcher.expect_no_process_left();
 }
 
 #[test]
@@ -205,7 +205,7 @@ fn what_cannot_be_done_is_said_and_changes_nothing() {
     );
     launcher.do_ctl(&["stop"]);
     assert_eq!(launcher.wait(), 0, "{}", launcher.read("stderr"));
-    launcher.expect_nobody_left();
+    launcher.expect_no_process_left();
 }
 
 fn qemu_img(launcher_directory: &std::path::Path, arguments: &[&str]) {
@@ -271,5 +271,5 @@ fn a_disk_is_what_its_description_says() {
     for image in ["base", "top"] {
         qemu_img(launcher.directory(), &["check", "-q", image]);
     }
-    launcher.expect_nobody_left();
+    launcher.expect_no_process_left();
 }

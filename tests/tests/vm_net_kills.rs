@@ -124,7 +124,7 @@ fn a_download_goes_on_over_swaps_to_another_tap() {
         }
     }
     assert_eq!(launcher.wait(), 0, "{}", launcher.read("stderr"));
-    launcher.expect_nobody_left();
+    launcher.expect_no_process_left();
     let serial = launcher.read("serial");
     assert!(serial.contains("STEP net: pass"), "{serial}");
     println!("{swaps} swaps");

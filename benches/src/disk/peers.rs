@@ -149,7 +149,7 @@ fn daemon(case: &Case, image: &Path) -> Process {
     process
 }
 
-/// Whether somebody accepts at `socket`, which is there a moment before they do: the flag
+/// Whether a process accepts connections at `socket`, which exists shortly before: the flag
 /// __SO_ACCEPTCON in /proc/net/unix. A connection to try it would be the only one.
 fn listens(socket: &Path) -> bool {
     let sockets = std::fs::read_to_string("/proc/net/unix").unwrap_or_default();

@@ -61,9 +61,9 @@ fn bound(row: &Row) -> String {
         (Some(front), None) => format!("the front end {front}"),
         (None, Some(back)) => format!("the back end {back}"),
         (None, None) if row.case.medium == Medium::Direct => {
-            "nobody is busy: the medium, and waking each other up".into()
+            "no side is busy: the medium, and wake-ups".into()
         }
-        (None, None) => "nobody is busy: waking each other up".into(),
+        (None, None) => "no side is busy: wake-ups".into(),
     };
     let share = |it: Busy| {
         let percent = |part: f64| part / threads * 100.0;

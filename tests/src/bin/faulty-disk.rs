@@ -1,4 +1,4 @@
-//! device-disk that dies where a test wants it to: `OUTRIGGER_FAULT=POINT:N` arms the
+//! device-disk that exits at a fault point: `OUTRIGGER_FAULT=POINT:N` arms the
 //! point (`device_core::fault` has their names) for its Nth time. Without it, it is
 //! device-disk.
 

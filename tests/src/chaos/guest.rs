@@ -1,4 +1,4 @@
-//! A machine whose guest does `disk-chaos`, and its image.
+//! A machine whose guest runs `disk-chaos`, and its image.
 
 use std::cell::RefCell;
 use std::io::{Read, Seek, SeekFrom};
@@ -18,18 +18,18 @@ use crate::machine::{Machine, Running};
 pub const IMAGE: u64 = 16 << 20;
 /// Blocks that it writes.
 const BLOCKS: u64 = 512;
-/// What it says when it is at work.
+/// The guest prints this when it starts to work.
 pub const READY: &str = "disk-chaos: ready";
-/// How long the guest may take for anything.
+/// Deadline for each step of the guest.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// What comes before the machine: an empty image of its own.
+/// A machine that is not started yet, with an empty image.
 pub struct Prepared {
     directory: tempfile::TempDir,
     /// The guest's seed.
     seed: u64,
     format: &'static str,
-    /// Where its guest is told to stop, in bytes.
+    /// Offset in the image at which the guest is told to stop.
     control: u64,
 }
 
@@ -39,7 +39,7 @@ impl Prepared {
         Self::formatted(random, "raw")
     }
 
-    /// The same, in a format of qemu-img's, in which hardly anything is allocated.
+    /// The same with an image in a format of qemu-img, almost without allocated clusters.
     pub fn formatted(random: &mut Random, format: &'static str) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut prepared = Prepared {
@@ -54,7 +54,7 @@ impl Prepared {
         };
         let file = std::fs::File::create(&raw).unwrap();
         file.set_len(IMAGE).unwrap();
-        // So that it has its place in the file from the beginning.
+        // So that it is allocated from the start.
         let image = prepared.open_raw(&raw);
         image.mark();
         prepared.control = image.control();
@@ -64,7 +64,7 @@ impl Prepared {
         prepared
     }
 
-    /// A copy of an image that is not raw.
+    /// A raw copy of an image in another format.
     fn raw(&self) -> PathBuf {
         self.directory.path().join("raw")
     }
@@ -78,19 +78,19 @@ impl Prepared {
         self.directory.path().join("image")
     }
 
-    /// A raw image, to tell its guest something and to check it.
+    /// The raw image, to control its guest and to check it.
     pub fn open(&self) -> Image {
         self.open_raw(&self.image())
     }
 
-    /// The guest's command line, with these words in it.
+    /// The guest's command line, with these options.
     pub fn cmdline(&self, words: &str) -> String {
         let seed = self.seed;
         format!("job=disk-chaos count=0 blocks={BLOCKS} seed={seed} {words}")
     }
 
-    /// Boots a guest with these words on its command line and these options of the
-    /// runner, and waits until it is at work.
+    /// Boots a guest with these options on its command line and these options of the runner;
+    /// waits until it works.
     pub fn start(self, words: &str, options: &[String]) -> Chaos {
         let cmdline = self.cmdline(words);
         let machine = Machine::embedded(&cmdline)
@@ -122,21 +122,21 @@ struct Events {
 
 /// The machine at work.
 pub struct Chaos {
-    /// Where its image lies now.
+    /// Current path of its image.
     pub image: PathBuf,
     /// The machine.
     pub machine: Running,
-    /// When the guest began to work, by this processor's TSC, a few milliseconds late.
+    /// TSC when the guest began to work, a few milliseconds late.
     pub begun: u64,
     events: RefCell<Events>,
     prepared: Prepared,
 }
 
 impl Chaos {
-    /// Waits until `condition` holds; the machine has to run meanwhile.
+    /// Waits until `condition` holds, while the machine must run.
     ///
     /// # Panics
-    /// When it does not come to that.
+    /// It does not hold in time, or the machine ends.
     pub fn wait(&self, what: &str, mut condition: impl FnMut(&Self) -> bool) {
         let start = Instant::now();
         loop {
@@ -153,34 +153,33 @@ impl Chaos {
         }
     }
 
-    /// How many events of a kind there were so far.
+    /// Number of events of a kind so far.
     pub fn count(&self, wanted: impl Fn(&MachineEvent) -> bool) -> usize {
         self.read_events();
         let events = self.events.borrow();
         events.seen.iter().filter(|event| wanted(event)).count()
     }
 
-    /// Sends a command to the runner's control socket; it must be carried out.
+    /// Sends a command to the runner's control socket, which must succeed.
     ///
     /// # Panics
-    /// When it is not.
+    /// It fails.
     pub fn order(&self, command: &str) {
         let reply = self.machine.control(command);
         assert!(reply.ok, "{command}: {reply:?}\n{}", self.situation());
     }
 
-    /// Gives the runner a command that it refuses; returns why.
+    /// Sends a command that the runner refuses; returns the error.
     pub fn refused(&self, command: &str) -> String {
         let reply = self.machine.control(command);
         assert!(!reply.ok, "{command}\n{}", self.situation());
         reply.error.unwrap()
     }
 
-    /// Puts the process behind `socket` in the disk's place; returns for how long
-    /// nobody worked on its rings.
+    /// Swaps the disk to the process at `socket`; returns the outage.
     ///
     /// # Errors
-    /// Why the old one stays.
+    /// Why the old process goes on.
     pub fn swap(&self, socket: &Path) -> Result<Duration, String> {
         let line = format!(
             r#"{{"command":"swap","id":"disk0","socket":"{}"}}"#,
@@ -194,12 +193,12 @@ impl Chaos {
         }
     }
 
-    /// The state of the disk's slot.
+    /// The state of the disk.
     pub fn state(&self) -> DeviceState {
         self.machine.control("status").status.unwrap().devices[0].state
     }
 
-    /// How often the disk came back.
+    /// How often the disk was reconnected.
     pub fn returns(&self) -> usize {
         self.count(|event| matches!(event, MachineEvent::DeviceRunning { .. }))
     }
@@ -219,7 +218,7 @@ impl Chaos {
         let mut text = String::new();
         file.seek(SeekFrom::Start(events.read)).unwrap();
         file.read_to_string(&mut text).unwrap();
-        // The last line may be in the making.
+        // The last line may be incomplete.
         let whole = text.rfind('\n').map_or(0, |end| end + 1);
         events.read += whole as u64;
         for line in text[..whole].lines() {
@@ -227,15 +226,15 @@ impl Chaos {
         }
     }
 
-    /// Writes the image once more, at `path` in `format`, where the guest works from the
-    /// next swap on. The machine stands still meanwhile.
+    /// Copies the image to `path` in `format`, which the guest uses from the next swap on. The
+    /// machine must be paused meanwhile.
     pub fn copy_to(&mut self, format: &'static str, path: &Path) {
         convert((self.prepared.format, &self.image), (format, path));
         self.prepared.format = format;
         self.image = path.to_owned();
     }
 
-    /// Tells the guest to come to its end.
+    /// Tells the guest to end.
     fn stop(&self) {
         let Prepared {
             format, control, ..
@@ -249,10 +248,10 @@ impl Chaos {
         file.unwrap().write_all_at(&word, at).unwrap();
     }
 
-    /// Tells the guest to come to its end, waits for that, and checks the image.
+    /// Tells the guest to end, waits for it, and checks the image.
     ///
     /// # Panics
-    /// When anything is not as it has to be.
+    /// Anything is wrong.
     pub fn finish(self) -> Report {
         self.stop();
         let start = Instant::now();
@@ -279,7 +278,7 @@ impl Chaos {
         }
     }
 
-    /// What there is to read when something is wrong.
+    /// Logs and events, for the message of a failed test.
     pub fn situation(&self) -> String {
         let events = self.events();
         let last = &events[events.len().saturating_sub(12)..];
@@ -292,7 +291,7 @@ impl Chaos {
 }
 
 impl Report {
-    /// One line for people.
+    /// A one-line summary.
     pub fn summary(&self) -> String {
         let ms = self.cycles as f64 / super::cycles_per_ms();
         let done = self.writes + self.reads + self.flushes;

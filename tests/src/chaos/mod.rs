@@ -1,8 +1,7 @@
-//! The host's side of the embedded guest's job `disk-chaos`: the guest was told that
-//! its writes are done; here the image is checked by what it was told, which it left as
-//! a report on the disk.
+//! The host side of the embedded guest's job `disk-chaos`. It checks the image against the
+//! report on the disk, in which the guest recorded what was acknowledged.
 
-// The format, and what may be where, is written down once: on the guest's side.
+// The format is defined once, in the guest's sources.
 #[path = "../../../embedded-guest/src/logic/block.rs"]
 pub mod block;
 pub mod guest;
@@ -19,12 +18,12 @@ use std::time::{Duration, Instant};
 use block::{Flaw, Label, Layout, REPORT, REPORT_WORDS, SIZE};
 use ledger::{Ledger, Wrong};
 
-/// What the guest says of itself.
+/// The guest's summary.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
     /// Writes that were acknowledged.
     pub writes: u64,
-    /// Reads that were, and were right.
+    /// Reads that were acknowledged and right.
     pub reads: u64,
     /// Flushes that were acknowledged.
     pub flushes: u64,
@@ -32,31 +31,31 @@ pub struct Report {
     pub rebinds: u64,
     /// Queues in use.
     pub queues: u64,
-    /// Requests in each.
+    /// Requests in flight in each queue.
     pub depth: u64,
     /// How long it worked, in TSC cycles.
     pub cycles: u64,
     /// The longest time between two completions, in TSC cycles.
     pub longest: u64,
-    /// All those longer than the guest was told to note, as long as there was room.
+    /// All gaps above the guest's limit, as far as there was room.
     pub gaps: Vec<Gap>,
 }
 
 /// A time without a completion, in TSC cycles.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Gap {
-    /// When it ended, counted from the begin of the guest's work.
+    /// When it ended, from the start of the guest's work.
     pub end: u64,
     /// How long it was.
     pub length: u64,
 }
 
-/// Why an image is not what the guest was told that it is.
+/// Why an image contradicts the report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// The image cannot be one of such a guest.
+    /// The image is not one of such a guest.
     TooSmall,
-    /// A block of the report is not there, or not whole.
+    /// A block of the report is missing or damaged.
     Report(u64, Flaw),
     /// Blocks of data are wrong, each for its own reason.
     Data(Vec<(u64, Wrong)>),
@@ -78,7 +77,7 @@ impl fmt::Display for Fault {
     }
 }
 
-/// An image that a guest works or has worked on.
+/// An image that a guest uses or has used.
 pub struct Image {
     file: File,
     layout: Layout,
@@ -97,24 +96,24 @@ impl Image {
         Ok(Image { file, layout, seed })
     }
 
-    /// Where the guest looks for the word to come to its end, in bytes.
+    /// Offset of the control block in bytes.
     pub fn control(&self) -> u64 {
         self.layout.control * SIZE as u64
     }
 
-    /// Makes the block of that word one that is not empty.
+    /// Writes to the control block, so that it is allocated.
     pub fn mark(&self) {
         let last = self.control() + SIZE as u64 - 1;
         self.file.write_all_at(&[1], last).unwrap();
     }
 
-    /// Tells the guest of a raw image to come to its end.
+    /// Tells the guest of a raw image to end.
     pub fn stop(&self) {
         let word = block::STOP.to_le_bytes();
         self.file.write_all_at(&word, self.control()).unwrap();
     }
 
-    /// What block `block` holds now.
+    /// Current content of block `block`.
     pub fn read(&self, block: u64) -> [u8; SIZE] {
         let mut data = [0; SIZE];
         let at = block * SIZE as u64;
@@ -122,16 +121,16 @@ impl Image {
         data
     }
 
-    /// Makes block `block` something else.
+    /// Overwrites block `block`.
     pub fn write(&self, block: u64, data: &[u8; SIZE]) {
         let at = block * SIZE as u64;
         self.file.write_all_at(data, at).unwrap();
     }
 
-    /// Checks every block by the guest's report.
+    /// Checks every block against the guest's report.
     ///
     /// # Errors
-    /// Says which blocks are not what the guest was told.
+    /// Lists the blocks that contradict it.
     pub fn check(&self) -> Result<Report, Fault> {
         let layout = self.layout;
         let summary = self.report(layout.report, REPORT_WORDS)?;
@@ -183,8 +182,8 @@ impl Image {
 pub struct Random(u64);
 
 impl Random {
-    /// From OUTRIGGER_SEED if that is set, otherwise new. It is printed, so that a run
-    /// that failed can be repeated.
+    /// With OUTRIGGER_SEED if that is set, otherwise with a new seed. The seed is printed, so
+    /// that a failed run can be repeated.
     pub fn announced() -> Self {
         let seed = match std::env::var("OUTRIGGER_SEED") {
             Ok(text) => text.parse().expect("OUTRIGGER_SEED is a number"),
@@ -199,7 +198,7 @@ impl Random {
         Self::new(seed)
     }
 
-    /// From this seed.
+    /// With this seed.
     pub fn new(seed: u64) -> Self {
         let mut random = Random(seed ^ 0x9e37_79b9_7f4a_7c15);
         random.next();

@@ -1,5 +1,5 @@
-//! The checker catches what it is there for: each failure is made once, on purpose, in an
-//! image that is right but for that.
+//! Tests of the checker: each kind of failure is made once in an image that is right
+//! otherwise.
 
 use super::block::{GAP_BLOCKS, Label, Layout, REPORT, REPORT_WORDS, SIZE};
 use super::ledger::{Ledger, Wrong};
@@ -8,13 +8,13 @@ use super::*;
 const SEED: u64 = 77;
 const BLOCKS: u64 = 40;
 
-/// A guest in a few lines: it writes blocks in random order to an image, believes
-/// whoever says that they are done, and leaves its report.
+/// A simulated guest: writes blocks in random order to an image, records each as
+/// acknowledged, and leaves its report.
 struct Model {
     path: tempfile::NamedTempFile,
     image: Image,
     ledger: Ledger,
-    /// What each block held before its last write.
+    /// Content of each block before its last write.
     before: Vec<[u8; SIZE]>,
 }
 
@@ -181,7 +181,7 @@ fn a_report_that_is_not_there_is_no_pass() {
         assert_eq!(model.image.check(), Err(Fault::Report(block, flaw)));
         model.image.write(block, &good);
     }
-    // A report of another run is none either.
+    // A report of another run does not count.
     let other = Image::open(model.path.path(), BLOCKS, SEED + 1).unwrap();
     assert!(other.check().is_err());
 }

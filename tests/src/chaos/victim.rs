@@ -1,4 +1,4 @@
-//! A disk process that is killed and started again on the same path.
+//! A disk process that is killed and restarted at the same socket path.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -11,10 +11,10 @@ use crate::binaries::{binary, helper, peer};
 use crate::process::{Launch, Process};
 use crate::wait_until;
 
-/// A process of a test lives so long at most, in the longest run.
+/// Lifetime of a process, for the longest run.
 pub const LIFETIME: Duration = Duration::from_secs(3600);
 
-/// How to start it.
+/// Starts the program.
 type Start = Box<dyn Fn(&Path) -> Launch>;
 
 /// The process, alive or not, and the path of its socket.
@@ -24,12 +24,12 @@ pub struct Victim {
     process: Option<Process>,
     /// How often it was killed.
     pub kills: u64,
-    /// The program says when it listens.
+    /// The program reports when it listens.
     announces: bool,
 }
 
 impl Victim {
-    /// device-disk with the raw image `image` in `queues` queues.
+    /// device-disk with the raw image `image` and `queues` queues.
     pub fn device_disk(image: &Path, queues: u16) -> Self {
         Self::device_disk_with(image, queues, &[])
     }
@@ -39,7 +39,7 @@ impl Victim {
         Self::ours(&binary("device-disk"), image, queues, options)
     }
 
-    /// device-disk that dies where [`Victim::start_at`] says.
+    /// device-disk that exits at a point given by [`Victim::start_at`].
     pub fn faulty_disk(image: &Path, queues: u16, options: &[&str]) -> Self {
         Self::ours(&helper("faulty-disk"), image, queues, options)
     }
@@ -89,8 +89,8 @@ impl Victim {
         })
     }
 
-    /// A program that `start` makes ready to listen on the path that it is given.
-    /// `announces`: it has `--ready-fd`.
+    /// A program that `start` starts, listening on the given path. `announces`: it has
+    /// `--ready-fd`.
     pub fn new(announces: bool, start: impl Fn(&Path) -> Launch + 'static) -> Self {
         let mut victim = Victim {
             directory: tempfile::tempdir().unwrap(),
@@ -113,7 +113,7 @@ impl Victim {
         self.process.as_ref().expect("it was started")
     }
 
-    /// What the runner is told of it, as `disk0`.
+    /// The runner's option for it, as `disk0`.
     pub fn device(&self) -> [String; 2] {
         let option = format!("disk0,type=block,socket={}", self.socket().display());
         ["--device".to_owned(), option]
@@ -127,7 +127,7 @@ impl Victim {
             return;
         }
         let socket = self.socket();
-        // What is there is what the last one left.
+        // An existing socket is the one that the previous process left.
         let _ = std::fs::remove_file(&socket);
         let process = launch.spawn();
         wait_until("the socket is there", || {
@@ -137,7 +137,7 @@ impl Victim {
         self.process = Some(process);
     }
 
-    /// Starts it so that it dies at `point`, of those of faulty-disk.
+    /// Starts it so that it exits at `point`, a fault point of faulty-disk.
     pub fn start_at(&mut self, point: &str) {
         let mut launch = self.launch();
         launch.command().env("OUTRIGGER_FAULT", point);
@@ -148,7 +148,7 @@ impl Victim {
         (self.start)(&self.socket()).lifetime(LIFETIME)
     }
 
-    /// Its exit status if it ends by itself within `time`.
+    /// Its exit status if it exits within `time`.
     pub fn ends_within(&mut self, time: Duration) -> Option<ExitStatus> {
         let start = Instant::now();
         while self.process().is_running() {
@@ -160,10 +160,10 @@ impl Victim {
         Some(self.process().wait())
     }
 
-    /// Kills it unless it is dead already, and returns when it is gone.
+    /// Kills it unless it is dead already; returns when it is gone.
     pub fn kill(&mut self) {
         if let Some(process) = self.process.take() {
-            // One that has ended is reaped by this question.
+            // This call reaps a process that has ended.
             if process.is_running() {
                 process.signal(Signal::KILL);
                 process.wait();
