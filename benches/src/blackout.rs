@@ -1,7 +1,6 @@
-//! How long a guest waits for its disk when the process behind it is swapped for
-//! another, or is killed and started again: the longest time without a completion that
-//! the guest sees around each. Beside it, QEMU with the same device-disk, which it
-//! reconnects to, with the same guest, which is asked in the same way.
+//! The longest time without a completion that a guest sees when its disk's process is
+//! swapped, or killed and restarted. The peer is QEMU with the same guest and device-disk, to
+//! which it reconnects.
 
 use std::path::Path;
 use std::time::Duration;
@@ -14,53 +13,54 @@ use outrigger_tests::machine::embedded_guest;
 use outrigger_tests::process::Launch;
 use outrigger_tests::wait_until;
 
-/// How often each thing is done: with 100, the 99th percentile is the worst but one.
+/// How often each event happens: with 100, the 99th percentile is the second worst.
 const TIMES: usize = 100;
-/// From one to the next.
+/// Time from one event to the next.
 const PAUSE: Duration = Duration::from_millis(200);
-/// The guest notes what is longer, in milliseconds; what is not counts as this long.
+/// Shortest gap in milliseconds that the guest records; shorter ones count as this long.
 const SHORTEST: f64 = 1.0;
-/// The serial port tells the host of the guest's begin up to so many milliseconds late.
+/// The host learns of the guest's start from the serial port, up to this many milliseconds
+/// late.
 const LATE: f64 = 5.0;
 
-/// Requests under way: queues, and requests in each.
+/// Requests in flight: queues, and requests in each queue.
 const DEPTHS: [(u16, u16); 2] = [(1, 1), (4, 8)];
 
-/// Milliseconds, one for each time.
+/// Durations in milliseconds.
 type Times = Vec<f64>;
 
 pub fn run() {
     println!("                                            depth   median ms      p99 ms");
     for (queues, each) in DEPTHS {
         let depth = queues * each;
-        let row = |name: &str, mut times: Times, reach: &str| {
+        let row = |name: &str, mut times: Times, target: &str| {
             times.sort_by(f64::total_cmp);
             let at = |part: f64| times[((times.len() - 1) as f64 * part) as usize];
             let (median, p99) = (at(0.5), at(0.99));
-            println!("{name:44} {depth:4} {median:11.2} {p99:11.2}{reach}");
+            println!("{name:44} {depth:4} {median:11.2} {p99:11.2}{target}");
         };
         row("nothing happens", idle(queues, each), "");
         let (seen, told) = swaps(queues, each);
-        row("outrigger, swap", seen, "    (reach: at most 10)");
+        row("outrigger, swap", seen, "    (target: at most 10)");
         row("  of it, no process on the rings", told, "");
         let (seen, told) = restarts(queues, each);
         row(
             "outrigger, SIGKILL and restart",
             seen,
-            "    (reach: at most 50)",
+            "    (target: at most 50)",
         );
         row("  of it, from loss to work", told, "");
         row("QEMU q35, SIGKILL and restart", qemu(queues, each), "");
     }
 }
 
-/// What the guest is told to do.
+/// The guest's command line.
 fn words(each: u16) -> String {
     let gap = (SHORTEST * cycles_per_ms()) as u64;
     format!("qdepth={each} gap={gap}")
 }
 
-/// Does something [`TIMES`] times; returns when.
+/// Causes an event [`TIMES`] times; returns when.
 fn again_and_again(mut action: impl FnMut(usize)) -> Vec<u64> {
     (1..=TIMES)
         .map(|time| {
@@ -88,7 +88,7 @@ fn longest(report: &Report, begun: u64, moments: &[u64]) -> Times {
         .collect()
 }
 
-/// What there is without doing anything: other work on this host.
+/// Without events: other load on this host.
 fn idle(queues: u16, each: u16) -> Times {
     let prepared = Prepared::new(&mut Random::new(1));
     let victim = Victim::device_disk(&prepared.image(), queues);
@@ -99,7 +99,7 @@ fn idle(queues: u16, each: u16) -> Times {
     longest(&chaos.finish(), begun, &moments)
 }
 
-/// As the guest sees it, and as the runner says.
+/// Times that the guest sees, and that the runner reports.
 fn swaps(queues: u16, each: u16) -> (Times, Times) {
     let prepared = Prepared::new(&mut Random::new(2));
     let image = prepared.image();
@@ -115,7 +115,7 @@ fn swaps(queues: u16, each: u16) -> (Times, Times) {
     (longest(&chaos.finish(), begun, &moments), told)
 }
 
-/// As the guest sees it, and as the runner says.
+/// Times that the guest sees, and that the runner reports.
 fn restarts(queues: u16, each: u16) -> (Times, Times) {
     let prepared = Prepared::new(&mut Random::new(3));
     let mut victim = Victim::device_disk(&prepared.image(), queues);
@@ -137,7 +137,7 @@ fn outage(event: &MachineEvent) -> Option<f64> {
     }
 }
 
-/// QEMU, which tries to connect as soon as our runner does.
+/// QEMU, which tries to reconnect as often as our runner.
 fn qemu(queues: u16, each: u16) -> Times {
     let prepared = Prepared::new(&mut Random::new(4));
     let image = prepared.open();

@@ -1,4 +1,4 @@
-//! exec → the Linux test guest's first program says that it runs. Each machine has
+//! Time from exec until the Linux test guest's first program reports that it runs. Each machine has
 //! a disk, a network card, a virtio console and a serial port.
 
 use std::path::Path;
@@ -29,7 +29,7 @@ pub fn run() {
     println!("QEMU q35                           {q35:>9.2} s");
     println!("ratio to microvm                   {:>9.3}", ours / microvm);
     println!(
-        "ratio to q35                       {:>9.3}    (reach: at most 0.5)",
+        "ratio to q35                       {:>9.3}    (target: at most 0.5)",
         ours / q35
     );
 }
@@ -49,7 +49,7 @@ fn outrigger() -> f64 {
     time
 }
 
-/// QEMU with devices of its own, which are called `virtio-…-BUS` on this board.
+/// QEMU with devices of its own, which are called `virtio-…-BUS` on this machine type.
 fn qemu(board: Board, bus: &str, disk: &Path) -> f64 {
     let drive = format!("if=none,id=d,format=raw,file={}", disk.display());
     let options = [

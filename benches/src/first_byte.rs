@@ -1,4 +1,4 @@
-//! exec → the first byte that the guest writes.
+//! Time from exec to the first byte that the guest writes.
 
 use std::io::Read;
 use std::process::{Command, Stdio};
@@ -32,7 +32,7 @@ pub fn run() {
             let qemu = median(&mut qemu);
             println!("QEMU microvm                       {:>9.2} ms", ms(qemu));
             println!(
-                "ratio                              {:>9.3}    (reach: at most 0.1)",
+                "ratio                              {:>9.3}    (target: at most 0.1)",
                 ms(ours) / ms(qemu)
             );
         }

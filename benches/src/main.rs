@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Rounds of a benchmark; medians need an odd number.
 const ROUNDS: usize = 15;
 
-/// Only what decides whether a reach is met.
+/// Only cases that have a target.
 static QUICK: AtomicBool = AtomicBool::new(false);
 
 fn median<T: Copy + PartialOrd>(values: &mut [T]) -> T {

@@ -1,11 +1,11 @@
-//! What the processes of a machine weigh.
+//! Memory of the processes of a machine.
 
 use outrigger_tests::binaries;
 use outrigger_tests::machine::Machine;
 use outrigger_tests::process::Process;
 
 const KIB: u64 = 1024;
-/// Reach for the private memory of each process.
+/// Target for the private memory of each process.
 const LIMIT: u64 = 2048 * KIB;
 
 pub fn run() {
@@ -43,9 +43,9 @@ pub fn run() {
     }
 }
 
-/// Private memory in bytes: without guest RAM, and of mapped files only what the
-/// process has made its own (pages of a file that was just written count as dirty
-/// until they are on the disk; see proc_pid_smaps(5)).
+/// Private memory in bytes: without guest RAM, and of mapped files only the pages that the
+/// process has modified. (Pages of a file that was just written count as dirty until they are
+/// on the disk; see proc_pid_smaps(5).)
 fn private(process: &Process) -> u64 {
     let maps = std::fs::read_to_string(process.proc("smaps")).expect("smaps");
     let mut total = 0;

@@ -18,7 +18,7 @@ pub fn run() {
     println!("answered by device-platform        {platform:>9} cycles");
     println!("answered by the runner             {own:>9} cycles");
     println!(
-        "ratio                              {:>9.2}    (reach: at most 1.5)",
+        "ratio                              {:>9.2}    (target: at most 1.5)",
         platform as f64 / own as f64
     );
 }

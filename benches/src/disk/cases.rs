@@ -1,9 +1,9 @@
-//! What is measured.
+//! The cases that are measured.
 
 /// Bytes of each image.
 pub const IMAGE: u64 = 256 << 20;
 
-/// Where the image lies.
+/// Medium of the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Medium {
     /// In memory (tmpfs): what is left is the cost of software.
@@ -12,7 +12,7 @@ pub enum Medium {
     Direct,
 }
 
-/// Form of the image; all of its clusters are allocated.
+/// Format of the image; all clusters are allocated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// The file is the disk.
@@ -21,7 +21,7 @@ pub enum Format {
     Qcow2,
 }
 
-/// What is asked for.
+/// Kind of requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pattern {
     /// 4 KiB anywhere, read.
@@ -80,7 +80,7 @@ impl Pattern {
     }
 }
 
-/// One thing to do.
+/// One case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Case {
     /// Where.
@@ -117,7 +117,7 @@ impl Case {
     }
 }
 
-/// All cases, or those that decide whether a reach is met.
+/// All cases, or those that have a target.
 pub fn all(quick: bool) -> Vec<Case> {
     let case = |medium, format, pattern, depth, queues| Case {
         medium,

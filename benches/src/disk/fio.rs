@@ -1,4 +1,4 @@
-//! fio with io_uring, straight on the file: what the medium gives.
+//! fio with io_uring directly on the file: the limit of the medium.
 
 use std::path::Path;
 use std::process::Command;
@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::cases::{Case, IMAGE, Pattern};
 use super::load::{Busy, Figures, TIME};
 
-/// Has fio do `case` once.
+/// Runs `case` with fio once.
 pub fn measure(case: &Case, image: &Path) -> Figures {
     let rw = match case.pattern {
         Pattern::Read => "randread",

@@ -1,12 +1,12 @@
-//! The figures for programs.
+//! The figures as JSON.
 
 use serde_json::{Value, json};
 
 use super::Row;
-use super::reach::{Reach, Wanted};
+use super::target::{Limit, Target};
 
 /// All figures as one object.
-pub fn text(rows: &[Row], reaches: &[Reach], rounds: usize) -> String {
+pub fn text(rows: &[Row], targets: &[Target], rounds: usize) -> String {
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let cpus = std::thread::available_parallelism().map_or(0, usize::from);
     let all = json!({
@@ -14,7 +14,7 @@ pub fn text(rows: &[Row], reaches: &[Reach], rounds: usize) -> String {
         "cpus": cpus,
         "rounds": rounds,
         "rows": rows.iter().map(row).collect::<Vec<_>>(),
-        "reaches": reaches.iter().map(reach).collect::<Vec<_>>(),
+        "reaches": targets.iter().map(target).collect::<Vec<_>>(),
     });
     format!("{all:#}\n")
 }
@@ -40,16 +40,16 @@ fn row(row: &Row) -> Value {
     })
 }
 
-fn reach(reach: &Reach) -> Value {
-    let (limit, wanted) = match reach.wanted {
-        Wanted::Least(least) => ("at_least", least),
-        Wanted::Most(most) => ("at_most", most),
+fn target(target: &Target) -> Value {
+    let (limit, value) = match target.limit {
+        Limit::Least(least) => ("at_least", least),
+        Limit::Most(most) => ("at_most", most),
     };
     json!({
-        "what": reach.what,
-        "ratio": reach.ratio,
-        limit: wanted,
-        "met": reach.is_met(),
-        "bound": reach.bound,
+        "what": target.what,
+        "ratio": target.ratio,
+        limit: value,
+        "met": target.is_met(),
+        "bound": target.bound,
     })
 }

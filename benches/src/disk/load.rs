@@ -1,5 +1,5 @@
-//! A front end that keeps a disk busy: crate virtio-driver's, with a thread for each queue,
-//! which sleeps until the device's interrupt comes.
+//! A front end that keeps a disk busy: crate virtio-driver's, with a thread for each queue that
+//! sleeps until the device's interrupt.
 
 use std::path::Path;
 use std::sync::Barrier;
@@ -10,7 +10,7 @@ use outrigger_tests::process::Process;
 
 use super::cases::{Case, IMAGE};
 
-/// How long a measurement takes, and how long what comes before it.
+/// Duration of a measurement, and of the warm-up before it.
 pub const TIME: Duration = Duration::from_millis(500);
 const BEFORE: Duration = Duration::from_millis(100);
 
@@ -36,7 +36,7 @@ pub struct Figures {
     pub front: Busy,
 }
 
-/// What threads did, all together; in shares of the time that went by, 1 for each thread.
+/// What a group of threads did, as shares of the elapsed time; 1 is one whole thread.
 #[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd)]
 pub struct Busy {
     /// They ran.
@@ -55,13 +55,13 @@ impl Busy {
     }
 }
 
-/// What one queue's thread did.
+/// What the thread of one queue did.
 struct Work {
     times: Vec<u32>,
     busy: Busy,
 }
 
-/// Does `case` with the disk that `process` serves.
+/// Runs `case` on the disk that `process` serves.
 pub fn measure(process: &Process, case: &Case) -> Figures {
     let socket = process.directory().join("socket");
     let block = case.pattern.block();
@@ -122,7 +122,7 @@ pub fn measure(process: &Process, case: &Case) -> Figures {
     }
 }
 
-/// Where requests go.
+/// Offsets of the requests.
 struct Places {
     random: u64,
     next: u64,
@@ -175,7 +175,7 @@ impl Places {
     }
 }
 
-/// Keeps `case.depth` requests going for `time`; returns how many nanoseconds each took.
+/// Keeps `case.depth` requests in flight for `time`; returns their latencies in nanoseconds.
 fn keep_busy(queue: &mut Queue, case: &Case, places: &mut Places, time: Duration) -> Vec<u32> {
     let start = Instant::now();
     let mut begun = vec![start; case.depth];
@@ -221,8 +221,8 @@ fn of_thread(directory: impl AsRef<Path>) -> Busy {
     }
 }
 
-/// The same of all threads of a process; what it has run with those that have ended. (A
-/// process's clock has this number: clock_getcpuclockid(3).)
+/// The same of all threads of a process. The time that it has run includes threads that have
+/// ended. (clock_getcpuclockid(3) gives the number of a process's clock.)
 fn of_process(process: &Process) -> Busy {
     const CPUCLOCK_SCHED: i32 = 2;
     let mut time = libc::timespec {

@@ -1,4 +1,4 @@
-//! The images.
+//! The images on each medium.
 
 use std::fs::File;
 use std::io::Write;
@@ -7,7 +7,7 @@ use std::process::Command;
 
 use super::cases::{Case, Format, IMAGE, Medium};
 
-/// All images, full of bytes that are not zero; they are gone when this is.
+/// All images, filled with non-zero bytes. Dropping this removes them.
 pub struct Media {
     memory: tempfile::TempDir,
     disk: tempfile::TempDir,

@@ -1,8 +1,8 @@
-//! A disk process and its front end, without a machine: ours beside qemu-storage-daemon's,
-//! and fio on the file itself.
+//! A disk process and its front end, without a virtual machine: device-disk beside
+//! qemu-storage-daemon, and fio on the file itself.
 //!
-//! [`cases`] are what is done, [`peers`] are who does it, [`load`] does it through a
-//! vhost-user queue; [`reach`] compares, and [`table`], [`json`] and [`svg`] show.
+//! [`cases`] lists the cases, [`peers`] the programs; [`load`] submits requests to a
+//! vhost-user queue; [`target`] compares, and [`table`], [`json`] and [`svg`] show.
 
 mod cases;
 mod fio;
@@ -10,9 +10,9 @@ mod json;
 mod load;
 mod media;
 mod peers;
-mod reach;
 mod svg;
 mod table;
+mod target;
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -24,7 +24,7 @@ use self::media::Media;
 use self::peers::Peer;
 use crate::{QUICK, median};
 
-/// What one peer did in one case.
+/// Figures of one peer in one case.
 pub struct Row {
     /// What was done.
     pub case: Case,
@@ -84,10 +84,10 @@ pub fn run() {
             })
         })
         .collect();
-    let reaches = reach::all(&rows);
-    table::print(&rows, &reaches);
+    let targets = target::all(&rows);
+    table::print(&rows, &targets);
     for (name, content) in [
-        ("disk.json", json::text(&rows, &reaches, rounds)),
+        ("disk.json", json::text(&rows, &targets, rounds)),
         ("disk.svg", svg::text(&rows)),
     ] {
         let path = directory.join(name);
@@ -97,7 +97,7 @@ pub fn run() {
     println!("{:.0} s", start.elapsed().as_secs_f64());
 }
 
-/// `target/benches`, whatever the target directory is.
+/// The directory `benches` in the target directory.
 fn results() -> PathBuf {
     let program = std::env::current_exe().expect("this program has a path");
     let target = program

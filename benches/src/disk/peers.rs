@@ -1,4 +1,4 @@
-//! Who is measured.
+//! The programs that are measured.
 
 use std::path::Path;
 use std::process::Command;
@@ -12,10 +12,10 @@ use super::fio;
 use super::load::{self, Figures};
 use super::media::Media;
 
-/// For how many microseconds device-disk looks for more where it polls.
+/// Value of `--poll-us` where device-disk polls.
 const POLL_US: &str = "200";
 
-/// A program that does the work of a case.
+/// A program that can run a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
     /// device-disk.
@@ -91,7 +91,7 @@ impl Peer {
     }
 }
 
-/// What device-disk says when asked.
+/// Statistics of device-disk.
 pub fn ours_says(option: &str) -> String {
     let output = Command::new(binaries::binary("device-disk"))
         .arg(option)

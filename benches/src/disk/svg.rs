@@ -1,5 +1,5 @@
-//! The figures as a picture: for each case a bar for each peer, as long as its requests a
-//! second are many beside qemu-storage-daemon's.
+//! The figures as a bar chart: for each case a bar for each peer, whose length is its IOPS
+//! relative to qemu-storage-daemon's.
 
 use std::fmt::Write;
 
@@ -7,9 +7,9 @@ use super::Row;
 use super::peers::Peer;
 
 const WIDTH: f64 = 900.0;
-/// Where bars begin.
+/// X coordinate at which bars start.
 const LEFT: f64 = 230.0;
-/// Room for the longest one.
+/// Length of the longest bar.
 const LENGTH: f64 = 440.0;
 const BAR: f64 = 12.0;
 const GAP: f64 = 6.0;
@@ -24,7 +24,7 @@ fn colour(peer: Peer) -> &'static str {
     }
 }
 
-/// A ratio for each row that has a case with qemu-storage-daemon in it, else `None`.
+/// The ratio of each row to qemu-storage-daemon in the same case, if that was measured.
 fn ratio(rows: &[Row], row: &Row) -> Option<f64> {
     let other = rows
         .iter()
@@ -32,7 +32,7 @@ fn ratio(rows: &[Row], row: &Row) -> Option<f64> {
     Some(row.by(other, |figures| figures.iops))
 }
 
-/// The picture.
+/// Draws the chart.
 pub fn text(rows: &[Row]) -> String {
     let ratios = rows.iter().filter_map(|row| ratio(rows, row));
     let longest = ratios.fold(1.0, f64::max);
@@ -102,10 +102,10 @@ pub fn text(rows: &[Row]) -> String {
     )
 }
 
-/// What the colours mean; returns where it ends.
+/// Draws the legend; returns its right edge.
 fn legend(body: &mut String) -> f64 {
-    let title = "Requests a second beside qemu-storage-daemon's (1: as many); then the number, \
-                 the 99th percentile, back-end CPU for a million";
+    let title = "IOPS relative to qemu-storage-daemon (1: equal); then IOPS, \
+                 99th percentile, back-end CPU seconds for a million";
     label(body, 12.0, 24.0, "start", title);
     let mut x = 12.0;
     for peer in [

@@ -1,11 +1,11 @@
-//! The figures for people.
+//! The figures as a text table.
 
 use super::Row;
 use super::peers::Peer;
-use super::reach::{Reach, Wanted};
+use super::target::{Limit, Target};
 
-/// Prints all figures, and what was reached.
-pub fn print(rows: &[Row], reaches: &[Reach]) {
+/// Prints all figures and targets.
+pub fn print(rows: &[Row], targets: &[Target]) {
     println!("Medians. Each queue has a thread of the front end, which sleeps until it is");
     println!("interrupted; CPU: processor seconds of the back end for a million requests.");
     let mut place = "";
@@ -46,13 +46,13 @@ pub fn print(rows: &[Row], reaches: &[Reach]) {
         );
     }
     println!();
-    for reach in reaches {
-        let wanted = match reach.wanted {
-            Wanted::Least(least) => format!("at least {least}"),
-            Wanted::Most(most) => format!("at most {most}"),
+    for target in targets {
+        let limit = match target.limit {
+            Limit::Least(least) => format!("at least {least}"),
+            Limit::Most(most) => format!("at most {most}"),
         };
-        let met = if reach.is_met() { "met" } else { "NOT MET" };
-        println!("{:75} {:>6.2}  {wanted}: {met}", reach.what, reach.ratio);
-        println!("    {}", reach.bound);
+        let met = if target.is_met() { "met" } else { "NOT MET" };
+        println!("{:75} {:>6.2}  {limit}: {met}", target.what, target.ratio);
+        println!("    {}", target.bound);
     }
 }

@@ -1,45 +1,45 @@
-//! What was to be reached, and whether it is.
+//! Targets, and whether they are met.
 
 use super::Row;
 use super::cases::{Case, Format, Medium};
 use super::load::{Busy, Figures};
 use super::peers::Peer;
 
-/// One figure beside another.
-pub struct Reach {
+/// The ratio of two figures, with its target.
+pub struct Target {
     /// What is compared.
     pub what: String,
     /// The one by the other.
     pub ratio: f64,
-    /// The least that was to be reached, or the most.
-    pub wanted: Wanted,
+    /// The target.
+    pub limit: Limit,
     /// Who is busy, of both that are compared: what bounds it.
     pub bound: String,
 }
 
 /// A limit.
 #[derive(Clone, Copy)]
-pub enum Wanted {
+pub enum Limit {
     /// At least this.
     Least(f64),
     /// At most this.
     Most(f64),
 }
 
-impl Reach {
-    /// Whether it is reached.
+impl Target {
+    /// Whether the target is met.
     pub fn is_met(&self) -> bool {
-        match self.wanted {
-            Wanted::Least(least) => self.ratio >= least,
-            Wanted::Most(most) => self.ratio <= most,
+        match self.limit {
+            Limit::Least(least) => self.ratio >= least,
+            Limit::Most(most) => self.ratio <= most,
         }
     }
 }
 
-/// The share of its time at which a thread counts as busy.
+/// Share of time above which a thread counts as busy.
 const BUSY: f64 = 0.9;
 
-/// Who of `row` has no time left.
+/// Which side of `row` is busy.
 fn bound(row: &Row) -> String {
     let Figures { front, back, .. } = row.figures;
     let threads = row.case.queues as f64;
@@ -47,7 +47,7 @@ fn bound(row: &Row) -> String {
     // other's way when they are on one processor.
     let state = |it: Busy| match (it.ran, it.ran + it.waited) {
         (BUSY.., _) => Some("is busy"),
-        (_, BUSY..) => Some("lacks a processor"),
+        (_, BUSY..) => Some("waits for a processor"),
         _ => None,
     };
     let state = |it: Busy| {
@@ -88,20 +88,20 @@ fn cpu(figures: &Figures) -> f64 {
     figures.cpu
 }
 
-/// All that can be told from `rows`.
-pub fn all(rows: &[Row]) -> Vec<Reach> {
+/// All targets that `rows` contain the figures for.
+pub fn all(rows: &[Row]) -> Vec<Target> {
     let find = |case: &Case, peer| rows.iter().find(|it| it.case == *case && it.peer == peer);
-    let mut reaches = Vec::new();
+    let mut targets = Vec::new();
     for row in rows {
         let case = &row.case;
-        let mut compare = |what: &str, other: Option<&Row>, get: fn(&Figures) -> f64, wanted| {
+        let mut compare = |what: &str, other: Option<&Row>, get: fn(&Figures) -> f64, limit| {
             if let Some(other) = other {
-                reaches.push(Reach {
+                targets.push(Target {
                     what: format!("{}, {}: {what}", case.place(), case.work()),
                     ratio: row.by(other, get),
-                    wanted,
+                    limit,
                     bound: format!(
-                        "{}; p50 {:.1} us beside {:.1} us",
+                        "{}; p50 {:.1} us, peer {:.1} us",
                         bound(row),
                         row.figures.p50,
                         other.figures.p50
@@ -113,37 +113,47 @@ pub fn all(rows: &[Row]) -> Vec<Reach> {
         let daemon = find(case, Peer::Daemon);
         match (case.medium, case.format, case.depth, row.peer) {
             (Medium::Memory, Format::Raw, 32, Peer::Ours) if small => {
-                compare("IOPS by qsd's", daemon, iops, Wanted::Least(2.2));
-                compare("CPU by qsd's", daemon, cpu, Wanted::Most(0.5));
+                compare("IOPS, ratio to qsd", daemon, iops, Limit::Least(2.2));
+                compare("CPU, ratio to qsd", daemon, cpu, Limit::Most(0.5));
             }
             (Medium::Memory, Format::Raw, 1, Peer::Ours) if small => {
-                compare("IOPS by qsd's", daemon, iops, Wanted::Least(1.0));
+                compare("IOPS, ratio to qsd", daemon, iops, Limit::Least(1.0));
             }
             (Medium::Memory, Format::Raw, 1, Peer::Polling) if small => {
-                compare("IOPS, polling, by qsd's", daemon, iops, Wanted::Least(2.5));
+                compare(
+                    "IOPS with polling, ratio to qsd",
+                    daemon,
+                    iops,
+                    Limit::Least(2.5),
+                );
             }
             (Medium::Memory, Format::Qcow2, 32, Peer::Ours) if small => {
                 compare(
-                    "IOPS by our raw",
+                    "IOPS, ratio to our raw",
                     find(case, Peer::Raw),
                     iops,
-                    Wanted::Least(0.9),
+                    Limit::Least(0.9),
                 );
             }
             (Medium::Direct, Format::Raw, 32, Peer::Ours) if case.queues == 1 => {
                 compare(
-                    "IOPS by fio's",
+                    "IOPS, ratio to fio",
                     find(case, Peer::Fio),
                     iops,
-                    Wanted::Least(0.95),
+                    Limit::Least(0.95),
                 );
             }
             (Medium::Direct, Format::Raw, 32, Peer::Polling) if case.queues == 1 => {
                 let fio = find(case, Peer::Fio);
-                compare("IOPS, polling, by fio's", fio, iops, Wanted::Least(0.95));
+                compare(
+                    "IOPS with polling, ratio to fio",
+                    fio,
+                    iops,
+                    Limit::Least(0.95),
+                );
             }
             _ => {}
         }
     }
-    reaches
+    targets
 }
