@@ -1,6 +1,6 @@
-//! Messages with file descriptors over a unix stream socket: a 32-bit
-//! little-endian length, then that many bytes of JSON. The descriptors ride on
-//! the length word (`SCM_RIGHTS`, unix(7)).
+//! Messages with file descriptors over a unix stream socket: a 32-bit little-endian length
+//! and a JSON body of that many bytes. The descriptors are attached to the length word
+//! (`SCM_RIGHTS`, unix(7)).
 
 use std::io::{self, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
@@ -9,25 +9,28 @@ use std::os::unix::net::UnixStream;
 use serde::{Serialize, de::DeserializeOwned};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// The largest message body in bytes; a longer one is refused unread.
+/// The largest message body in bytes. [`receive`] rejects a longer one before reading it.
 pub const MAX_MESSAGE: usize = 64 * 1024;
-/// The most file descriptors in one message.
+/// The largest number of file descriptors in one message.
 pub const MAX_FDS: usize = 32;
 
 /// Sends `message` with `fds` attached.
 ///
 /// # Errors
-/// The socket's own, or `InvalidInput` when the message does not fit.
+/// `InvalidInput` when the body is longer than [`MAX_MESSAGE`] or there are more
+/// descriptors than [`MAX_FDS`]; otherwise the error of sendmsg(2).
 pub fn send<T: Serialize>(stream: &UnixStream, message: &T, fds: &[RawFd]) -> io::Result<()> {
     let body = serde_json::to_vec(message)?;
     if body.len() > MAX_MESSAGE || fds.len() > MAX_FDS {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "message too large",
-        ));
+        let why = format!(
+            "a message of {} bytes and {} descriptors is too large",
+            body.len(),
+            fds.len()
+        );
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     }
     let length = (body.len() as u32).to_le_bytes();
-    // Four bytes are sent whole or not at all on a unix stream socket.
+    // A unix stream socket does not split so short a message.
     let sent = stream
         .send_with_fds(&[&length[..]], fds)
         .map_err(io::Error::from)?;
@@ -37,11 +40,12 @@ pub fn send<T: Serialize>(stream: &UnixStream, message: &T, fds: &[RawFd]) -> io
     (&*stream).write_all(&body)
 }
 
-/// Receives one message and its descriptors; blocks as the socket does.
+/// Receives one message and its descriptors. Blocks unless the socket is non-blocking.
 ///
 /// # Errors
-/// `UnexpectedEof` when the peer has closed, `InvalidData` for a message that
-/// is too long, carries too many descriptors or does not parse.
+/// `UnexpectedEof` when the peer has closed the connection; `InvalidData` for a body that
+/// is longer than [`MAX_MESSAGE`] or does not parse; otherwise the error of recvmsg(2),
+/// also when the message carries more than [`MAX_FDS`] descriptors.
 pub fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<(T, Vec<OwnedFd>)> {
     let mut length = [0u8; 4];
     let mut raw = [-1; MAX_FDS];
@@ -54,7 +58,8 @@ pub fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<(T, Vec<O
         unsafe { stream.recv_with_fds(&mut iovecs, &mut raw) }.map_err(io::Error::from)?;
     let fds: Vec<OwnedFd> = raw[..fd_count]
         .iter()
-        // SAFETY: the kernel has just installed these descriptors for us.
+        // SAFETY: recvmsg(2) installed these descriptors for this message, and nothing
+        // else owns them.
         .map(|&fd| unsafe { OwnedFd::from_raw_fd(fd) })
         .collect();
     if count == 0 {
@@ -64,7 +69,9 @@ pub fn receive<T: DeserializeOwned>(stream: &UnixStream) -> io::Result<(T, Vec<O
     reader.read_exact(&mut length[count..])?;
     let length = u32::from_le_bytes(length) as usize;
     if length > MAX_MESSAGE {
-        return Err(invalid(format!("a message of {length} bytes")));
+        return Err(invalid(format!(
+            "a message of {length} bytes is longer than {MAX_MESSAGE}"
+        )));
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body)?;
@@ -98,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_peer_and_an_absurd_length_are_errors() {
+    fn a_closed_peer_and_an_excessive_length_are_errors() {
         let (a, b) = UnixStream::pair().unwrap();
         (&a).write_all(&u32::MAX.to_le_bytes()).unwrap();
         let error = receive::<u32>(&b).unwrap_err();

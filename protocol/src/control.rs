@@ -1,101 +1,104 @@
-//! The control socket and the event stream of `vcpu-runner`: JSON, one object a
-//! line. A client sends a [`ControlCommand`] and gets one [`ControlReply`]; events go to the
-//! file descriptor or file given with `--events`.
+//! The control socket and the event stream of `vcpu-runner` and `outrigger`: one JSON
+//! object a line. A client sends a [`ControlCommand`] and gets one [`ControlReply`];
+//! [`MachineEvent`]s go to the file descriptor or file given with `--events`, and to every
+//! client that sent `watch`.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::device;
+use crate::{ErrorCode, device};
 
 /// The longest command line in bytes that the control socket accepts.
 pub const MAX_LINE: usize = 64 * 1024;
 
-/// What a client may ask, for example `{"command":"pause"}`. (The braces make
-/// serde refuse unknown keys.)
+/// A command, for example `{"command":"pause"}`. Variants without fields have braces
+/// because serde refuses unknown keys only in struct variants.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum ControlCommand {
-    /// What the machine is doing.
+    /// Returns the state of the machine and its devices.
     Status {},
-    /// Stops the vCPUs and the devices' rings; answered when all stand still.
+    /// Stops the vCPUs and the devices' queues. The reply comes when all have stopped.
     Pause {},
-    /// Goes on after a pause.
+    /// Resumes a paused machine.
     Resume {},
     /// Ends the machine; the runner exits with [`crate::exit::POWERED_OFF`].
     Stop {},
-    /// Resets the machine as its reset button would.
+    /// Resets the machine, as a reset button does.
     Reset {},
-    /// From now on events come over this connection as well, a line each, between
-    /// the answers.
+    /// Subscribes this connection to events. They arrive between the replies.
     Watch {},
-    /// Puts another process behind a device, under the running guest. On any
-    /// failure the old one goes on.
+    /// Connects a device to another process while the guest runs. If any step fails, the
+    /// device keeps its process.
     Swap {
         /// The device.
         id: String,
-        /// Where the new process listens.
+        /// The socket on which the new process listens.
         #[serde(skip_serializing_if = "Option::is_none", default)]
         socket: Option<PathBuf>,
-        /// What the new process is to be started with, in the launcher's
-        /// `key=value` form. Only the launcher can start one.
+        /// The description of the new device process, in the launcher's `key=value`
+        /// form. Only the launcher supports it, because only the launcher starts
+        /// processes.
         #[serde(skip_serializing_if = "Option::is_none", default)]
         device: Option<String>,
     },
-    /// Puts a new process of the same kind behind a device: the program that is on
-    /// disk now. Only the launcher can.
+    /// Swaps a device's process for a new one with the same options, so that a program
+    /// that was updated on disk takes effect. Only the launcher supports it.
     Restart {
         /// The device.
         id: String,
     },
-    /// Makes a disk larger under the running guest. As the next two, the launcher's: it
-    /// hands it on to the device's process ([`device::DeviceCommand`]).
+    /// Grows a disk while the guest runs. The launcher supports this and the next two
+    /// commands: it forwards them to the device process as a
+    /// [`device::DeviceCommand`].
     Resize {
         /// The device.
         id: String,
-        /// The new size in bytes; without, the medium is looked at.
+        /// The new size in bytes. Without it, the device process reads the size of its
+        /// image again.
         #[serde(skip_serializing_if = "Option::is_none", default)]
         size: Option<u64>,
     },
-    /// Puts what was written to a disk onto its medium.
+    /// Writes everything that a disk holds in caches to its medium.
     Flush {
         /// The device.
         id: String,
     },
-    /// What a disk's queues have done since its process started.
+    /// Returns the statistics of a disk's queues since its process started.
     Stats {
         /// The device.
         id: String,
     },
 }
 
-/// States of the machine.
+/// The state of the machine.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum MachineState {
-    /// vCPUs run.
+    /// The vCPUs run.
     Running,
-    /// vCPUs and rings stand still.
+    /// The vCPUs and all queues are stopped.
     Paused,
-    /// Over.
+    /// The machine has ended.
     Stopped,
 }
 
-/// States of a device slot.
+/// The state of a device, as the runner sees it.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum DeviceState {
-    /// No process yet.
+    /// No process has connected yet.
     Absent,
-    /// Shaking hands.
+    /// A process is connected and the vhost-user set-up is in progress.
     Connecting,
-    /// Serving.
+    /// The process serves the device.
     Running,
-    /// Its rings stand still.
+    /// The device's queues are stopped.
     Paused,
-    /// Its process finishes what it has begun, before another takes its place.
+    /// The process completes its in-flight requests before a swap.
     Draining,
-    /// The process is gone or does not answer.
+    /// The process has ended or does not answer.
     Lost,
 }
 
@@ -104,24 +107,24 @@ pub enum DeviceState {
 pub struct DeviceStatus {
     /// The name given on the command line.
     pub id: String,
-    /// The virtio device number (virtio 1.2 section 5).
+    /// The virtio device ID (virtio 1.2 section 5).
     pub virtio_id: u16,
-    /// Where the slot stands.
+    /// The state of the connection to its process.
     pub state: DeviceState,
-    /// Whether the guest's driver has said DRIVER_OK.
+    /// Whether the guest's driver has set DRIVER_OK.
     pub driver_ok: bool,
-    /// Rings that are running.
+    /// Number of queues that are running.
     pub active_queues: usize,
-    /// Whether the process tracks what it has in work (INFLIGHT_SHMFD), so that its
-    /// successor can finish it.
+    /// Whether the process records its in-flight requests (INFLIGHT_SHMFD), so that its
+    /// successor can complete them.
     pub tracked: bool,
-    /// How often a process was lost.
+    /// How often the connection to a process was lost.
     pub losses: u64,
-    /// How often a process was swapped for another.
+    /// How often the device was swapped to another process.
     pub swaps: u64,
 }
 
-/// Answer to [`ControlCommand::Status`].
+/// The result of [`ControlCommand::Status`].
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub struct MachineStatus {
     /// The machine's state.
@@ -132,39 +135,42 @@ pub struct MachineStatus {
     pub memory: u64,
     /// Resets since the start.
     pub resets: u64,
-    /// All devices in slot order.
+    /// All devices, in the order of their PCI slots.
     pub devices: Vec<DeviceStatus>,
-    /// The platform process, if there is one: running or lost.
+    /// The state of the platform process, if there is one: running or lost.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub platform: Option<DeviceState>,
 }
 
-/// Answer to a command: `{"ok":true}`, with `status` where asked for, or
-/// `{"ok":false,"error":"…"}`.
+/// The reply to a command: `{"ok":true}`, with the result of the command if it has one, or
+/// `{"ok":false,"error":"…","code":"…"}`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct ControlReply {
     /// Whether the command was carried out.
     pub ok: bool,
-    /// Why not.
+    /// Why not, as a sentence.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,
-    /// Answer to [`ControlCommand::Status`].
+    /// Why not, for programs.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub code: Option<ErrorCode>,
+    /// The result of [`ControlCommand::Status`].
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub status: Option<MachineStatus>,
-    /// Answer to [`ControlCommand::Swap`] and [`ControlCommand::Restart`]: for how many
-    /// microseconds no process worked on the device's rings.
+    /// The result of [`ControlCommand::Swap`] and [`ControlCommand::Restart`]: for how
+    /// many microseconds no process served the device's queues.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub outage_us: Option<u64>,
-    /// Answer to [`ControlCommand::Resize`]: the size in bytes that the guest sees now.
+    /// The result of [`ControlCommand::Resize`]: the size in bytes that the guest sees.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub capacity: Option<u64>,
-    /// Answer to [`ControlCommand::Stats`].
+    /// The result of [`ControlCommand::Stats`].
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub stats: Option<device::DeviceStats>,
 }
 
 impl ControlReply {
-    /// Done.
+    /// The command was carried out.
     pub fn ok() -> Self {
         ControlReply {
             ok: true,
@@ -172,16 +178,17 @@ impl ControlReply {
         }
     }
 
-    /// Not done, and why.
-    pub fn error(text: impl Into<String>) -> Self {
+    /// The command failed.
+    pub fn error(code: ErrorCode, text: impl Into<String>) -> Self {
         ControlReply {
             error: Some(text.into()),
+            code: Some(code),
             ..ControlReply::default()
         }
     }
 }
 
-/// What happened, for example `{"event":"device-lost","id":"disk0","reason":"…"}`.
+/// An event, for example `{"event":"device-lost","id":"disk0","reason":"…"}`.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum MachineEvent {
@@ -190,82 +197,82 @@ pub enum MachineEvent {
         /// Number of vCPUs.
         vcpus: usize,
     },
-    /// A device process shook hands.
+    /// A device process completed the vhost-user set-up.
     DeviceConnected {
-        /// Its name.
+        /// The device.
         id: String,
     },
-    /// The guest's driver took a device into use.
+    /// The guest's driver set DRIVER_OK.
     DriverOk {
-        /// Its name.
+        /// The device.
         id: String,
-        /// Rings started.
+        /// Number of queues that were started.
         queues: usize,
     },
-    /// A device process is gone, or did not keep its deadline.
+    /// A device process ended, closed its connection or missed a deadline.
     DeviceLost {
-        /// Its name.
+        /// The device.
         id: String,
         /// What happened.
         reason: String,
-        /// Whether it tracked what it had in work. If not, that may be lost, or done
-        /// twice.
+        /// Whether the process recorded its in-flight requests. If not, these may be lost
+        /// or executed twice.
         tracked: bool,
     },
-    /// A process came for a lost device; now hands are shaken.
+    /// A process accepted the connection for a lost device; the set-up follows.
     DeviceReconnecting {
-        /// Its name.
+        /// The device.
         id: String,
     },
-    /// A process came for a lost device, and does not suit.
+    /// A process accepted the connection for a lost device, but it is not compatible.
     DeviceRefused {
-        /// The device's name.
+        /// The device.
         id: String,
-        /// What is wrong with it.
+        /// What is incompatible.
         reason: String,
     },
     /// A lost device works again.
     DeviceRunning {
-        /// Its name.
+        /// The device.
         id: String,
-        /// Microseconds since it was lost.
+        /// Microseconds since the device was lost.
         outage_us: u64,
-        /// Requests that the lost process had in work and its successor does again.
+        /// Requests that were in flight in the lost process and are executed again.
         replayed: u64,
     },
-    /// Another process works for a device now.
+    /// A swap succeeded.
     DeviceSwapped {
-        /// Its name.
+        /// The device.
         id: String,
-        /// For how many microseconds no process worked on its rings.
+        /// For how many microseconds no process served the device's queues.
         outage_us: u64,
     },
-    /// A device keeps its process.
+    /// A swap failed; the device keeps its process.
     DeviceSwapRefused {
-        /// Its name.
+        /// The device.
         id: String,
-        /// Why.
+        /// Why the swap failed.
         reason: String,
     },
-    /// The vCPUs stand still.
+    /// The machine was paused.
     Paused,
-    /// The vCPUs go on.
+    /// The machine was resumed.
     Resumed,
     /// The machine was reset.
     Reset {
-        /// `guest` or `control`.
+        /// What asked for the reset: `guest` or `control`.
         by: String,
     },
     /// The guest wrote to the exit port.
     GuestExit {
-        /// 0 is a pass.
+        /// The value written; 0 means success.
         code: u8,
     },
-    /// The machine is over; the runner exits with this code.
+    /// The machine has ended; the runner exits with `code`.
     Stopped {
         /// See [`crate::exit`].
         code: u8,
-        /// Why, in words.
+        /// Why the machine ended.
         reason: String,
     },
 }
@@ -275,7 +282,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn commands_are_what_the_documentation_says() {
+    fn commands_have_the_documented_json_form() {
         let command: ControlCommand = serde_json::from_str(r#"{"command":"pause"}"#).unwrap();
         assert_eq!(command, ControlCommand::Pause {});
         assert!(serde_json::from_str::<ControlCommand>(r#"{"command":"pause","x":1}"#).is_err());
@@ -283,7 +290,16 @@ mod tests {
     }
 
     #[test]
-    fn events_carry_their_name() {
+    fn an_error_reply_has_a_sentence_and_a_code() {
+        let reply = ControlReply::error(ErrorCode::DeviceLost, "disk0: lost");
+        assert_eq!(
+            serde_json::to_string(&reply).unwrap(),
+            r#"{"ok":false,"error":"disk0: lost","code":"device-lost"}"#
+        );
+    }
+
+    #[test]
+    fn an_event_carries_its_name() {
         let event = MachineEvent::GuestExit { code: 3 };
         assert_eq!(
             serde_json::to_string(&event).unwrap(),

@@ -1,47 +1,52 @@
-//! The control socket of a device process: JSON, one object a line. A client sends a
+//! The control socket of a device process: one JSON object a line. A client sends a
 //! [`DeviceCommand`] and gets one [`DeviceReply`].
 
 use serde::{Deserialize, Serialize};
 
+use crate::ErrorCode;
+
 /// The longest command line in bytes that the socket accepts.
 pub const MAX_LINE: usize = 4096;
 
-/// What a client may ask, for example `{"command":"resize","size":1073741824}`. (The
-/// braces make serde refuse unknown keys.)
+/// A command, for example `{"command":"resize","size":1073741824}`. Variants without fields
+/// have braces because serde refuses unknown keys only in struct variants.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum DeviceCommand {
-    /// What has been done so far.
+    /// Returns the statistics of all queues.
     Stats {},
-    /// Puts everything that was written onto the medium.
+    /// Writes everything that is held in caches to the medium.
     Flush {},
-    /// Makes the medium larger, or looks whether it has grown, and tells the guest.
+    /// Grows the medium, or reads its size again, and tells the guest.
     Resize {
-        /// The new size in bytes; without, the medium is looked at.
+        /// The new size in bytes. Without it, the process reads the size of the medium.
         #[serde(skip_serializing_if = "Option::is_none", default)]
         size: Option<u64>,
     },
 }
 
-/// Answer to a command: `{"ok":true}`, with what was asked for, or
-/// `{"ok":false,"error":"…"}`.
+/// The reply to a command: `{"ok":true}`, with the result of the command if it has one, or
+/// `{"ok":false,"error":"…","code":"…"}`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct DeviceReply {
     /// Whether the command was carried out.
     pub ok: bool,
-    /// Why not.
+    /// Why not, as a sentence.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,
-    /// Answer to [`DeviceCommand::Resize`]: the size in bytes that the guest sees now.
+    /// Why not, for programs.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub code: Option<ErrorCode>,
+    /// The result of [`DeviceCommand::Resize`]: the size in bytes that the guest sees.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub capacity: Option<u64>,
-    /// Answer to [`DeviceCommand::Stats`].
+    /// The result of [`DeviceCommand::Stats`].
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub stats: Option<DeviceStats>,
 }
 
 impl DeviceReply {
-    /// Done.
+    /// The command was carried out.
     pub fn ok() -> Self {
         DeviceReply {
             ok: true,
@@ -49,39 +54,40 @@ impl DeviceReply {
         }
     }
 
-    /// Not done, and why.
-    pub fn error(text: impl Into<String>) -> Self {
+    /// The command failed.
+    pub fn error(code: ErrorCode, text: impl Into<String>) -> Self {
         DeviceReply {
             error: Some(text.into()),
+            code: Some(code),
             ..DeviceReply::default()
         }
     }
 }
 
-/// What a process has done since it started.
+/// The statistics of a device process since it started.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct DeviceStats {
-    /// The queues, in the order of their numbers.
+    /// One entry for each queue, in queue order.
     pub queues: Vec<QueueStats>,
 }
 
-/// One queue.
+/// The statistics of one queue.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct QueueStats {
-    /// Requests that are complete, by what they asked for.
+    /// Completed requests by type.
     pub requests: RequestStats,
-    /// Requests that were taken and are not complete yet.
+    /// Requests that are in flight now.
     pub in_flight: u64,
-    /// The most that there were at a time.
+    /// The most requests that were in flight at the same time.
     pub in_flight_max: u64,
-    /// How long requests took, from when they were taken until they were complete.
+    /// Time from when a request was popped from the queue to its completion.
     pub latency: LatencyStats,
-    /// Processor time of the queue's worker thread in microseconds.
+    /// CPU time of the queue's thread in microseconds.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub cpu_us: Option<u64>,
 }
 
-/// Requests by kind (virtio 1.2 section 5.2.6).
+/// Completed block requests by type (virtio 1.2 section 5.2.6).
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq, Eq)]
 pub struct RequestStats {
     /// VIRTIO_BLK_T_IN.
@@ -94,13 +100,13 @@ pub struct RequestStats {
     pub discard: OperationStats,
     /// VIRTIO_BLK_T_WRITE_ZEROES.
     pub write_zeroes: OperationStats,
-    /// All else, and what makes no sense.
+    /// All other types, and malformed requests.
     pub other: OperationStats,
 }
 
 impl RequestStats {
-    /// Each kind and its name here.
-    pub fn kinds(&self) -> [(&'static str, &OperationStats); 6] {
+    /// All types with their names in JSON.
+    pub fn by_type(&self) -> [(&'static str, &OperationStats); 6] {
         [
             ("read", &self.read),
             ("write", &self.write),
@@ -112,29 +118,30 @@ impl RequestStats {
     }
 }
 
-/// Requests of one kind.
+/// Completed requests of one type.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, PartialEq, Eq)]
 pub struct OperationStats {
-    /// How many.
+    /// Number of requests.
     pub count: u64,
-    /// Bytes that they moved, gave back or zeroed; of those that succeeded.
+    /// Bytes read, written, discarded or zeroed by the requests that succeeded.
     pub bytes: u64,
-    /// How many of them failed.
+    /// Number of requests that failed.
     pub errors: u64,
 }
 
-/// Times in microseconds. Percentiles are upper bounds, less than 1 % too high.
+/// The distribution of latencies in microseconds. A percentile is an upper bound, less than
+/// 1 % too high.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, PartialEq)]
 pub struct LatencyStats {
-    /// How many were measured.
+    /// Number of requests measured.
     pub samples: u64,
-    /// Half of them took no longer.
+    /// 50th percentile.
     pub p50_us: f64,
-    /// 99 of 100.
+    /// 99th percentile.
     pub p99_us: f64,
-    /// 999 of 1000.
+    /// 99.9th percentile.
     pub p999_us: f64,
-    /// None took longer.
+    /// The longest.
     pub max_us: f64,
 }
 
@@ -143,7 +150,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn commands_are_what_the_documentation_says() {
+    fn commands_have_the_documented_json_form() {
         for (text, command) in [
             (r#"{"command":"stats"}"#, DeviceCommand::Stats {}),
             (r#"{"command":"flush"}"#, DeviceCommand::Flush {}),
@@ -177,12 +184,12 @@ mod tests {
     }
 
     #[test]
-    fn answers_say_no_more_than_was_asked() {
+    fn a_reply_has_only_the_fields_of_its_command() {
         let text = |reply: &DeviceReply| serde_json::to_string(reply).unwrap();
         assert_eq!(text(&DeviceReply::ok()), r#"{"ok":true}"#);
         assert_eq!(
-            text(&DeviceReply::error("no")),
-            r#"{"ok":false,"error":"no"}"#
+            text(&DeviceReply::error(ErrorCode::Failed, "no")),
+            r#"{"ok":false,"error":"no","code":"failed"}"#
         );
     }
 }

@@ -1,6 +1,6 @@
-//! What crosses a process boundary in outrigger, and nothing else: the layout
-//! of shared memory, the trap channel, control messages and how file
-//! descriptors travel. No KVM, no threads, no policy.
+//! Everything that crosses a process boundary in outrigger: the layout of shared memory,
+//! the trap channel, control commands and events, and how file descriptors are passed. The
+//! crate has no KVM code, no threads and no policy.
 
 pub mod channel;
 pub mod control;

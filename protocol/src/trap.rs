@@ -1,23 +1,24 @@
-//! The trap channel: how a vCPU's port or memory access that nobody claims is
-//! answered by another process.
+//! The trap channel: how the platform process answers a port or memory access of a vCPU
+//! that no device of the runner handles. It resembles the ioreq page of Xen
+//! (`public/hvm/ioreq.h`) and of ACRN, with the difference that it survives the death of
+//! the process that answers.
 //!
-//! The runner and the platform process share one region (a sealed memfd that
-//! belongs to the runner, so it outlives any platform process):
+//! The runner and the platform process share one region. It is a sealed memfd that belongs
+//! to the runner, so it outlives any platform process:
 //!
-//! | offset | size | what |
+//! | offset | size | contents |
 //! |---|---|---|
 //! | 0 | 4 KiB | [`TrapHeader`] |
-//! | 4 KiB | 4 KiB | one 64-byte [`TrapSlot`] per vCPU |
-//! | 8 KiB | 24 KiB | the platform's own registers, opaque to the runner |
+//! | 4 KiB | 4 KiB | one 64-byte [`TrapSlot`] for each vCPU |
+//! | 8 KiB | 24 KiB | the platform's device registers, opaque to the runner |
 //!
-//! A vCPU waits in its trap, so one slot per vCPU is exactly enough. Reads wait
-//! for their answer; writes are posted: the vCPU goes on and waits only if it
-//! traps again before the write was carried out. A ticket drawn from the header
-//! keeps the order of accesses between vCPUs.
+//! A vCPU has at most one access outstanding, so one slot for each vCPU is enough. A read
+//! waits for its answer. A write is posted: the vCPU continues, and waits only if it traps
+//! again before the write is carried out. A ticket from the header keeps the accesses of
+//! all vCPUs in order.
 //!
-//! A request is answered when `done == seq`. Both words live here, so a
-//! platform process that was killed in the middle is replaced and its successor
-//! finds the request still open.
+//! A request is complete when `done == seq`. Both words are in the region, so when a
+//! platform process is killed between the two, its successor finds the request still open.
 
 use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering, fence};
 
@@ -25,17 +26,17 @@ use serde::{Deserialize, Serialize};
 
 /// "ORTP" in little-endian order.
 pub const MAGIC: u32 = 0x5054_524f;
-/// Version of this layout.
+/// Version of the region's layout and of the messages.
 pub const VERSION: u32 = 1;
-/// Most vCPUs that one region serves.
+/// The largest number of vCPUs that one region has slots for.
 pub const MAX_VCPUS: usize = 64;
 /// Size of the whole region in bytes.
 pub const REGION_SIZE: usize = 32 * 1024;
-/// Where the slots begin, in bytes from the start of the region.
+/// Offset of the slots in bytes from the start of the region.
 pub const SLOTS_OFFSET: usize = 4096;
-/// Where the platform's registers begin, in bytes from the start.
+/// Offset of the platform's device registers in bytes from the start of the region.
 pub const STATE_OFFSET: usize = 8192;
-/// Size of the platform's registers in bytes.
+/// Size of the platform's device registers in bytes.
 pub const STATE_SIZE: usize = REGION_SIZE - STATE_OFFSET;
 
 /// The first page of the region.
@@ -45,16 +46,16 @@ pub struct TrapHeader {
     pub magic: AtomicU32,
     /// [`VERSION`].
     pub version: AtomicU32,
-    /// How many slots are in use.
+    /// Number of slots in use.
     pub vcpus: AtomicU32,
-    /// Not zero while the platform sleeps: ring its doorbell (an eventfd) after
-    /// publishing a request.
+    /// Not zero while the platform sleeps. The vCPU that publishes a request then signals
+    /// the platform's doorbell (an eventfd).
     pub asleep: AtomicU32,
-    /// The next ticket.
+    /// The ticket of the next request.
     pub ticket: AtomicU64,
 }
 
-/// What kind of access a request is.
+/// The address space of an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Space {
@@ -64,10 +65,10 @@ pub enum Space {
     Memory = 1,
 }
 
-/// One access, as the guest made it.
+/// One access of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Access {
-    /// Port or memory.
+    /// Port I/O or memory-mapped I/O.
     pub space: Space,
     /// Port number or guest-physical address.
     pub address: u64,
@@ -77,14 +78,14 @@ pub struct Access {
     pub write: Option<u64>,
 }
 
-/// One vCPU's request and its answer; a cache line of its own.
+/// The request of one vCPU and its answer, in a cache line of its own.
 #[repr(C, align(64))]
 pub struct TrapSlot {
-    /// Number of the newest request; written by the vCPU when it publishes.
+    /// Sequence number of the newest request. The vCPU writes it to publish the request.
     seq: AtomicU32,
-    /// Number of the newest request carried out; written by the platform.
+    /// Sequence number of the newest completed request. The platform writes it.
     done: AtomicU32,
-    /// Futex word of the waiting vCPU: changes with every answer and kick.
+    /// Futex word of the waiting vCPU. Every answer and every kick of the vCPU changes it.
     wake: AtomicU32,
     /// Not zero while the vCPU sleeps on `wake`.
     waiting: AtomicU32,
@@ -101,14 +102,14 @@ const _: () = assert!(size_of::<TrapHeader>() <= SLOTS_OFFSET);
 const _: () = assert!(SLOTS_OFFSET + MAX_VCPUS * size_of::<TrapSlot>() <= STATE_OFFSET);
 
 impl TrapSlot {
-    /// Whether the newest request has been carried out.
+    /// Whether the newest request is complete.
     pub fn is_done(&self) -> bool {
         self.done.load(Ordering::Acquire) == self.seq.load(Ordering::Relaxed)
     }
 
-    /// vCPU side: publishes `access`. The slot must be done.
+    /// vCPU side: publishes `access`. The previous request must be complete.
     ///
-    /// Afterwards the caller rings the doorbell if [`TrapHeader::asleep`] is set.
+    /// Afterwards the caller signals the doorbell if [`TrapHeader::asleep`] is set.
     pub fn publish(&self, header: &TrapHeader, access: &Access) {
         self.address.store(access.address, Ordering::Relaxed);
         self.size.store(access.size, Ordering::Relaxed);
@@ -121,18 +122,18 @@ impl TrapSlot {
         self.ticket.store(ticket, Ordering::Relaxed);
         let seq = self.seq.load(Ordering::Relaxed).wrapping_add(1);
         self.seq.store(seq, Ordering::Release);
-        // Pairs with the fence in `TrapHeader::prepare_sleep`: either we see that
-        // the platform sleeps, or it sees our request.
+        // Pairs with the fence in `TrapHeader::prepare_sleep`: either this vCPU sees that
+        // the platform sleeps, or the platform sees the request.
         fence(Ordering::SeqCst);
     }
 
-    /// vCPU side: the value read, once the request is done.
+    /// vCPU side: the value that was read. Valid once the request is complete.
     pub fn answer(&self) -> u64 {
         self.data.load(Ordering::Relaxed)
     }
 
-    /// vCPU side: the futex word and its value to sleep on. Check
-    /// [`TrapSlot::is_done`] and any stop request *after* this and before sleeping.
+    /// vCPU side: returns the futex word and the value to sleep on. The caller checks
+    /// [`TrapSlot::is_done`] and its stop requests *after* this call and before sleeping.
     pub fn prepare_wait(&self) -> (&AtomicU32, u32) {
         self.waiting.store(1, Ordering::Relaxed);
         let seen = self.wake.load(Ordering::Acquire);
@@ -140,21 +141,20 @@ impl TrapSlot {
         (&self.wake, seen)
     }
 
-    /// vCPU side: no longer asleep.
+    /// vCPU side: records that the vCPU no longer sleeps.
     pub fn finish_wait(&self) {
         self.waiting.store(0, Ordering::Relaxed);
     }
 
-    /// Changes the futex word; returns it when somebody sleeps on it and must
-    /// be woken (`FUTEX_WAKE`, futex(2)). Used for answers and for kicks.
+    /// Changes the futex word for an answer or a kick. Returns the word if the vCPU sleeps
+    /// on it, so that the caller wakes it (`FUTEX_WAKE`, futex(2)).
     pub fn bump(&self) -> Option<&AtomicU32> {
         self.wake.fetch_add(1, Ordering::Release);
         fence(Ordering::SeqCst);
         (self.waiting.load(Ordering::Relaxed) != 0).then_some(&self.wake)
     }
 
-    /// Platform side: the open request with its ticket and number, if any.
-    /// `None` also for a request that makes no sense (it is the runner's bug).
+    /// Platform side: returns the open request, if there is one.
     pub fn open_request(&self) -> Option<TrapRequest> {
         let seq = self.seq.load(Ordering::Acquire);
         if seq == self.done.load(Ordering::Relaxed) {
@@ -177,8 +177,8 @@ impl TrapSlot {
         })
     }
 
-    /// Platform side: answers request `seq` (a write's value is ignored);
-    /// returns the futex word to wake, if the vCPU sleeps.
+    /// Platform side: completes request `seq` with `value`, which matters only for a read.
+    /// Returns the futex word to wake if the vCPU sleeps.
     pub fn complete(&self, seq: u32, value: u64) -> Option<&AtomicU32> {
         self.data.store(value, Ordering::Relaxed);
         self.done.store(seq, Ordering::Release);
@@ -186,34 +186,35 @@ impl TrapSlot {
     }
 }
 
-/// An open request as the platform sees it.
+/// An open request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrapRequest {
-    /// Its number in its slot.
+    /// Sequence number in its slot.
     pub seq: u32,
-    /// Its place in the order of all vCPUs' accesses.
+    /// Position in the order of the accesses of all vCPUs.
     pub ticket: u64,
-    /// What the guest did.
+    /// The guest's access.
     pub access: Access,
 }
 
 impl TrapHeader {
-    /// Platform side: announces sleep. Look at all slots again afterwards.
+    /// Platform side: announces that it will sleep. The caller checks all slots once more
+    /// after this call and before sleeping.
     pub fn prepare_sleep(&self) {
         self.asleep.store(1, Ordering::Relaxed);
         fence(Ordering::SeqCst);
     }
 
-    /// Platform side: awake again.
+    /// Platform side: records that it no longer sleeps.
     pub fn finish_sleep(&self) {
         self.asleep.store(0, Ordering::Relaxed);
     }
 }
 
-/// Finds the open request that comes first.
+/// Finds the open request with the lowest ticket.
 ///
-/// A second look is needed when the first one finds anything: the request that
-/// preceded it may have been published in a slot already passed.
+/// When the first scan finds a request, a second scan follows: a request with a lower
+/// ticket may have been published in a slot that the first scan had already passed.
 pub fn first_open(slots: &[TrapSlot]) -> Option<(usize, TrapRequest)> {
     let scan = || {
         slots
@@ -229,17 +230,18 @@ pub fn first_open(slots: &[TrapSlot]) -> Option<(usize, TrapRequest)> {
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum ToPlatform {
-    /// First message. Descriptors: the region, the doorbell eventfd.
+    /// The first message. Its descriptors are the region and the doorbell eventfd.
     Hello {
         /// [`VERSION`].
         version: u32,
-        /// Slots in use.
+        /// Number of slots in use.
         vcpus: u32,
     },
-    /// Answer to [`FromPlatform::Lines`]: one eventfd for each line, in order.
+    /// The answer to [`FromPlatform::Lines`]. Its descriptors are one eventfd for each line,
+    /// in the same order.
     Lines,
-    /// The machine was reset: registers go back to their start values once the
-    /// open requests are carried out. Answered by [`FromPlatform::ResetDone`].
+    /// The machine was reset. The platform completes the open requests, sets its registers
+    /// to their initial values and answers with [`FromPlatform::ResetDone`].
     Reset,
 }
 
@@ -247,20 +249,20 @@ pub enum ToPlatform {
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum FromPlatform {
-    /// Which ISA interrupt lines (GSI numbers) this platform drives.
+    /// The ISA interrupt lines (GSI numbers) that this platform drives.
     Lines {
         /// GSI numbers below 24.
         gsis: Vec<u32>,
     },
-    /// Answer to [`ToPlatform::Reset`].
+    /// The answer to [`ToPlatform::Reset`].
     ResetDone,
-    /// The guest switched its power off.
+    /// The guest powered the machine off.
     PowerOff,
     /// The guest asked for a reset.
     ResetRequest,
     /// The guest wrote `code` to the exit port.
     Exit {
-        /// 0 is a pass.
+        /// 0 means success.
         code: u8,
     },
 }
@@ -270,7 +272,7 @@ mod tests {
     use super::*;
 
     fn zeroed<T>() -> Box<T> {
-        // SAFETY: only used for types made of atomic integers, for which all
+        // SAFETY: the tests use this only for structures of atomic integers, for which all
         // bit patterns are valid.
         unsafe { Box::new(std::mem::zeroed()) }
     }
@@ -300,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_are_taken_in_ticket_order() {
+    fn requests_are_found_in_ticket_order() {
         let header = zeroed::<TrapHeader>();
         let slots: Box<[TrapSlot; 3]> = zeroed();
         slots[2].publish(&header, &read(1));
@@ -312,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sleeper_is_reported_to_whoever_wakes() {
+    fn bump_returns_the_futex_word_only_while_the_vcpu_sleeps() {
         let slot = zeroed::<TrapSlot>();
         assert!(slot.bump().is_none());
         let (word, seen) = slot.prepare_wait();

@@ -111,7 +111,7 @@ fn statistics_add_up() {
     let requests = &queue.requests;
     assert_eq!((requests.write.count, requests.write.bytes), (2, 1024));
     assert_eq!((requests.flush.count, requests.flush.errors), (1, 0));
-    let kinds = requests.kinds();
+    let kinds = requests.by_type();
     let count: u64 = kinds.iter().map(|(_, it)| it.count).sum();
     let errors: u64 = kinds.iter().map(|(_, it)| it.errors).sum();
     let bytes: u64 = kinds.iter().map(|(_, it)| it.bytes).sum();

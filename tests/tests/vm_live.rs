@@ -125,7 +125,7 @@ fn a_busy_disk_is_grown_flushed_and_measured_whatever_process_serves_it() {
         (4, 1)
     );
     for queue in &all["disk0"].queues {
-        let kinds = queue.requests.kinds();
+        let kinds = queue.requests.by_type();
         let counted: u64 = kinds.iter().map(|(_, count)| count.count).sum();
         assert_eq!(counted, queue.latency.samples);
         assert!(

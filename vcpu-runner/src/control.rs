@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Sender, TrySendError, bounded, unbounded};
 use outrigger_cli::fd::set_nonblocking;
 use outrigger_cli::socket::{self, BoundSocket};
+use outrigger_protocol::ErrorCode;
 use outrigger_protocol::control::{ControlCommand, ControlReply, MAX_LINE, MachineStatus};
 use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -257,7 +258,10 @@ impl Server {
                 .as_ref()
                 .is_some_and(|waits| waits.until <= now)
             {
-                client.answer(&ControlReply::error("no answer from the machine"));
+                client.answer(&ControlReply::error(
+                    ErrorCode::Timeout,
+                    "no answer from the machine",
+                ));
             }
         }
     }
@@ -277,9 +281,10 @@ impl Server {
         }
         let client = &mut self.clients[index];
         if client.input.len() > MAX_LINE {
-            client.answer(&ControlReply::error(format!(
-                "a line is longer than {MAX_LINE} bytes"
-            )));
+            client.answer(&ControlReply::error(
+                ErrorCode::LineTooLong,
+                format!("a line is longer than {MAX_LINE} bytes"),
+            ));
             let _ = client.send();
             return false;
         }
@@ -290,7 +295,12 @@ impl Server {
         let client = &mut self.clients[index];
         let command = match serde_json::from_slice(line) {
             Ok(command) => command,
-            Err(error) => return client.answer(&ControlReply::error(error.to_string())),
+            Err(error) => {
+                return client.answer(&ControlReply::error(
+                    ErrorCode::InvalidCommand,
+                    error.to_string(),
+                ));
+            }
         };
         match command {
             ControlCommand::Status {} => client.answer(&ControlReply {

@@ -10,7 +10,7 @@ use outrigger_cli::socket::BoundSocket;
 use outrigger_protocol::control::{
     ControlCommand, ControlReply, DeviceState, MachineEvent, MachineState,
 };
-use outrigger_protocol::exit;
+use outrigger_protocol::{ErrorCode, exit};
 
 use crate::boot::{BootSource, cpuid};
 use crate::control::{Answer, Order as ControlOrder};
@@ -364,7 +364,7 @@ impl Machine {
         // A failed command is its client's matter; the machine goes on.
         answer.send(match result {
             Ok(()) => ControlReply::ok(),
-            Err(error) => ControlReply::error(error.to_string()),
+            Err(error) => ControlReply::error(ErrorCode::Failed, error.to_string()),
         });
         Ok(None)
     }
@@ -372,7 +372,10 @@ impl Machine {
     /// The slot answers, when it is done.
     fn swap(&self, id: &str, path: PathBuf, answer: Answer) {
         let Some(slot) = self.overview.slots().iter().find(|slot| slot.id() == id) else {
-            return answer.send(ControlReply::error(format!("no device is named {id}")));
+            return answer.send(ControlReply::error(
+                ErrorCode::NoSuchDevice,
+                format!("no device is named {id}"),
+            ));
         };
         let swapped = move |result: Result<Duration, Error>| {
             answer.send(match result {
@@ -380,7 +383,7 @@ impl Machine {
                     outage_us: Some(outage.as_micros().try_into().unwrap_or(u64::MAX)),
                     ..ControlReply::ok()
                 },
-                Err(error) => ControlReply::error(error.to_string()),
+                Err(error) => ControlReply::error(ErrorCode::Failed, error.to_string()),
             });
         };
         slot.swap(path, Box::new(swapped));

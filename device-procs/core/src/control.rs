@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use clap::Args;
 use outrigger_cli::socket::{self, BoundSocket};
+use outrigger_protocol::ErrorCode;
 use outrigger_protocol::device::{DeviceCommand, DeviceReply, DeviceStats, MAX_LINE};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -286,7 +287,10 @@ impl Client {
                 None if self.input.len() < MAX_LINE => return true,
                 _ => {
                     self.leaving = true;
-                    DeviceReply::error(format!("a line is longer than {MAX_LINE} bytes"))
+                    DeviceReply::error(
+                        ErrorCode::LineTooLong,
+                        format!("a line is longer than {MAX_LINE} bytes"),
+                    )
                 }
             };
             self.heard = Instant::now();
@@ -330,7 +334,7 @@ impl Client {
 fn carry_out(line: &[u8], device: &dyn Control, clocks: &Clocks) -> DeviceReply {
     let command = match serde_json::from_slice(line) {
         Ok(command) => command,
-        Err(error) => return DeviceReply::error(error.to_string()),
+        Err(error) => return DeviceReply::error(ErrorCode::InvalidCommand, error.to_string()),
     };
     let done = match command {
         DeviceCommand::Stats {} => Ok(DeviceReply {
@@ -343,7 +347,7 @@ fn carry_out(line: &[u8], device: &dyn Control, clocks: &Clocks) -> DeviceReply 
             ..DeviceReply::ok()
         }),
     };
-    done.unwrap_or_else(DeviceReply::error)
+    done.unwrap_or_else(|why| DeviceReply::error(ErrorCode::Failed, why))
 }
 
 fn timespec(time: Duration) -> Timespec {

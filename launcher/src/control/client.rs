@@ -52,7 +52,10 @@ impl Clients {
             idle: Mutex::new(Some(Instant::now())),
         });
         if !self.make_room() {
-            client.tell(&ControlReply::error("there are too many clients"));
+            client.tell(&ControlReply::error(
+                outrigger_protocol::ErrorCode::Failed,
+                "there are too many clients",
+            ));
             return;
         }
         lock(&self.0).push(Arc::clone(&client));
@@ -92,7 +95,10 @@ impl Client {
                     let _doing = link.busy.with();
                     *lock(&self.idle) = None;
                     let reply = match serde_json::from_slice(&line) {
-                        Err(error) => ControlReply::error(error.to_string()),
+                        Err(error) => ControlReply::error(
+                            outrigger_protocol::ErrorCode::Failed,
+                            error.to_string(),
+                        ),
                         Ok(ControlCommand::Watch {}) => {
                             if !std::mem::replace(&mut watching, true) {
                                 watch::subscribe(link, Arc::clone(self));
@@ -107,7 +113,9 @@ impl Client {
                     *lock(&self.idle) = (!watching).then(Instant::now);
                     continue;
                 }
-                Err(error) => ControlReply::error(error.to_string()),
+                Err(error) => {
+                    ControlReply::error(outrigger_protocol::ErrorCode::Failed, error.to_string())
+                }
             };
             self.tell(&reply);
             break;
@@ -144,9 +152,10 @@ fn carry_out(command: ControlCommand, link: &Link) -> ControlReply {
             socket: None,
             device: Some(text),
         } => replace::replace(link, &id, With::Described(text)),
-        ControlCommand::Swap { id, .. } => {
-            ControlReply::error(format!("{id}: swap takes either socket or device"))
-        }
+        ControlCommand::Swap { id, .. } => ControlReply::error(
+            outrigger_protocol::ErrorCode::Failed,
+            format!("{id}: swap takes either socket or device"),
+        ),
         ControlCommand::Restart { id } => replace::replace(link, &id, With::Same),
         ControlCommand::Resize { id, size } => {
             device::ask(link, &id, &DeviceCommand::Resize { size })

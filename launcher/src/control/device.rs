@@ -24,7 +24,8 @@ fn time(command: &DeviceCommand) -> Duration {
 
 /// Asks the process of the device `id`.
 pub fn ask(link: &Link, id: &str, command: &DeviceCommand) -> ControlReply {
-    try_ask(link, id, command).unwrap_or_else(ControlReply::error)
+    try_ask(link, id, command)
+        .unwrap_or_else(|why| ControlReply::error(outrigger_protocol::ErrorCode::Failed, why))
 }
 
 fn try_ask(link: &Link, id: &str, command: &DeviceCommand) -> Result<ControlReply, String> {
@@ -41,12 +42,14 @@ fn try_ask(link: &Link, id: &str, command: &DeviceCommand) -> Result<ControlRepl
     let DeviceReply {
         ok,
         error,
+        code,
         capacity,
         stats,
     } = answer;
     Ok(ControlReply {
         ok,
         error: error.map(|why| format!("{id}: {why}")),
+        code,
         capacity,
         stats,
         ..ControlReply::default()

@@ -142,7 +142,10 @@ mod tests {
         let reply: ControlReply = lines
             .ask(&ControlCommand::Pause {}, Duration::from_secs(9))
             .unwrap();
-        assert_eq!(reply, ControlReply::error("no"));
+        assert_eq!(
+            reply,
+            ControlReply::error(outrigger_protocol::ErrorCode::Failed, "no")
+        );
         drop(server);
         let ended = lines.ask::<ControlReply>(&ControlCommand::Pause {}, Duration::from_secs(9));
         assert!(ended.is_err());

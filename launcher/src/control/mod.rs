@@ -97,7 +97,12 @@ impl Link {
     fn forward(&self, command: &ControlCommand) -> ControlReply {
         let answer = Lines::connect(&self.runner, Some(Instant::now() + SERVED))
             .and_then(|mut lines| lines.ask(command, ANSWER));
-        answer.unwrap_or_else(|error| ControlReply::error(format!("vcpu-runner: {error}")))
+        answer.unwrap_or_else(|error| {
+            ControlReply::error(
+                outrigger_protocol::ErrorCode::Failed,
+                format!("vcpu-runner: {error}"),
+            )
+        })
     }
 
     /// Asks the one who decides.

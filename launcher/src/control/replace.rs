@@ -32,7 +32,8 @@ impl Drop for Begun<'_> {
 
 /// Puts another process behind the device `id`.
 pub fn replace(link: &Link, id: &str, with: With) -> ControlReply {
-    try_replace(link, id, with).unwrap_or_else(ControlReply::error)
+    try_replace(link, id, with)
+        .unwrap_or_else(|why| ControlReply::error(outrigger_protocol::ErrorCode::Failed, why))
 }
 
 fn try_replace(link: &Link, id: &str, with: With) -> Result<ControlReply, String> {

@@ -42,7 +42,7 @@ pub fn show(disks: &BTreeMap<String, DeviceStats>, json: bool) -> anyhow::Result
                 &us(latency.p999_us),
                 &us(latency.max_us),
             ]);
-            for (kind, count) in queue.requests.kinds() {
+            for (kind, count) in queue.requests.by_type() {
                 if count.count > 0 {
                     let mib = format!("{:.1}", count.bytes as f64 / f64::from(1 << 20));
                     let (requests, errors) = (count.count.to_string(), count.errors.to_string());
