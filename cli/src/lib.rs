@@ -1,6 +1,8 @@
-//! What all programs of outrigger share at their edges: how they read their command
-//! line, log, listen and end, and how they take over descriptors that somebody else opened.
+//! What all programs of outrigger have in common: how they parse their command line, log,
+//! report errors, handle termination signals, create sockets, and take over file descriptors
+//! that another process opened.
 
+pub mod choices;
 pub mod fd;
 pub mod logging;
 pub mod options;
@@ -9,10 +11,11 @@ pub mod signals;
 pub mod size;
 pub mod socket;
 
+pub use choices::{BackingPolicy, CacheMode, ImageFormat, OnReset};
 pub use logging::LogFormat;
 pub use options::{Usage, parse};
 pub use report_error::report_error;
 
-/// Exit code of a console whose user left by its way out (Ctrl-A x), for a
-/// launcher that ends the machine then.
+/// Exit code of `device-console` when the user quits the console (Ctrl-A x). The launcher
+/// then ends the machine.
 pub const CONSOLE_QUIT: u8 = 10;

@@ -1,23 +1,27 @@
-//! Logs go to stderr, a line an event.
+//! The log of a program: one line on stderr for each event.
 
 use std::io::IsTerminal;
 
 use clap::ValueEnum;
 use tracing_subscriber::EnvFilter;
 
-/// Form of the log.
+/// Format of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
-    /// A line of text an event
+    /// One line of text for each event
     Text,
-    /// A JSON object an event
+    /// One JSON object for each event
     Json,
 }
 
-/// Starts logging; `filter` as in [`EnvFilter`].
+/// Starts logging. `filter` has the syntax of [`EnvFilter`].
+///
+/// Text is level, spans with their fields, message, and the event's fields as `name=value`.
+/// JSON has the event's fields in `fields`, the innermost span in `span` and all spans in
+/// `spans`, and also time and target.
 ///
 /// # Errors
-/// When the filter does not parse.
+/// `filter` is not valid.
 pub fn init(format: LogFormat, filter: &str) -> Result<(), String> {
     let filter = EnvFilter::try_new(filter).map_err(|e| format!("--log-level {filter}: {e}"))?;
     let builder = tracing_subscriber::fmt()

@@ -1,21 +1,23 @@
-//! Command lines, and what is said when one makes no sense: a line, as with
-//! every other mistake.
+//! Parsing of command lines. A mistake on the command line is reported like every other
+//! error: in one line on stderr.
 
 use clap::Parser;
 use clap::error::ErrorKind;
 
 use crate::report_error;
 
-/// Exit code for a command line that makes no sense.
+/// Exit code for a command line that is not valid.
 pub const USAGE: u8 = 2;
 
-/// What is wrong with a command line, where the parser cannot see it.
+/// A mistake on the command line, or in the VM file, that the parser cannot detect. A program
+/// that ends with this error exits with [`USAGE`].
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Usage(pub String);
 
-/// Parses this program's command line. `--help` and `--version` are answered and
-/// end the program; so does a mistake, with one line on stderr and exit code 2.
+/// Parses this program's command line. For `--help` and `--version` it prints the answer and
+/// ends the program. For a mistake it prints one line to stderr and ends the program with
+/// [`USAGE`].
 pub fn parse<T: Parser>() -> T {
     T::try_parse().unwrap_or_else(|error| {
         if !error.use_stderr() {
@@ -23,7 +25,7 @@ pub fn parse<T: Parser>() -> T {
         }
         let line = match error.kind() {
             ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-                "a command is missing: see --help".to_owned()
+                "a command is missing: see --help for the list".to_owned()
             }
             _ => one_line(&error.render().to_string()),
         };
@@ -32,17 +34,18 @@ pub fn parse<T: Parser>() -> T {
     })
 }
 
-/// What clap says in several paragraphs, without those that are always the same.
+/// Joins the paragraphs of clap's message to one line, without the usage summary and the
+/// reference to `--help`.
 fn one_line(text: &str) -> String {
     let text = text.strip_prefix("error: ").unwrap_or(text);
     let paragraphs = text.split("\n\n").map(|paragraph| {
         let words: Vec<&str> = paragraph.split_whitespace().collect();
         words.join(" ")
     });
-    let telling: Vec<String> = paragraphs
+    let kept: Vec<String> = paragraphs
         .filter(|p| !p.is_empty() && !p.starts_with("Usage:") && !p.starts_with("For more"))
         .collect();
-    telling.join("; ")
+    kept.join("; ")
 }
 
 #[cfg(test)]
@@ -54,18 +57,18 @@ mod tests {
     #[derive(Debug, Parser)]
     #[command(name = "program")]
     struct Options {
-        /// First
+        /// Colour
         #[arg(long, value_parser = ["red", "blue"])]
         colour: Option<String>,
-        /// Second
+        /// No output
         #[arg(long, conflicts_with = "colour")]
         quiet: bool,
-        /// Third
+        /// Input file
         #[arg(long)]
         path: String,
     }
 
-    fn said(arguments: &[&str]) -> String {
+    fn message(arguments: &[&str]) -> String {
         let arguments = [&["program"], arguments].concat();
         let error = Options::try_parse_from(arguments).unwrap_err();
         one_line(&error.render().to_string())
@@ -85,12 +88,12 @@ mod tests {
                 &["--quiet", "--colour"],
             ),
         ] {
-            let line = said(arguments);
+            let line = message(arguments);
             for name in names {
                 assert!(line.contains(name), "{arguments:?}: {line}");
             }
-            let noise = ["\n", "error:", "Usage", "For more"];
-            assert!(noise.iter().all(|n| !line.contains(n)), "{line}");
+            let omitted = ["\n", "error:", "Usage", "For more"];
+            assert!(omitted.iter().all(|n| !line.contains(n)), "{line}");
         }
     }
 }

@@ -1,14 +1,14 @@
-//! What a program says when it cannot go on.
+//! The one line with which a program reports an error on stderr.
 
 use std::fmt::Display;
 
-/// Prints `program: error` on stderr: one line, whatever the error quotes.
+/// Prints `program: error` to stderr, as one line whatever the error quotes.
 pub fn report_error(program: &str, error: impl Display) {
     eprintln!("{}", line(program, error));
 }
 
-/// Control characters are escaped: a file's name may have some. `{:#}` is how anyhow
-/// gives the causes, too.
+/// Formats the line. File names may contain control characters, so these are escaped. The
+/// alternate form `{:#}` makes anyhow print the whole chain of causes.
 fn line(program: &str, error: impl Display) -> String {
     let mut line = format!("{program}: ");
     for character in format!("{error:#}").chars() {
@@ -24,8 +24,8 @@ fn line(program: &str, error: impl Display) -> String {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn control_characters_are_escaped_and_nothing_else() {
-        let said = super::line("program", "/a\nb\t\u{1b}[1m/\u{e9}\"\\: not there");
-        assert_eq!(said, r#"program: /a\nb\t\u{1b}[1m/é"\: not there"#);
+    fn only_control_characters_are_escaped() {
+        let line = super::line("program", "/a\nb\t\u{1b}[1m/\u{e9}\"\\: not there");
+        assert_eq!(line, r#"program: /a\nb\t\u{1b}[1m/é"\: not there"#);
     }
 }

@@ -1,9 +1,10 @@
-//! Sizes as people write them.
+//! Sizes in bytes on the command line.
 
-/// A size in bytes: a number, perhaps with K, M, G or T for powers of 1024.
+/// Parses a size in bytes: a decimal number, optionally followed by K, M, G or T for powers
+/// of 1024.
 ///
 /// # Errors
-/// A line that quotes what is no size, or one of 2^64 bytes or more.
+/// A message that quotes `text` when it is not a size or is 2^64 bytes or more.
 pub fn parse(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.char_indices().next_back() {
         Some((at, 'K' | 'k')) => (&text[..at], 10),
@@ -13,7 +14,7 @@ pub fn parse(text: &str) -> Result<u64, String> {
         _ => (text, 0),
     };
     let bad = || format!("{text:?} is not a size such as 512M");
-    // Rust's own parser takes a sign, too.
+    // `u64::from_str` would also accept a sign.
     if !digits.bytes().all(|byte| byte.is_ascii_digit()) {
         return Err(bad());
     }

@@ -1,4 +1,4 @@
-//! Unix sockets that a program listens on or connects to.
+//! Creating and connecting unix stream sockets.
 
 use std::ffi::OsString;
 use std::io;
@@ -16,45 +16,47 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 
-/// How often a path that nobody serves is tried again.
+/// Time between two attempts to connect or to lock a directory.
 const RETRY: Duration = Duration::from_millis(5);
 
-/// Bytes of sockaddr_un's path, less the one that ends it.
-const LONGEST: usize = 107;
+/// Size of the path in `struct sockaddr_un`, without its terminating zero.
+const MAX_PATH: usize = 107;
 
-/// A path that fits into `struct sockaddr_un` (unix(7)).
+/// Returns `path` if it is a valid socket path: not empty, and short enough for `struct
+/// sockaddr_un` (unix(7)).
 ///
 /// # Errors
-/// When it does not.
+/// A message that says what is wrong with `path`.
 pub fn socket_path(path: PathBuf) -> Result<PathBuf, String> {
     match path.as_os_str().len() {
-        0 => Err("a socket's path is not empty".into()),
-        1..=LONGEST => Ok(path),
-        _ => {
-            let why = format!("longer than the {LONGEST} bytes that a socket's path may have");
-            Err(why)
-        }
+        0 => Err("the socket path is empty: give a path".into()),
+        1..=MAX_PATH => Ok(path),
+        _ => Err(format!(
+            "longer than the {MAX_PATH} bytes that a socket path may have: give a shorter path"
+        )),
     }
 }
 
-/// [`socket_path`] for an option of the command line.
+/// Returns a clap value parser that checks an option with [`socket_path`].
 pub fn path_parser() -> impl TypedValueParser<Value = PathBuf> {
     PathBufValueParser::new().try_map(socket_path)
 }
 
-/// How long somebody else may lock a directory that a socket is to be made in.
+/// How long [`bind`] waits for another process that holds the lock of the directory.
 const LOCK_DEADLINE: Duration = Duration::from_secs(5);
 
-/// Binds `path`. A socket that a dead process left behind is replaced; one that
-/// somebody serves is not. Of several that try at the same time, one succeeds.
+/// Creates a socket at `path` and listens on it. Replaces a socket on which no process
+/// listens any more. If several processes call this for the same path at the same time, one
+/// succeeds.
 ///
 /// # Errors
-/// bind(2)'s own; a path that somebody serves, that names
-/// a file of another kind or lies in no directory is called so.
+/// A process listens at `path` already, another kind of file is there, its directory does not
+/// exist, or bind(2) fails.
 pub fn bind(path: &Path) -> io::Result<(UnixListener, BoundSocket)> {
     let (directory, name) = directory(path)?;
-    // Looking and replacing are not one step, nor are bind(2) and listen(2).
-    let _locked = lock(&directory)?;
+    // Checking for a listener and replacing the socket are two steps, and so are bind(2) and
+    // listen(2).
+    let _lock = lock(&directory)?;
     let listener = bind_locked(path)?;
     let bound = BoundSocket {
         identity: identity(&directory, &name)?,
@@ -71,11 +73,11 @@ fn bind_locked(path: &Path) -> io::Result<UnixListener> {
             if !path.symlink_metadata()?.file_type().is_socket() {
                 return Err(io::Error::new(
                     e.kind(),
-                    "a file that is no socket is there",
+                    "a file that is not a socket exists there",
                 ));
             }
             if !matches!(try_connect(path), Err(Errno::CONNREFUSED)) {
-                let why = "a process listens there already";
+                let why = "another process listens there already";
                 return Err(io::Error::new(e.kind(), why));
             }
             std::fs::remove_file(path)?;
@@ -85,9 +87,10 @@ fn bind_locked(path: &Path) -> io::Result<UnixListener> {
     }
 }
 
-/// A socket in the file system. Dropped, it is removed, if it is the same one still: a
-/// start that fails leaves nothing behind. It is found by way of its directory, which was
-/// opened while that was allowed.
+/// The file of a listening socket. Dropping it removes the file, unless another socket is
+/// there by now, so that a program that fails to start leaves no file behind. The file is
+/// found through a descriptor of its directory, because a sandboxed process cannot resolve
+/// paths.
 #[must_use]
 #[derive(Debug)]
 pub struct BoundSocket {
@@ -98,7 +101,7 @@ pub struct BoundSocket {
 }
 
 impl BoundSocket {
-    /// The socket stays, for whoever comes next to replace.
+    /// Leaves the file in place. The next process that binds the path replaces it.
     pub fn keep(mut self) {
         self.kept = true;
     }
@@ -109,25 +112,26 @@ impl Drop for BoundSocket {
         if !self.kept
             && identity(&self.directory, &self.name).is_ok_and(|there| there == self.identity)
         {
-            // One that stays behind is replaced by the next program.
+            // If this fails, the next process that binds the path replaces the file.
             let _ = unlinkat(&self.directory, &self.name, AtFlags::empty());
         }
     }
 }
 
-/// Device and inode of what has this name.
+/// Returns device and inode number of the file `name` in `directory`.
 fn identity(directory: &OwnedFd, name: &OsString) -> rustix::io::Result<(u64, u64)> {
     let there = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
     Ok((there.st_dev, there.st_ino))
 }
 
-/// The directory that `path` is in, opened (O_PATH in open(2)), and its name there.
+/// Opens the directory of `path` (with O_PATH, open(2)) and returns it with the name of the
+/// file in it.
 ///
 /// # Errors
-/// When there is no such directory, or `path` names no file.
+/// The directory does not exist, or `path` does not end with a file name.
 pub fn directory(path: &Path) -> io::Result<(OwnedFd, OsString)> {
     let (Some(name), Some(parent)) = (path.file_name(), path.parent()) else {
-        let why = "it names no file";
+        let why = "the path does not end with a file name";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
     };
     let parent = if parent.as_os_str().is_empty() {
@@ -143,8 +147,9 @@ pub fn directory(path: &Path) -> io::Result<(OwnedFd, OsString)> {
     Ok((directory, name.to_owned()))
 }
 
-/// Keeps others who call [`bind`] out of `directory` until the descriptor is closed;
-/// none for a directory that may be written to but not read.
+/// Locks `directory` against other callers of [`bind`] until the returned descriptor is
+/// closed. Returns `None` for a directory that this process may not read: it cannot be
+/// locked.
 fn lock(directory: &OwnedFd) -> io::Result<Option<OwnedFd>> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = match openat(directory, ".", flags, Mode::empty()) {
@@ -158,7 +163,7 @@ fn lock(directory: &OwnedFd) -> io::Result<Option<OwnedFd>> {
             Ok(()) => return Ok(Some(directory)),
             Err(Errno::INTR) => {}
             Err(e @ Errno::WOULDBLOCK) if Instant::now() >= deadline => {
-                let why = "another process keeps its directory locked";
+                let why = "another process holds the lock of its directory";
                 return Err(io::Error::new(e.kind(), why));
             }
             Err(Errno::WOULDBLOCK) => std::thread::sleep(RETRY),
@@ -167,18 +172,19 @@ fn lock(directory: &OwnedFd) -> io::Result<Option<OwnedFd>> {
     }
 }
 
-/// Connects to `path`. Until `deadline`, waits for somebody to serve it and to have
-/// room for one more, unless there is something that nobody can serve; without a
-/// deadline, tries once.
+/// Connects to `path`. Until `deadline`, waits for a process to listen there and to have room
+/// in its backlog; without a deadline, tries once. A file that is not a socket is an error at
+/// once.
 ///
 /// # Errors
-/// connect(2)'s own, that `path` is no socket, or that nobody accepts there.
+/// `path` is not a socket, the listening process does not accept connections, or connect(2)
+/// fails.
 pub fn connect(path: &Path, deadline: Option<Instant>) -> io::Result<UnixStream> {
     loop {
         let error = match try_connect(path) {
             Ok(stream) => return Ok(stream),
             Err(Errno::AGAIN) => {
-                let why = "a process listens there, but accepts nobody";
+                let why = "a process listens there, but does not accept connections";
                 io::Error::new(io::ErrorKind::WouldBlock, why)
             }
             Err(error) => error.into(),
@@ -186,7 +192,7 @@ pub fn connect(path: &Path, deadline: Option<Instant>) -> io::Result<UnixStream>
         let Some(deadline) = deadline else {
             return Err(error);
         };
-        // To connect(2) a file of another kind is a socket that nobody serves.
+        // connect(2) reports any other kind of file as a socket without a listener.
         if std::fs::metadata(path).is_ok_and(|there| !there.file_type().is_socket()) {
             return Err(io::Error::other("not a socket"));
         }
@@ -197,14 +203,13 @@ pub fn connect(path: &Path, deadline: Option<Instant>) -> io::Result<UnixStream>
     }
 }
 
-/// Connects to `path` now or not at all. To std's connect(2) a listener that nobody
-/// accepts from is one to wait for without end, once its queue is full; here that is
-/// EAGAIN (unix(7)).
+/// Connects to `path` without waiting. A blocking connect(2) waits without limit when the
+/// backlog of the listener is full; this one fails with EAGAIN (unix(7)).
 fn try_connect(path: &Path) -> rustix::io::Result<UnixStream> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-    // As in `fd`: not by the ioctl of std, which the sandbox forbids.
+    // With fcntl(2), because the sandbox forbids the ioctl that the standard library uses.
     fcntl_setfl(&socket, fcntl_getfl(&socket)? - OFlags::NONBLOCK)?;
     Ok(socket.into())
 }
@@ -214,17 +219,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stale_socket_is_replaced_and_a_served_one_is_not() {
+    fn a_stale_socket_is_replaced_and_one_with_a_listener_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let (first, unserved) = bind(&path).unwrap();
-        unserved.keep();
+        let (first, socket_file) = bind(&path).unwrap();
+        socket_file.keep();
         assert!(bind(&path).is_err());
         drop(first);
         let second = bind(&path).unwrap();
         drop(second);
         assert!(!path.exists());
-        // What somebody else put there is not removed.
+        // A socket that another process has put there is not removed.
         let third = bind(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         let other = UnixListener::bind(&path).unwrap();
@@ -238,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_of_a_socket_is_neither_empty_nor_too_long() {
+    fn a_socket_path_must_not_be_empty_or_too_long() {
         assert!(socket_path(PathBuf::new()).is_err());
         assert!(socket_path("x".repeat(107).into()).is_ok());
         let long = socket_path("x".repeat(108).into()).unwrap_err();
@@ -246,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_is_waited_for_and_anything_else_is_not() {
+    fn connect_waits_for_a_listener_but_not_at_another_kind_of_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let wait = |time| connect(&path, Some(Instant::now() + time));
@@ -254,7 +259,7 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
         std::thread::scope(|scope| {
             let client = scope.spawn(|| wait(Duration::from_secs(30)).map(drop));
-            let (server, _unserved) = bind(&path).unwrap();
+            let (server, _socket_file) = bind(&path).unwrap();
             server.accept().unwrap();
             client.join().unwrap().unwrap();
         });
@@ -264,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_that_accepts_nobody_is_not_waited_for_without_end() {
+    fn connect_gives_up_on_a_listener_that_does_not_accept() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let flags = SocketFlags::CLOEXEC;
@@ -278,14 +283,17 @@ mod tests {
             wait(Duration::from_millis(20)).unwrap_err(),
             connect(&path, None).unwrap_err(),
         ] {
-            assert!(error.to_string().contains("accepts nobody"), "{error}");
+            assert!(
+                error.to_string().contains("does not accept connections"),
+                "{error}"
+            );
         }
         let error = bind(&path).unwrap_err();
         assert!(
             error.to_string().contains("listens there already"),
             "{error}"
         );
-        // Once there is room, it is used.
+        // Once there is room in the backlog, the waiting connect succeeds.
         std::thread::scope(|scope| {
             let client = scope.spawn(|| wait(Duration::from_secs(30)).map(drop));
             rustix::net::accept(&listener).unwrap();
@@ -294,19 +302,19 @@ mod tests {
     }
 
     #[test]
-    fn a_stale_socket_is_replaced_by_one_of_many() {
+    fn of_many_that_replace_a_stale_socket_one_succeeds() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         for _ in 0..50 {
-            // What the round before left is stale now.
-            let together = std::sync::Barrier::new(8);
+            // The socket of the previous round is stale now.
+            let barrier = std::sync::Barrier::new(8);
             let bound: Vec<UnixListener> = std::thread::scope(|scope| {
                 let threads: Vec<_> = (0..8)
                     .map(|_| {
                         scope.spawn(|| {
-                            together.wait();
-                            let (listener, unserved) = bind(&path)?;
-                            unserved.keep();
+                            barrier.wait();
+                            let (listener, socket_file) = bind(&path)?;
+                            socket_file.keep();
                             io::Result::Ok(listener)
                         })
                     })

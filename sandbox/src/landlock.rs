@@ -1,5 +1,5 @@
-//! Landlock, with every access right under its control and none allowed, or with
-//! one right in one place. See landlock(7).
+//! Landlock (landlock(7)): a rule set that controls every right and allows none, and one that
+//! allows removing files in a single directory.
 
 use std::os::fd::BorrowedFd;
 
@@ -8,21 +8,20 @@ use ::landlock::{
     RulesetAttr, RulesetCreatedAttr, Scope,
 };
 
-use crate::Error;
+use crate::SandboxError;
 
-/// The newest ABI that the `landlock` crate knows. Unlike a program that allows
-/// this and that, we cannot be surprised by a right we know nothing of: we want
-/// none.
+/// The newest ABI that the `landlock` crate knows. A program that allows some rights has to
+/// know every one of them; this one allows none, so it can always use the newest.
 const NEWEST: ABI = ABI::V10;
 
-/// Forbids the calling thread, and those it starts later, to open files, bind or
-/// connect, reach abstract sockets, and signal processes outside. Files and
-/// sockets that are open already keep their rights.
+/// Forbids the calling thread, and the threads that it starts later, to open files, to bind
+/// or connect TCP sockets, to reach abstract unix sockets, and to signal processes outside
+/// the domain. Open files and sockets keep their rights.
 ///
-/// Returns the ABI in force: the older the kernel, the fewer of these it
-/// controls (files from 5.13, ABI 1; TCP from 6.7, ABI 4; sockets and signals from
-/// 6.12, ABI 6), and 0 is none at all.
-pub(crate) fn allow_nothing() -> Result<u32, Error> {
+/// Returns the ABI in force, or 0 without Landlock. An older kernel controls fewer rights:
+/// files from Linux 5.13 (ABI 1), TCP from 6.7 (ABI 4), abstract sockets and signals from
+/// 6.12 (ABI 6).
+pub(crate) fn allow_nothing() -> Result<u32, SandboxError> {
     let status = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))?
         .handle_access(AccessNet::from_all(NEWEST))?
@@ -32,14 +31,14 @@ pub(crate) fn allow_nothing() -> Result<u32, Error> {
     Ok(abi(&status))
 }
 
-/// Forbids the calling thread, and those it starts later, to remove files but
-/// those beneath `directory`, at any depth. Mounts, and moves between directories, are
-/// forbidden by any Landlock domain; everything else stays as it was. False when the
-/// kernel has no Landlock: then nothing is forbidden.
+/// Forbids the calling thread, and the threads that it starts later, to remove files anywhere
+/// except below `directory`. Landlock then also forbids mounting and moving files between
+/// directories; everything else stays allowed. Returns false, and forbids nothing, in a kernel
+/// without Landlock.
 ///
 /// # Errors
-/// When the kernel has it and would not take the rule.
-pub fn remove_files_only_in(directory: BorrowedFd) -> Result<bool, Error> {
+/// The kernel has Landlock, but rejected the rule set.
+pub fn remove_files_only_in(directory: BorrowedFd) -> Result<bool, SandboxError> {
     let status = Ruleset::default()
         .handle_access(AccessFs::RemoveFile | AccessFs::RemoveDir)?
         .create()?
@@ -63,24 +62,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_are_removed_in_one_directory_only() {
-        let ours = tempfile::tempdir().unwrap();
+    fn files_can_be_removed_in_one_directory_only() {
+        let allowed = tempfile::tempdir().unwrap();
         let other = tempfile::tempdir().unwrap();
-        for directory in [&ours, &other] {
+        for directory in [&allowed, &other] {
             File::create(directory.path().join("file")).unwrap();
         }
-        // Only the thread that asks for it is bound, so the others clean up.
+        // Only this thread is restricted, so the test can still clean up.
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
-                let directory = File::open(ours.path()).unwrap();
+                let directory = File::open(allowed.path()).unwrap();
                 if !remove_files_only_in(directory.as_fd()).unwrap() {
                     eprintln!("skipped: no Landlock in this kernel");
                     return;
                 }
-                remove_file(ours.path().join("file")).unwrap();
+                remove_file(allowed.path().join("file")).unwrap();
                 let error = remove_file(other.path().join("file")).unwrap_err();
                 assert_eq!(error.kind(), std::io::ErrorKind::PermissionDenied);
-                // Everything else goes on as before.
+                // Everything else stays allowed.
                 File::create(other.path().join("new")).unwrap();
             });
             thread.join().unwrap();

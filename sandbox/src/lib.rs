@@ -1,20 +1,22 @@
-//! What an outrigger process does to itself before it talks to anyone: it gives
-//! up everything it does not need for its work.
+//! How a process of outrigger confines itself before it talks to its peer: it gives up
+//! every right that it does not need.
 //!
-//! A process opens its files and its socket first and then calls, in this order,
+//! A process first opens its files and its socket and then calls two functions, in this
+//! order:
 //!
-//! 1. [`isolate`], while it has one thread: an unprivileged user, namespaces of
-//!    its own, an empty read-only root, no capabilities, Landlock allowing nothing;
-//! 2. [`seal`], once its threads run: a seccomp allow-list, and whoever makes
-//!    another system call is killed.
+//! 1. [`isolate`], while it has a single thread: changes to an unprivileged user, enters
+//!    namespaces of its own with an empty read-only root, drops all capabilities and applies
+//!    a Landlock rule set that allows nothing.
+//! 2. [`seal`], once its threads run: installs a seccomp allow-list. Any other system call
+//!    kills the process.
 //!
-//! Open descriptors keep working through both. What a process may still do is
-//! its [`Policy`]; the tables here ([`BASE`], [`SOCKET`], [`LISTENER`],
-//! [`VHOST_USER`]) hold what they all share, and a device keeps a table of its
-//! own beside its `main`. `vcpu-runner` uses [`seal`] alone.
+//! Open descriptors keep working after both. The [`Policy`] of a process lists what it may
+//! still do. The tables in this crate ([`BASE`], [`SOCKET`], [`LISTENER`], [`VHOST_USER`])
+//! hold the system calls that several processes need; each device program has a table of its
+//! own beside its `main`. `vcpu-runner` uses only [`seal`].
 //!
 //! ```no_run
-//! use outrigger_sandbox::{BASE, Mode, Policy, Rule, SOCKET, VHOST_USER, isolate, seal};
+//! use outrigger_sandbox::{BASE, SandboxMode, Policy, Rule, SOCKET, VHOST_USER, isolate, seal};
 //!
 //! static POLICY: Policy = Policy {
 //!     process: "device-disk",
@@ -23,8 +25,8 @@
 //!     max_files: 256,
 //! };
 //!
-//! # fn main() -> Result<(), outrigger_sandbox::Error> {
-//! let mode: Mode = "on".parse()?; // --sandbox
+//! # fn main() -> Result<(), outrigger_sandbox::SandboxError> {
+//! let mode: SandboxMode = "on".parse()?; // --sandbox
 //! // ... open the image and the socket ...
 //! eprintln!("{}", isolate(&POLICY, mode)?);
 //! // ... start the threads ...
@@ -45,37 +47,42 @@ mod seccomp;
 
 use std::{fmt, io, str::FromStr};
 
+use serde::Deserialize;
+
 pub use self::landlock::remove_files_only_in;
 pub use policy::{BASE, Check, LISTENER, Policy, Rule, SOCKET, VHOST_USER};
 pub use seccomp::seal;
 
-/// How strict the sandbox is: the value of `--sandbox`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Mode {
+/// The value of `--sandbox`.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+pub enum SandboxMode {
     /// `on`: a system call outside the policy kills the process (SIGSYS).
     #[default]
+    #[serde(rename = "on")]
     Enforce,
-    /// `log`: such a call is let through and written to the kernel's audit log.
-    /// For working on a policy; everything but seccomp is in force all the same.
+    /// `log`: a system call outside the policy is allowed and written to the kernel's audit
+    /// log. This helps to develop a policy. [`isolate`] works as with `on`.
+    #[serde(rename = "log")]
     Log,
     /// `off`: [`isolate`] and [`seal`] do nothing.
+    #[serde(rename = "off")]
     Off,
 }
 
-impl FromStr for Mode {
-    type Err = Error;
+impl FromStr for SandboxMode {
+    type Err = SandboxError;
 
-    fn from_str(word: &str) -> Result<Self, Error> {
+    fn from_str(word: &str) -> Result<Self, SandboxError> {
         match word {
             "on" => Ok(Self::Enforce),
             "log" => Ok(Self::Log),
             "off" => Ok(Self::Off),
-            _ => Err(Error::Mode(word.to_owned())),
+            _ => Err(SandboxError::InvalidMode),
         }
     }
 }
 
-impl fmt::Display for Mode {
+impl fmt::Display for SandboxMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Enforce => "on",
@@ -85,83 +92,83 @@ impl fmt::Display for Mode {
     }
 }
 
-/// Why a process could not be sandboxed. It should not go on.
+/// Why a process could not be sandboxed. The process should exit.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// The kernel refused a step that nothing may stand in for.
+pub enum SandboxError {
+    /// A required system call failed.
     #[error("sandbox: cannot {action}: {cause}")]
     Step {
-        /// What was tried, as an infinitive.
+        /// The purpose of the system call, to complete "cannot …".
         action: &'static str,
-        /// The kernel's answer.
+        /// The error that the kernel returned.
         cause: io::Error,
     },
-    /// [`isolate`] was called after a thread had been started.
-    #[error("sandbox: a process isolates itself before it starts threads, and this one has some")]
+    /// [`isolate`] was called in a process with several threads.
+    #[error("sandbox: the process has several threads: call isolate before starting any")]
     Threads,
-    /// The kernel has Landlock and would not take the rule set.
+    /// The kernel has Landlock, but rejected the rule set.
     #[error("sandbox: cannot apply Landlock: {0}")]
     Landlock(#[from] ::landlock::RulesetError),
-    /// A policy names a system call twice, so that one of the rules would
-    /// silently widen the other.
+    /// The policy has two rules for a system call: one would silently widen the other.
     #[error("sandbox: the policy of {process} has two rules for system call {syscall}")]
     DuplicateRule {
         /// [`Policy::process`].
         process: &'static str,
-        /// The number of the call.
+        /// The number of the system call.
         syscall: libc::c_long,
     },
-    /// A policy that is no valid filter: an argument number over 5, too long.
-    #[error("sandbox: the policy of {process} is no seccomp filter: {cause}")]
+    /// The policy cannot be compiled to a filter: an argument number above 5, an empty choice
+    /// or too many rules.
+    #[error("sandbox: the policy of {process} is not a valid seccomp filter: {cause}")]
     Filter {
         /// [`Policy::process`].
         process: &'static str,
-        /// What the filter compiler says.
+        /// The error of the filter compiler.
         cause: seccompiler::BackendError,
     },
-    /// The kernel would not take the filter.
+    /// The kernel rejected the filter.
     #[error("sandbox: cannot install the seccomp filter: {0}")]
     Seccomp(seccompiler::Error),
     /// Not a value of `--sandbox`.
-    #[error("sandbox is {0:?}, but must be on, log or off")]
-    Mode(String),
+    #[error("unknown sandbox mode: use on, log or off")]
+    InvalidMode,
 }
 
-/// Names the step whose system call failed.
-trait Step<T> {
-    fn step(self, action: &'static str) -> Result<T, Error>;
+/// Adds to the error of a system call what the call was for.
+trait ActionContext<T> {
+    fn action(self, action: &'static str) -> Result<T, SandboxError>;
 }
 
-impl<T> Step<T> for rustix::io::Result<T> {
-    fn step(self, action: &'static str) -> Result<T, Error> {
-        self.map_err(|errno| Error::Step {
+impl<T> ActionContext<T> for rustix::io::Result<T> {
+    fn action(self, action: &'static str) -> Result<T, SandboxError> {
+        self.map_err(|errno| SandboxError::Step {
             action,
             cause: errno.into(),
         })
     }
 }
 
-/// What [`isolate`] achieved on this host. Displayed, it is one line for the log.
+/// What [`isolate`] achieved on this host. Its `Display` form is one line for the log.
 #[derive(Debug, Default)]
 pub struct Isolation {
-    /// [`Mode::Off`] leaves all the rest as it was.
-    pub mode: Mode,
-    /// The user the process runs as now, as its user namespace numbers it.
+    /// The mode. With [`SandboxMode::Off`], nothing was changed.
+    pub mode: SandboxMode,
+    /// The user that the process runs as, as seen in its user namespace.
     pub uid: u32,
-    /// Namespaces of its own, by their names in `/proc/PID/ns`.
+    /// The namespaces that the process entered, by their names in `/proc/PID/ns`.
     pub namespaces: Vec<&'static str>,
-    /// The root directory is an empty read-only file system.
+    /// Whether the root directory is an empty read-only file system.
     pub empty_root: bool,
-    /// The Landlock ABI in force; 0 on a kernel without Landlock.
+    /// The Landlock ABI in force; 0 in a kernel without Landlock.
     pub landlock_abi: u32,
-    /// Why `namespaces` or `empty_root` is less than all: this host's answer.
+    /// Why the host refused namespaces or the empty root, if it did.
     pub refused: Option<io::Error>,
 }
 
 impl fmt::Display for Isolation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.mode == Mode::Off {
-            return f.write_str("sandbox off: this process may do all that its user may");
+        if self.mode == SandboxMode::Off {
+            return f.write_str("sandbox off: this process has all rights of its user");
         }
         write!(f, "sandbox {}: uid {}, namespaces", self.mode, self.uid)?;
         if self.namespaces.is_empty() {
@@ -186,28 +193,28 @@ impl fmt::Display for Isolation {
     }
 }
 
-/// Stage 1: cuts the calling process off from the host, keeping what it has open.
+/// Stage 1: isolates the calling process from the host. Open descriptors stay open.
 ///
-/// Call it **before the first thread is started**: the kernel gives a user
-/// namespace only to a process with one thread (unshare(2)), and user ids,
-/// capabilities and Landlock bind the calling thread and those it starts later,
-/// not its siblings. The order inside matters as well: namespaces take
-/// capabilities, so these go afterwards, and Landlock comes last because it
-/// forbids mounting.
+/// Call it **before the first thread is started**: the kernel lets only a process with a
+/// single thread enter a user namespace (unshare(2)), and changes to user ids, capabilities
+/// and Landlock apply to the calling thread and the threads that it starts later. The order
+/// of the steps matters as well: entering namespaces needs capabilities, so these are dropped
+/// afterwards, and Landlock comes last because it forbids mounting.
 ///
-/// A host may refuse namespaces to ordinary users (a sysctl, AppArmor, a
-/// container's own seccomp filter), and an old kernel may lack Landlock. Then
-/// the process goes on without, and [`Isolation`] says so.
+/// A host may refuse namespaces to ordinary users (by a sysctl, AppArmor, or the seccomp
+/// filter of a container), and an old kernel may lack Landlock. The process then continues
+/// without them, and [`Isolation`] says so.
 ///
 /// # Errors
-/// [`Error::Threads`] if it comes too late; every other failure that is not the
-/// kind of refusal above. The process is then half isolated and should exit.
-pub fn isolate(policy: &Policy, mode: Mode) -> Result<Isolation, Error> {
+/// [`SandboxError::Threads`] if the process has several threads; [`SandboxError::Step`] or
+/// [`SandboxError::Landlock`] for a failure other than such a refusal. The process is then
+/// partly isolated and should exit.
+pub fn isolate(policy: &Policy, mode: SandboxMode) -> Result<Isolation, SandboxError> {
     let mut isolation = Isolation {
         mode,
         ..Isolation::default()
     };
-    if mode != Mode::Off {
+    if mode != SandboxMode::Off {
         let parent_death = privileges::parent_death_signal()?;
         namespaces::leave_host(policy.keep_network, &mut isolation)?;
         privileges::give_up(policy.max_files, parent_death)?;

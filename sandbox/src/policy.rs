@@ -1,42 +1,41 @@
-//! What a process may do once it is sealed: rules, and the tables of rules that
-//! several processes share. All is data; `seccomp` makes a filter of it.
+//! The rules for system calls, and the tables of rules that several processes share. This
+//! module is only data; module `seccomp` compiles it to a filter.
 //!
-//! Before adding a call, look at whether the work can be done before
-//! [`crate::seal`]. What no table here may ever allow: a way to name an object
-//! that is not open yet (open, socket), another program or process (execve,
-//! clone, ptrace, kill), executable memory, and making an io_uring, whose operations
-//! seccomp does not see. A process that made one before, restricted to what its table
-//! would allow it anyway, may enter it (docs/sandbox.md).
+//! Before you add a system call, check whether the process can make it before
+//! [`crate::seal`]. No table may allow a call that opens an object by name (open, socket),
+//! reaches another program or process (execve, clone, ptrace, kill), makes memory executable,
+//! or creates an io_uring, because seccomp does not see the operations of an io_uring. A
+//! process may use an io_uring that it created before it was sealed and restricted to the
+//! operations that its table allows anyway (docs/sandbox.md).
 
 use libc::c_long;
 
-/// What a process may do, and how much of the host it keeps.
+/// The system calls that a process may make, and how far it is isolated from the host.
 #[derive(Debug)]
 pub struct Policy {
-    /// Name of the process, for messages.
+    /// Name of the process, for error messages.
     pub process: &'static str,
-    /// The allowed system calls in layers: the tables of this crate that apply,
-    /// and the process's own. No call may have two rules.
+    /// The tables of allowed system calls: those of this crate that apply, and the process's
+    /// own. No system call may have two rules.
     pub syscalls: &'static [&'static [Rule]],
-    /// Stay in the network namespace, because the process works in it (one
-    /// that it was put into, or made itself). An open tap device or socket
-    /// does not need this.
+    /// Whether the process stays in its network namespace because it works there. A process
+    /// that only uses a tap device or socket that is open already does not need this.
     pub keep_network: bool,
-    /// Highest number of files open at a time (RLIMIT_NOFILE).
+    /// The largest number of files open at the same time (RLIMIT_NOFILE).
     pub max_files: u64,
 }
 
 /// Allows one system call.
 #[derive(Clone, Copy, Debug)]
 pub struct Rule {
-    /// The call's number, `libc::SYS_*`.
+    /// The number of the system call, `libc::SYS_*`.
     pub syscall: c_long,
-    /// What its arguments must be; all of these together.
+    /// Conditions on its arguments, all of which must hold.
     pub when: &'static [Check],
 }
 
 impl Rule {
-    /// Allows `syscall` with whatever arguments.
+    /// Allows `syscall` with any arguments.
     pub const fn any(syscall: c_long) -> Self {
         Self { syscall, when: &[] }
     }
@@ -50,28 +49,28 @@ impl Rule {
     }
 }
 
-/// A condition on one argument of a system call; arguments count from 0.
+/// A condition on one argument of a system call. Arguments are numbered from 0.
 ///
-/// The low 32 bits are compared. This is what the kernel looks at for all
-/// arguments of type int (requests, commands, ids, lengths) and where all
-/// flags of mmap(2) and the like are; it is of no use for pointers.
+/// Only the low 32 bits are compared. That is all that the kernel uses of an argument of type
+/// int (requests, commands, ids, lengths), and it holds all flags of mmap(2) and similar
+/// calls. It is not suitable for pointers.
 #[derive(Clone, Copy, Debug)]
 pub enum Check {
-    /// The argument is one of these. The likeliest value comes first.
+    /// The argument is one of these values. List the most frequent value first.
     OneOf(u8, &'static [u32]),
     /// The argument has none of these bits.
     Without(u8, u32),
-    /// The argument is the id of the calling process, found out when sealing.
+    /// The argument is the id of the calling process, which is determined by `seal`.
     OwnPid(u8),
 }
 
 use Check::{OneOf, OwnPid, Without};
 
-/// What the Rust and C libraries need in any process that has finished starting:
-/// memory, waiting, time, reading and writing, the end of a thread or process.
+/// The system calls that the Rust and C libraries make in every process after its start:
+/// memory, waiting, time, reading and writing, ending a thread or the process.
 ///
-/// Threads may be in the middle of their own start when the process is sealed,
-/// so the calls of that are here as well; starting one is not.
+/// A thread may still be starting when the process is sealed, so the table allows the calls
+/// that a new thread makes. It does not allow the call that creates a thread.
 pub const BASE: &[Rule] = &[
     // Open files.
     Rule::any(libc::SYS_read),
@@ -108,7 +107,7 @@ pub const BASE: &[Rule] = &[
     Rule::any(libc::SYS_clock_nanosleep),
     Rule::any(libc::SYS_restart_syscall),
     Rule::any(libc::SYS_sched_yield),
-    // The clock, where the host's cannot be read without the kernel.
+    // The clock, on hosts whose vDSO cannot read it.
     Rule::any(libc::SYS_clock_gettime),
     // Memory, never executable.
     Rule::when(libc::SYS_mmap, &[Without(2, libc::PROT_EXEC as u32)]),
@@ -118,7 +117,7 @@ pub const BASE: &[Rule] = &[
     Rule::any(libc::SYS_madvise),
     Rule::any(libc::SYS_brk),
     Rule::any(libc::SYS_getrandom),
-    // Signals: handling them, and abort(3), which sends one to its own thread.
+    // Handling signals, and abort(3), which sends one to its own thread.
     Rule::any(libc::SYS_rt_sigaction),
     Rule::any(libc::SYS_rt_sigprocmask),
     Rule::any(libc::SYS_rt_sigreturn),
@@ -126,7 +125,7 @@ pub const BASE: &[Rule] = &[
     Rule::any(libc::SYS_getpid),
     Rule::any(libc::SYS_gettid),
     Rule::when(libc::SYS_tgkill, &[OwnPid(0)]),
-    // A thread's first steps and its last.
+    // The start and the end of a thread.
     Rule::any(libc::SYS_set_robust_list),
     Rule::any(libc::SYS_rseq),
     Rule::any(libc::SYS_sched_getaffinity),
@@ -135,15 +134,14 @@ pub const BASE: &[Rule] = &[
     Rule::any(libc::SYS_exit_group),
 ];
 
-/// Talking over a connected socket, with descriptors passed along; deadlines.
+/// Sending and receiving on a connected socket, with descriptors and with timeouts.
 ///
-/// To make a socket non-blocking use fcntl(2): `ioctl` is left to each process's
-/// own table.
+/// Use fcntl(2) to make a socket non-blocking: ioctl(2) can do too much to be allowed here.
 pub const SOCKET: &[Rule] = &[
     Rule::any(libc::SYS_recvmsg),
     Rule::any(libc::SYS_sendmsg),
     Rule::any(libc::SYS_recvfrom),
-    // No address: this is what send(2) is.
+    // Without an address, as send(2) calls it.
     Rule::when(libc::SYS_sendto, &[OneOf(5, &[0])]),
     Rule::any(libc::SYS_shutdown),
     Rule::when(
@@ -155,23 +153,23 @@ pub const SOCKET: &[Rule] = &[
     ),
 ];
 
-/// Accepting connections on a socket that listens already.
+/// Accepting connections on a listening socket.
 pub const LISTENER: &[Rule] = &[Rule::any(libc::SYS_accept4)];
 
-/// What a vhost-user back end adds to [`SOCKET`]: the length of a memory file it
-/// was sent (a mapping longer than its file is a SIGBUS), and the memory it hands
-/// out itself for GET_INFLIGHT_FD.
+/// The calls that a vhost-user back end needs beside [`SOCKET`]: to read the length of a
+/// memory region's file (an access beyond its end raises SIGBUS), and to create the memory
+/// for GET_INFLIGHT_FD.
 pub const VHOST_USER: &[Rule] = &[
     Rule::any(libc::SYS_fstat),
     Rule::any(libc::SYS_memfd_create),
-    // Also for device-disk, whose image may end within a sector.
+    // device-disk uses this, too, for an image that ends within a sector.
     Rule::any(libc::SYS_ftruncate),
 ];
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Error;
+    use crate::SandboxError;
 
     const fn policy(syscalls: &'static [&'static [Rule]]) -> Policy {
         Policy {
@@ -183,31 +181,31 @@ mod tests {
     }
 
     #[test]
-    fn shared_tables_fit_together() {
+    fn shared_tables_have_no_rule_twice() {
         policy(const { &[BASE, SOCKET, LISTENER, VHOST_USER] })
             .check()
             .unwrap();
     }
 
     #[test]
-    fn second_rule_for_a_call_is_refused() {
+    fn a_second_rule_for_a_system_call_is_refused() {
         let wider = policy(const { &[BASE, &[Rule::any(libc::SYS_mmap)]] });
         let error = wider.check().unwrap_err();
         assert!(
-            matches!(error, Error::DuplicateRule { syscall, .. } if syscall == libc::SYS_mmap),
+            matches!(error, SandboxError::DuplicateRule { syscall, .. } if syscall == libc::SYS_mmap),
             "{error}"
         );
     }
 
     #[test]
-    fn seventh_argument_is_refused() {
+    fn a_condition_on_a_seventh_argument_is_refused() {
         let wrong = policy(const { &[&[Rule::when(libc::SYS_ioctl, &[OneOf(6, &[1])])]] });
-        assert!(matches!(wrong.check(), Err(Error::Filter { .. })));
+        assert!(matches!(wrong.check(), Err(SandboxError::Filter { .. })));
     }
 
     #[test]
-    fn choice_of_nothing_does_not_allow_all() {
+    fn an_empty_choice_is_refused_and_does_not_allow_everything() {
         let wrong = policy(const { &[&[Rule::when(libc::SYS_ioctl, &[OneOf(1, &[])])]] });
-        assert!(matches!(wrong.check(), Err(Error::Filter { .. })));
+        assert!(matches!(wrong.check(), Err(SandboxError::Filter { .. })));
     }
 }

@@ -67,19 +67,19 @@ const LONG: &str = "@/0123456789012345678901234567890123456789012345678901234567
 fn sockets(program: &str, good: &str) {
     let long = format!("--socket-path {LONG}");
     let too_long = format!(
-        "invalid value '{LONG}' for '--socket-path <PATH>': longer than the 107 bytes that a socket's path may have"
+        "invalid value '{LONG}' for '--socket-path <PATH>': longer than the 107 bytes that a socket path may have: give a shorter path"
     );
     let mistakes = [
         (&*long, USAGE, &*too_long),
         (
             "--socket-path @/served",
             FAILED,
-            "--socket-path @/served: a process listens there already",
+            "--socket-path @/served: another process listens there already",
         ),
         (
             "--socket-path @/image",
             FAILED,
-            "--socket-path @/image: a file that is no socket is there",
+            "--socket-path @/image: a file that is not a socket exists there",
         ),
         (
             "--socket-path @/nowhere/socket",
@@ -119,7 +119,7 @@ fn sockets(program: &str, good: &str) {
         (
             "--socket-path @/s --sandbox perhaps",
             USAGE,
-            "invalid value 'perhaps' for '--sandbox <on|log|off>': sandbox is \"perhaps\", but must be on, log or off",
+            "invalid value 'perhaps' for '--sandbox <on|log|off>': unknown sandbox mode: use on, log or off",
         ),
     ];
     for (arguments, code, message) in mistakes {
@@ -375,7 +375,7 @@ fn networks() {
 fn consoles() {
     let unix = format!("--socket-path @/s --unix {LONG}");
     let too_long = format!(
-        "invalid value '{LONG}' for '--unix <PATH>': longer than the 107 bytes that a socket's path may have"
+        "invalid value '{LONG}' for '--unix <PATH>': longer than the 107 bytes that a socket path may have: give a shorter path"
     );
     table(
         "device-console",
@@ -389,7 +389,7 @@ fn consoles() {
             (
                 "--socket-path @/s --unix @/served",
                 FAILED,
-                "--unix @/served: a process listens there already",
+                "--unix @/served: another process listens there already",
             ),
             (
                 "--socket-path @/s --unix @/nowhere/socket",

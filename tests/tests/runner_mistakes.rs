@@ -170,7 +170,7 @@ fn files_that_cannot_be_opened() {
         mistake(
             &format!("--kernel {kernel} --control {directory}/.."),
             FAILURE,
-            &["--control", "/..: it names no file"],
+            &["--control", "/..: the path does not end with a file name"],
         ),
     ]);
 }

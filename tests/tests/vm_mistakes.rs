@@ -282,12 +282,12 @@ fn sockets_that_nobody_accepts_from() {
         mistake(
             &with(&format!("--device d0,type=block,socket={path}")),
             FAILURE,
-            &["device d0", &path, "accepts nobody"],
+            &["device d0", &path, "does not accept connections"],
         ),
         mistake(
             &with(&format!("--platform socket={path}")),
             FAILURE,
-            &["platform", &path, "accepts nobody"],
+            &["platform", &path, "does not accept connections"],
         ),
         mistake(
             &with(&format!("--control {path}")),

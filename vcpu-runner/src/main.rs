@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use outrigger_cli::report_error;
 use outrigger_protocol::exit;
-use outrigger_sandbox::Mode;
+use outrigger_sandbox::SandboxMode;
 use vcpu_runner::Error;
 use vcpu_runner::machine::{End, Machine};
 use vcpu_runner::options::Options;
@@ -56,7 +56,7 @@ fn run(options: &Options) -> anyhow::Result<End> {
     if let Some(path) = control {
         machine.serve_control(path, removes)?;
     }
-    if options.sandbox == Mode::Off {
+    if options.sandbox == SandboxMode::Off {
         tracing::warn!("sandbox off: whoever breaks into this process has all its rights");
     }
     outrigger_sandbox::seal(&policy::policy(removes), options.sandbox)?;
@@ -66,10 +66,10 @@ fn run(options: &Options) -> anyhow::Result<End> {
 /// Sees to it that the control socket is the only file, or at least the only kind
 /// of place, that this process can remove, before there are threads. False: it can
 /// remove none once it is sealed, and the socket stays behind.
-fn may_remove(control: Option<&Path>, sandbox: Mode) -> anyhow::Result<bool> {
+fn may_remove(control: Option<&Path>, sandbox: SandboxMode) -> anyhow::Result<bool> {
     match (control, sandbox) {
         (None, _) => Ok(false),
-        (Some(_), Mode::Off) => Ok(true),
+        (Some(_), SandboxMode::Off) => Ok(true),
         (Some(path), _) => {
             let (directory, _) = outrigger_cli::socket::directory(path)
                 .map_err(Error::io(format!("--control {}", path.display())))?;

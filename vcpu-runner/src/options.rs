@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 use outrigger_cli::{LogFormat, socket};
-use outrigger_sandbox::Mode;
+use outrigger_sandbox::SandboxMode;
 
 use crate::boot::flat::{EntrySpec, LoadSpec};
 use crate::frontend::spec::Endpoint;
@@ -108,8 +108,8 @@ pub struct Options {
     pub on_reset: OnReset,
 
     /// Confine the process once it is set up
-    #[arg(long, value_name = "on|log|off", default_value_t = Mode::Enforce)]
-    pub sandbox: Mode,
+    #[arg(long, value_name = "on|log|off", default_value_t = SandboxMode::Enforce)]
+    pub sandbox: SandboxMode,
 
     /// Form of the log on stderr
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use outrigger_cli::{LogFormat, socket};
-use outrigger_sandbox::Mode;
+use outrigger_sandbox::SandboxMode;
 
 /// Options of every device program.
 #[derive(Args, Clone, Debug)]
@@ -25,8 +25,8 @@ pub struct CommonOptions {
     pub print_capabilities: bool,
 
     /// Confine the process once it holds its files
-    #[arg(long, value_name = "on|log|off", default_value_t = Mode::Enforce)]
-    pub sandbox: Mode,
+    #[arg(long, value_name = "on|log|off", default_value_t = SandboxMode::Enforce)]
+    pub sandbox: SandboxMode,
 
     /// Write a line to this inherited descriptor when ready to serve
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(RawFd).range(0..))]

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::Context as _;
 use outrigger_cli::options::{USAGE, Usage};
 use outrigger_cli::socket::BoundSocket;
-use outrigger_sandbox::{BASE, Check, LISTENER, Mode, Policy, Rule, SOCKET, VHOST_USER};
+use outrigger_sandbox::{BASE, Check, LISTENER, Policy, Rule, SOCKET, SandboxMode, VHOST_USER};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use vhost::vhost_user::{BackendReqHandler, Error as VhostError};
 
@@ -176,9 +176,9 @@ fn serve(
 ///
 /// # Errors
 /// When the process is not isolated as well as this host allows.
-pub fn confine(policy: &Policy, mode: Mode) -> anyhow::Result<()> {
+pub fn confine(policy: &Policy, mode: SandboxMode) -> anyhow::Result<()> {
     let isolation = outrigger_sandbox::isolate(policy, mode)?;
-    if mode == Mode::Off || isolation.refused.is_some() {
+    if mode == SandboxMode::Off || isolation.refused.is_some() {
         tracing::warn!("{isolation}");
     } else {
         tracing::debug!("{isolation}");

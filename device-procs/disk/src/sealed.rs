@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 
-use outrigger_sandbox::{BASE, Mode, Policy, seal};
+use outrigger_sandbox::{BASE, Policy, SandboxMode, seal};
 
 use crate::SYSCALLS;
 use crate::io_engine::{IoEngine, IoOp, IoPath, IoTransfer, REGISTER_FILES_UPDATE};
@@ -88,7 +88,7 @@ fn a_sealed_process_can_use_its_engine_and_no_more() {
         let (_, probe) = all().find(|it| it.0 == name).unwrap();
         let file = tempfile::tempfile().unwrap();
         let mut engine = IoEngine::new(file.as_fd(), None).unwrap();
-        seal(&POLICY, Mode::Enforce).unwrap();
+        seal(&POLICY, SandboxMode::Enforce).unwrap();
         let code = if probe(&mut engine) { 0 } else { 1 };
         // SAFETY: nothing is to be cleaned up, for which there may be no system call.
         unsafe { libc::_exit(code) }

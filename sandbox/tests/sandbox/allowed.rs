@@ -1,4 +1,4 @@
-//! What a sealed process must still be able to do.
+//! Actions that a sealed process must still be able to perform.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,7 +13,7 @@ use std::sync::{Arc, Barrier, Condvar, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use outrigger_sandbox::{BASE, Check, LISTENER, Mode, Policy, Rule, SOCKET, isolate, seal};
+use outrigger_sandbox::{BASE, Check, LISTENER, Policy, Rule, SOCKET, SandboxMode, isolate, seal};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{MemfdFlags, Mode as Permissions, OFlags, SealFlags, fcntl_add_seals};
 use rustix::fs::{fstat, ftruncate, memfd_create};
@@ -23,38 +23,42 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-use crate::{End, POLICY, Probe, sealed, sealed_only};
+use crate::{POLICY, Probe, ProbeEnd, sealed, sealed_only};
 
 const fn works(name: &'static str, run: fn()) -> Probe {
     Probe {
         name,
         run,
-        end: End::Well,
+        end: ProbeEnd::Success,
     }
 }
 
 pub const PROBES: &[Probe] = &[
-    works("nothing", sealed),
-    works("use memory and eventfds that arrive later", use_arrivals),
+    works("do nothing", sealed),
+    works(
+        "use memory and eventfds that are received later",
+        use_received_fds,
+    ),
     works("read and write an open disk image", use_open_file),
-    works("make inflight memory", || {
+    works("create the memory of an inflight table", || {
         sealed();
         make_memory();
     }),
-    works("accept on an open listener", accept),
-    works("bound the time a peer may take", || {
-        let (mut ours, _theirs) = UnixStream::pair().unwrap();
+    works("accept on an open listening socket", accept),
+    works("set a receive timeout", || {
+        let (mut socket, _peer) = UnixStream::pair().unwrap();
         sealed();
-        ours.set_read_timeout(Some(Duration::from_millis(1)))
+        socket
+            .set_read_timeout(Some(Duration::from_millis(1)))
             .unwrap();
-        let error = ours.read(&mut [0]).unwrap_err();
+        let error = socket.read(&mut [0]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     }),
     works("grow and shrink the heap in all threads", use_heap),
     works("wait, measure time, lock, wake", use_clocks_and_locks),
     works("seal while threads are starting", seal_early),
-    works("kick a thread of its own", kick),
-    works("log and unwind a panic", || {
+    works("signal a thread of the process", signal_thread),
+    works("print and unwind a panic", || {
         let thread = isolated_thread(|| panic!("on purpose"));
         thread.join().unwrap_err();
         eprintln!("logged");
@@ -65,37 +69,40 @@ pub const PROBES: &[Probe] = &[
             sealed();
             std::process::abort();
         },
-        end: End::Signal(&[libc::SIGABRT]),
+        end: ProbeEnd::Signal(&[libc::SIGABRT]),
     },
-    works("ioctl on the list", || {
+    works("call an ioctl that is on the list", || {
         let (reader, mut writer) = io::pipe().unwrap();
         sealed();
         writer.write_all(b"four").unwrap();
         assert_eq!(rustix::io::ioctl_fionread(reader).unwrap(), 4);
     }),
-    works("use KVM in a process that is sealed only", use_kvm),
-    works("only log in log mode", || {
-        isolate(&POLICY, Mode::Log).unwrap();
-        seal(&POLICY, Mode::Log).unwrap();
-        // Let through by seccomp, and then there is no such file.
+    works(
+        "use KVM in a process that is sealed but not isolated",
+        use_kvm,
+    ),
+    works("make a forbidden call in log mode", || {
+        isolate(&POLICY, SandboxMode::Log).unwrap();
+        seal(&POLICY, SandboxMode::Log).unwrap();
+        // seccomp allows the call, which then finds no such file in the empty root.
         File::open("/etc/passwd").unwrap_err();
     }),
-    works("do anything when off", || {
+    works("open a file when the sandbox is off", || {
         let before = rustix::process::geteuid().as_raw();
-        let isolation = isolate(&POLICY, Mode::Off).unwrap();
-        seal(&POLICY, Mode::Off).unwrap();
+        let isolation = isolate(&POLICY, SandboxMode::Off).unwrap();
+        seal(&POLICY, SandboxMode::Off).unwrap();
         assert_eq!(isolation.uid, before);
         assert!(isolation.to_string().starts_with("sandbox off"));
         File::open("/etc/passwd").unwrap();
     }),
 ];
 
-/// Runs `work` in a thread started between the two stages, as devices do, after
-/// the process is sealed.
+/// Runs `work` in a thread that starts between the two stages, as the threads of a device
+/// process do. The work begins after the process is sealed.
 fn isolated_thread<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> thread::JoinHandle<T> {
-    isolate(&POLICY, Mode::Enforce).unwrap();
+    isolate(&POLICY, SandboxMode::Enforce).unwrap();
     let (go, wait) = mpsc::channel::<()>();
     let thread = thread::spawn(move || {
         wait.recv().unwrap();
@@ -115,7 +122,7 @@ fn make_memory() -> OwnedFd {
     memory
 }
 
-/// Maps the memory file for good.
+/// Maps the memory file until the process ends.
 fn map(memory: impl AsFd) -> *mut u64 {
     let prot = ProtFlags::READ | ProtFlags::WRITE;
     // SAFETY: a new mapping at an address of the kernel's choice.
@@ -132,8 +139,9 @@ fn map(memory: impl AsFd) -> *mut u64 {
     at.unwrap().cast()
 }
 
-/// As in SET_MEM_TABLE and SET_VRING_KICK: the front end keeps its mapping.
-fn use_arrivals() {
+/// Receives descriptors as with SET_MEM_TABLE and SET_VRING_KICK. The front end keeps its own
+/// mapping.
+fn use_received_fds() {
     let (front, back) = UnixStream::pair().unwrap();
     let memory = make_memory();
     let event = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
@@ -157,7 +165,7 @@ fn use_arrivals() {
     let mut byte = [0];
     let into = &mut [IoSliceMut::new(&mut byte)];
     recvmsg(&back, into, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
-    let mut arrived: Vec<OwnedFd> = control
+    let mut received: Vec<OwnedFd> = control
         .drain()
         .filter_map(|message| match message {
             RecvAncillaryMessage::ScmRights(fds) => Some(fds),
@@ -165,11 +173,11 @@ fn use_arrivals() {
         })
         .flatten()
         .collect();
-    let kick = File::from(arrived.pop().unwrap());
-    let memory = arrived.pop().unwrap();
+    let kick = File::from(received.pop().unwrap());
+    let memory = received.pop().unwrap();
     assert_eq!(fstat(&memory).unwrap().st_size, MEMORY as i64);
 
-    // SAFETY: both are mappings of MEMORY bytes that stay for ever.
+    // SAFETY: both mappings have MEMORY bytes and are never removed.
     unsafe {
         map(&memory).add(1000).write_volatile(0xfeed);
         assert_eq!(seen_by_front.add(1000).read_volatile(), 0xfeed);
@@ -202,13 +210,13 @@ fn accept() {
         keep_network: false,
         max_files: 64,
     };
-    // A name that the kernel makes unique and no file system keeps.
+    // An abstract name, which leaves no file behind.
     let name = format!("outrigger-sandbox-{}", std::process::id());
     let address = SocketAddr::from_abstract_name(name).unwrap();
     let listener = UnixListener::bind_addr(&address).unwrap();
     let mut front = UnixStream::connect_addr(&address).unwrap();
-    isolate(&POLICY, Mode::Enforce).unwrap();
-    seal(&POLICY, Mode::Enforce).unwrap();
+    isolate(&POLICY, SandboxMode::Enforce).unwrap();
+    seal(&POLICY, SandboxMode::Enforce).unwrap();
     let (mut back, _) = listener.accept().unwrap();
     front.write_all(b"hello").unwrap();
     let mut data = [0; 5];
@@ -216,13 +224,13 @@ fn accept() {
     assert_eq!(&data, b"hello");
 }
 
-/// Enough to make glibc want to give memory back, in the main arena and in a
-/// thread's, and to let several threads ask for arenas at the same time.
+/// Allocates enough for glibc to return memory to the kernel, both from the main arena and from
+/// a thread's, and lets several threads request arenas at the same time.
 fn use_heap() {
     const THREADS: usize = 12;
-    isolate(&POLICY, Mode::Enforce).unwrap();
+    isolate(&POLICY, SandboxMode::Enforce).unwrap();
     let start = Arc::new(Barrier::new(THREADS + 1));
-    let churn = || {
+    let allocate = || {
         for size in [1 << 10, 50 << 10, 100 << 10, 3 << 20] {
             let buffers: Vec<Vec<u8>> = (0..64).map(|i| vec![i; size]).collect();
             assert!(buffers.iter().all(|b| b.len() == size));
@@ -233,13 +241,13 @@ fn use_heap() {
             let start = Arc::clone(&start);
             thread::spawn(move || {
                 start.wait();
-                churn();
+                allocate();
             })
         })
         .collect();
     sealed_only();
     start.wait();
-    churn();
+    allocate();
     for thread in threads {
         thread.join().unwrap();
     }
@@ -247,11 +255,11 @@ fn use_heap() {
 
 fn use_clocks_and_locks() {
     let pair = Arc::new((Mutex::new(false), Condvar::new()));
-    let theirs = Arc::clone(&pair);
+    let pair_in_thread = Arc::clone(&pair);
     let thread = isolated_thread(move || {
         thread::sleep(Duration::from_millis(1));
-        *theirs.0.lock().unwrap() = true;
-        theirs.1.notify_one();
+        *pair_in_thread.0.lock().unwrap() = true;
+        pair_in_thread.1.notify_one();
     });
     let woken = pair.0.lock().unwrap();
     let (woken, _) = pair
@@ -268,7 +276,7 @@ fn use_clocks_and_locks() {
 }
 
 fn seal_early() {
-    isolate(&POLICY, Mode::Enforce).unwrap();
+    isolate(&POLICY, SandboxMode::Enforce).unwrap();
     let threads: Vec<_> = (0..48)
         .map(|i| {
             let builder = thread::Builder::new().name(format!("thread {i}"));
@@ -281,10 +289,11 @@ fn seal_early() {
     }
 }
 
-/// A signal gets a thread out of a call, as a vCPU out of KVM_RUN.
-fn kick() {
+/// A signal interrupts a system call of another thread, as it takes a vCPU out of KVM_RUN.
+fn signal_thread() {
     extern "C" fn handle(_: libc::c_int) {}
-    // SAFETY: an empty handler without SA_RESTART; the zeroed rest is valid.
+    // SAFETY: the handler does nothing and has no SA_RESTART; zeros are valid for the other
+    // fields.
     unsafe {
         let mut action: libc::sigaction = std::mem::zeroed();
         action.sa_sigaction = handle as extern "C" fn(libc::c_int) as usize;
@@ -300,11 +309,11 @@ fn kick() {
     });
     let deadline = Instant::now() + Duration::from_secs(10);
     let result = loop {
-        // SAFETY: the thread is not joined yet, so its id is its own.
+        // SAFETY: the thread is not joined yet, so its id is valid.
         unsafe { libc::pthread_kill(thread.as_pthread_t(), libc::SIGUSR1) };
         match wait.recv_timeout(Duration::from_millis(2)) {
             Ok(result) => break result,
-            Err(_) => assert!(Instant::now() < deadline, "not kicked"),
+            Err(_) => assert!(Instant::now() < deadline, "the read was not interrupted"),
         }
     };
     assert_eq!(result, Err(rustix::io::Errno::INTR));
@@ -326,9 +335,9 @@ fn use_kvm() {
         max_files: 64,
     };
     let Ok(kvm) = File::options().read(true).write(true).open("/dev/kvm") else {
-        return; // no KVM here, or not for this user
+        return; // no KVM on this host, or no access to it
     };
-    seal(&POLICY, Mode::Enforce).unwrap();
+    seal(&POLICY, SandboxMode::Enforce).unwrap();
     use std::os::fd::AsRawFd;
     // SAFETY: the request has no argument.
     let version = unsafe { libc::ioctl(kvm.as_raw_fd(), KVM_GET_API_VERSION.into(), 0) };

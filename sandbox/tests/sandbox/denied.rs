@@ -1,10 +1,10 @@
-//! What a sealed process does not survive.
+//! System calls for which a sealed process is killed.
 
 use std::arch::asm;
 use std::sync::mpsc;
 use std::thread;
 
-use crate::{End, KILLED, Probe, sealed};
+use crate::{KILLED, Probe, ProbeEnd, sealed};
 
 const fn killed(name: &'static str, run: fn()) -> Probe {
     Probe {
@@ -15,23 +15,23 @@ const fn killed(name: &'static str, run: fn()) -> Probe {
 }
 
 pub const PROBES: &[Probe] = &[
-    // Naming something that is not open.
+    // Opening an object by name.
     killed("open a file", || {
         call_sealed(libc::SYS_openat, [AT_FDCWD, path(), 0, 0, 0, 0])
     }),
-    killed("open a file, old call", || {
+    killed("open a file with open(2)", || {
         call_sealed(libc::SYS_open, [path(), 0, 0, 0, 0, 0])
     }),
     killed("stat a file", || {
         call_sealed(libc::SYS_statx, [AT_FDCWD, path(), 0, 0, 0, 0])
     }),
-    killed("make a unix socket", || {
+    killed("create a unix socket", || {
         call_sealed(libc::SYS_socket, [libc::AF_UNIX as usize, 1, 0, 0, 0, 0])
     }),
-    killed("make an internet socket", || {
+    killed("create an internet socket", || {
         call_sealed(libc::SYS_socket, [libc::AF_INET as usize, 1, 0, 0, 0, 0])
     }),
-    killed("make a pair of sockets", || {
+    killed("create a pair of sockets", || {
         call_sealed(libc::SYS_socketpair, [1, 1, 0, 0, 0, 0])
     }),
     killed("connect", || {
@@ -40,14 +40,14 @@ pub const PROBES: &[Probe] = &[
     killed("send to an address", || {
         call_sealed(libc::SYS_sendto, [0, 0, 0, 0, path(), 16])
     }),
-    killed("accept without being a listener", || {
+    killed("accept without a listener table", || {
         call_sealed(libc::SYS_accept4, [0, 0, 0, 0, 0, 0])
     }),
     // Programs and processes.
     killed("fork", || {
         call_sealed(libc::SYS_clone, [libc::SIGCHLD as usize, 0, 0, 0, 0, 0])
     }),
-    killed("fork, old call", || call_sealed(libc::SYS_fork, [0; 6])),
+    killed("fork with fork(2)", || call_sealed(libc::SYS_fork, [0; 6])),
     killed("fork with clone3", || call_sealed(libc::SYS_clone3, [0; 6])),
     killed("start a thread", || {
         sealed();
@@ -76,19 +76,19 @@ pub const PROBES: &[Probe] = &[
         let parent = parent();
         call_sealed(libc::SYS_tgkill, [parent, parent, 0, 0, 0, 0])
     }),
-    killed("signal a thread, old call", || {
+    killed("signal a thread with tkill", || {
         let parent = parent();
         call_sealed(libc::SYS_tkill, [parent, 0, 0, 0, 0, 0])
     }),
-    killed("get hold of a process", || {
+    killed("open a pidfd", || {
         let parent = parent();
         call_sealed(libc::SYS_pidfd_open, [parent, 0, 0, 0, 0, 0])
     }),
-    killed("raise another's limit", || {
+    killed("raise a limit of another process", || {
         let parent = parent();
         call_sealed(libc::SYS_prlimit64, [parent, 0, 0, 0, 0, 0])
     }),
-    // Changing what it is.
+    // Changing the identity or view of the process.
     killed("mount", || {
         call_sealed(libc::SYS_mount, [path(), path(), path(), 0, 0, 0])
     }),
@@ -117,7 +117,7 @@ pub const PROBES: &[Probe] = &[
         let filter = libc::SECCOMP_SET_MODE_FILTER as usize;
         call_sealed(libc::SYS_seccomp, [filter, 0, 0, 0, 0, 0])
     }),
-    // Wide parts of the kernel.
+    // Subsystems with a large attack surface.
     killed("io_uring_setup", || {
         let parameters = [0u64; 15];
         let at = parameters.as_ptr() as usize;
@@ -148,14 +148,14 @@ pub const PROBES: &[Probe] = &[
         let (level, name) = (libc::IPPROTO_TCP as usize, libc::SO_RCVTIMEO as usize);
         call_sealed(libc::SYS_setsockopt, [0, level, name, 0, 0, 0])
     }),
-    // Code.
+    // Executable memory.
     killed("map executable memory", || {
         let prot = (libc::PROT_READ | libc::PROT_EXEC) as usize;
         let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as usize;
         call_sealed(libc::SYS_mmap, [0, 4096, prot, flags, usize::MAX, 0])
     }),
     killed("make memory executable", || {
-        // SAFETY: a new mapping, which nothing else uses.
+        // SAFETY: this creates a new mapping, which nothing else uses.
         let page = unsafe {
             let (prot, flags) = (libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
             libc::mmap(std::ptr::null_mut(), 4096, prot, flags, -1, 0)
@@ -169,7 +169,8 @@ pub const PROBES: &[Probe] = &[
     }),
     // Ways around the filter.
     killed("open a file from an older thread", || {
-        outrigger_sandbox::isolate(&crate::POLICY, outrigger_sandbox::Mode::Enforce).unwrap();
+        outrigger_sandbox::isolate(&crate::POLICY, outrigger_sandbox::SandboxMode::Enforce)
+            .unwrap();
         let (go, wait) = mpsc::channel();
         let thread = thread::spawn(move || {
             wait.recv().unwrap();
@@ -194,8 +195,8 @@ pub const PROBES: &[Probe] = &[
                      lateout("r10") _, lateout("r11") _)
             };
         },
-        // A kernel without 32-bit programs has no such interrupt.
-        end: End::Signal(&[libc::SIGSYS, libc::SIGSEGV]),
+        // A kernel without support for 32-bit programs raises SIGSEGV instead.
+        end: ProbeEnd::Signal(&[libc::SIGSYS, libc::SIGSEGV]),
     },
 ];
 
@@ -206,7 +207,7 @@ fn path() -> usize {
 }
 
 fn parent() -> usize {
-    // SAFETY: it has no arguments and cannot fail.
+    // SAFETY: getppid(2) has no arguments and cannot fail.
     unsafe { libc::getppid() as usize }
 }
 
@@ -217,6 +218,6 @@ fn call_sealed(number: i64, arguments: [usize; 6]) {
 }
 
 fn call(number: i64, [a, b, c, d, e, f]: [usize; 6]) {
-    // SAFETY: each probe passes pointers to memory that lives, or null.
+    // SAFETY: each probe passes null or pointers to memory that outlives the call.
     unsafe { libc::syscall(number, a, b, c, d, e, f) };
 }

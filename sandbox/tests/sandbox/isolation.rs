@@ -1,5 +1,5 @@
-//! Stage 1 without stage 2: what the process sees of itself, and what root
-//! sees of it from outside.
+//! Stage 1 without stage 2: what the process can observe about itself, and what root observes
+//! from outside.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -7,7 +7,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::thread;
 
-use outrigger_sandbox::{Error, Mode, Policy, isolate};
+use outrigger_sandbox::{Policy, SandboxError, SandboxMode, isolate};
 use rustix::fs::{Mode as Permissions, OFlags, open, openat};
 use rustix::io::Errno;
 use rustix::process::{
@@ -16,72 +16,78 @@ use rustix::process::{
 };
 use rustix::thread::{capabilities, capability_is_in_ambient_set, no_new_privs};
 
-use crate::{As, End, POLICY, Probe, sealed_only, start_waiting};
+use crate::{POLICY, Probe, ProbeEnd, RunAs, sealed_only, start_waiting};
 
 pub const FROM_WITHIN: &str = "isolate: as seen from within";
 pub const FROM_OUTSIDE: &str = "isolate: as seen from outside";
 
 const ALL: [&str; 6] = ["cgroup", "ipc", "mnt", "net", "user", "uts"];
-const NOBODY: u32 = 65534;
+const UNPRIVILEGED_ID: u32 = 65534;
 
 const fn works(name: &'static str, run: fn()) -> Probe {
     Probe {
         name,
         run,
-        end: End::Well,
+        end: ProbeEnd::Success,
     }
 }
 
 pub const PROBES: &[Probe] = &[
-    works(FROM_WITHIN, look_from_within),
+    works(FROM_WITHIN, check_from_within),
     works(FROM_OUTSIDE, wait_for_end_of_input),
-    works("isolate: too late with a second thread", || {
+    works("isolate: fails with a second thread", || {
         let (_keep, wait) = std::sync::mpsc::channel::<()>();
         thread::spawn(move || wait.recv());
         assert!(matches!(
-            isolate(&POLICY, Mode::Enforce),
-            Err(Error::Threads)
+            isolate(&POLICY, SandboxMode::Enforce),
+            Err(SandboxError::Threads)
         ));
     }),
-    works("isolate: Landlock keeps abstract sockets away", || {
-        static NETWORK: Policy = Policy {
-            process: "probe",
-            syscalls: &[],
-            keep_network: true,
-            max_files: 64,
-        };
-        let name = format!("outrigger-isolation-{}", std::process::id());
-        let address = SocketAddr::from_abstract_name(name).unwrap();
-        let _listener = UnixListener::bind_addr(&address).unwrap();
-        UnixStream::connect_addr(&address).unwrap();
-        let isolation = isolate(&NETWORK, Mode::Enforce).unwrap();
-        assert!(!isolation.namespaces.contains(&"net"));
-        if isolation.landlock_abi >= 6 {
-            let error = UnixStream::connect_addr(&address).unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
-        }
-    }),
-    works("isolate: Landlock keeps signals in", || {
-        let other = fork_helper();
-        let isolation = isolate(&POLICY, Mode::Enforce).unwrap();
-        if isolation.landlock_abi >= 6 {
-            assert_eq!(test_kill_process(other), Err(Errno::PERM));
-        }
-    }),
+    works(
+        "isolate: Landlock forbids connecting to abstract sockets",
+        || {
+            static NETWORK: Policy = Policy {
+                process: "probe",
+                syscalls: &[],
+                keep_network: true,
+                max_files: 64,
+            };
+            let name = format!("outrigger-isolation-{}", std::process::id());
+            let address = SocketAddr::from_abstract_name(name).unwrap();
+            let _listener = UnixListener::bind_addr(&address).unwrap();
+            UnixStream::connect_addr(&address).unwrap();
+            let isolation = isolate(&NETWORK, SandboxMode::Enforce).unwrap();
+            assert!(!isolation.namespaces.contains(&"net"));
+            if isolation.landlock_abi >= 6 {
+                let error = UnixStream::connect_addr(&address).unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+            }
+        },
+    ),
+    works(
+        "isolate: Landlock forbids signals to other processes",
+        || {
+            let other = fork_helper();
+            let isolation = isolate(&POLICY, SandboxMode::Enforce).unwrap();
+            if isolation.landlock_abi >= 6 {
+                assert_eq!(test_kill_process(other), Err(Errno::PERM));
+            }
+        },
+    ),
 ];
 
-fn look_from_within() {
+fn check_from_within() {
     let start = std::env::args().nth(3).unwrap();
     let was_root = geteuid().is_root();
     let old_root = open("/", OFlags::PATH | OFlags::DIRECTORY, Permissions::empty()).unwrap();
     set_parent_process_death_signal(Some(Signal::TERM)).unwrap();
 
-    let isolation = isolate(&POLICY, Mode::Enforce).unwrap();
+    let isolation = isolate(&POLICY, SandboxMode::Enforce).unwrap();
     eprintln!("{isolation}");
 
     let mut namespaces = isolation.namespaces.clone();
     namespaces.sort_unstable();
-    if start == format!("{:?}", As::WithoutUserNamespaces) {
+    if start == format!("{:?}", RunAs::WithoutUserNamespaces) {
         assert_eq!(
             isolation.refused.unwrap().raw_os_error(),
             Some(libc::ENOSPC)
@@ -92,12 +98,12 @@ fn look_from_within() {
         assert!(isolation.refused.is_none());
         assert_eq!(namespaces, ALL);
         assert!(isolation.empty_root);
-        // Not just unreadable: nothing is there, nor can be made.
+        // The root is empty, not only unreadable. With Landlock it cannot be listed.
         if isolation.landlock_abi == 0 {
             assert_eq!(fs::read_dir("/").unwrap().count(), 0);
         }
-        // What a namespace without a map calls everyone.
-        assert_eq!(isolation.uid, NOBODY);
+        // A user namespace without a mapping shows every user as this id.
+        assert_eq!(isolation.uid, UNPRIVILEGED_ID);
     }
 
     assert!(!geteuid().is_root() && !getegid().is_root());
@@ -116,7 +122,7 @@ fn look_from_within() {
     assert_eq!(getrlimit(Resource::Nofile).maximum, Some(64));
     assert_eq!(parent_process_death_signal(), Ok(Some(Signal::TERM)));
 
-    // By path there is nothing, and by an old descriptor no way in.
+    // No path leads to a file, and neither does a descriptor of the old root.
     for path in ["/etc/passwd", "/proc/self/status", "/", "."] {
         File::open(path).unwrap_err();
     }
@@ -130,36 +136,36 @@ fn look_from_within() {
         );
         assert_eq!(read.unwrap_err(), Errno::ACCESS);
     }
-    // SAFETY: no CLONE_FILES.
+    // SAFETY: the descriptor table stays shared (no CLONE_FILES).
     let again = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) };
     assert_eq!(again, Err(Errno::PERM));
     rustix::thread::set_thread_uid(rustix::process::Uid::ROOT).unwrap_err();
 }
 
-/// Seals itself with a second thread there, and stays for a look from outside.
+/// Seals the process with a second thread running, and waits to be inspected from outside.
 fn wait_for_end_of_input() {
-    isolate(&POLICY, Mode::Enforce).unwrap();
+    isolate(&POLICY, SandboxMode::Enforce).unwrap();
     let (_keep, wait) = std::sync::mpsc::channel::<()>();
     thread::spawn(move || wait.recv());
     sealed_only();
     io::stdin().read_to_end(&mut Vec::new()).unwrap();
 }
 
-/// Takes root, as such a process belongs to nobody.
-pub fn look_from_outside(start: As) -> Result<(), String> {
+/// Inspects a sealed process. This needs root, because no other user may inspect it.
+pub fn check_from_outside(start: RunAs) -> Result<(), String> {
     let mut child = start_waiting(FROM_OUTSIDE, start)?;
-    let seen = look_at(child.id());
+    let result = check_process(child.id());
     drop(child.stdin.take()); // the end of its input
     let status = child.wait().map_err(|error| error.to_string())?;
-    seen.map_err(|error| error.to_string())??;
+    result.map_err(|error| error.to_string())??;
     status.success().then_some(()).ok_or(status.to_string())
 }
 
-fn look_at(pid: u32) -> io::Result<Result<(), String>> {
+fn check_process(pid: u32) -> io::Result<Result<(), String>> {
     for name in ALL {
-        let theirs = fs::read_link(format!("/proc/{pid}/ns/{name}"))?;
-        if theirs == fs::read_link(format!("/proc/self/ns/{name}"))? {
-            return Ok(Err(format!("its {name} namespace is ours")));
+        let namespace = fs::read_link(format!("/proc/{pid}/ns/{name}"))?;
+        if namespace == fs::read_link(format!("/proc/self/ns/{name}"))? {
+            return Ok(Err(format!("it is in the {name} namespace of the tests")));
         }
     }
     if fs::read_dir(format!("/proc/{pid}/root"))?.next().is_some() {
@@ -171,10 +177,11 @@ fn look_at(pid: u32) -> io::Result<Result<(), String>> {
     }
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
         let status = fs::read_to_string(task?.path().join("status"))?;
-        let nobody = format!("{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}");
+        let unprivileged =
+            format!("{UNPRIVILEGED_ID}\t{UNPRIVILEGED_ID}\t{UNPRIVILEGED_ID}\t{UNPRIVILEGED_ID}");
         for (field, value) in [
-            ("Uid", nobody.as_str()),
-            ("Gid", nobody.as_str()),
+            ("Uid", unprivileged.as_str()),
+            ("Gid", unprivileged.as_str()),
             ("Groups", ""),
             ("CapInh", "0000000000000000"),
             ("CapPrm", "0000000000000000"),
@@ -196,15 +203,15 @@ fn look_at(pid: u32) -> io::Result<Result<(), String>> {
     Ok(Ok(()))
 }
 
-/// A process of the same user that is gone when the caller is.
+/// Starts a process of the same user that ends when the caller ends.
 fn fork_helper() -> rustix::process::Pid {
     let (mut reader, writer) = io::pipe().unwrap();
-    // SAFETY: the caller has one thread.
+    // SAFETY: the caller has one thread, so the child may call any function.
     match unsafe { libc::fork() } {
         0 => {
             drop(writer);
             let _ = reader.read(&mut [0]);
-            // SAFETY: ends the helper, without running what its parent set up.
+            // SAFETY: ends the helper without running the exit handlers of its parent.
             unsafe { libc::_exit(0) }
         }
         pid => {

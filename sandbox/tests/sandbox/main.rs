@@ -1,9 +1,9 @@
-//! Tries what the sandbox forbids, and does what it allows, for real.
+//! Tries what the sandbox forbids and does what it allows, in real processes.
 //!
-//! Each probe is this program started anew with the probe's name, because a
-//! process has to be single-threaded to isolate itself and most probes end by a
-//! signal. It is started as whoever runs the tests and, if that is root, as
-//! nobody as well; `isolate` is also tried on a host without user namespaces.
+//! Each probe is a new process of this program, because a process must be single-threaded to
+//! isolate itself and because a signal ends most probes. It runs as the user that runs the
+//! tests and, if that is root, also as an unprivileged user. `isolate` is also tested on a
+//! host that refuses user namespaces.
 
 mod allowed;
 mod denied;
@@ -14,40 +14,44 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::{env, fs, io};
 
-use outrigger_sandbox::{BASE, Check, Mode, Policy, Rule, SOCKET, VHOST_USER, isolate, seal};
+use outrigger_sandbox::{
+    BASE, Check, Policy, Rule, SOCKET, SandboxMode, VHOST_USER, isolate, seal,
+};
 
-/// One thing to try.
+/// One action to try in a sandboxed process.
 struct Probe {
     name: &'static str,
     run: fn(),
-    end: End,
+    end: ProbeEnd,
 }
 
-/// How the process of a probe ends if the sandbox is right.
+/// How the process of a probe ends if the sandbox works.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum End {
+enum ProbeEnd {
     /// Exit code 0.
-    Well,
-    /// By one of these signals, after `sealed`.
+    Success,
+    /// Killed by one of these signals, after `sealed`.
     Signal(&'static [i32]),
 }
 
-const KILLED: End = End::Signal(&[libc::SIGSYS]);
+const KILLED: ProbeEnd = ProbeEnd::Signal(&[libc::SIGSYS]);
 
-/// Who starts the probe.
+/// The user that a probe runs as.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum As {
-    /// Whoever runs the tests; root is in a supplementary group, to be left.
+enum RunAs {
+    /// The user that runs the tests. Root is put into a supplementary group, which it must
+    /// leave.
     Tester,
-    Nobody,
-    /// Root of a user namespace in which there is no other user.
+    /// The user and group that own nothing.
+    Unprivileged,
+    /// Root of a user namespace that maps no other user.
     OnlyRoot,
-    /// An ordinary user on a host that lets no such user make user namespaces.
+    /// An ordinary user on a host that refuses user namespaces to ordinary users.
     WithoutUserNamespaces,
 }
 
-impl As {
-    /// Whether an ordinary tester may be refused the making of it.
+impl RunAs {
+    /// Whether the host may refuse an ordinary user what this needs.
     fn needs_rights(self) -> bool {
         let ordinary = !rustix::process::geteuid().is_root();
         ordinary && matches!(self, Self::OnlyRoot | Self::WithoutUserNamespaces)
@@ -75,14 +79,14 @@ static POLICY: Policy = Policy {
     max_files: 64,
 };
 
-/// Both stages; the line on stdout tells the tester that what follows is the test.
+/// Performs both stages. The line on stdout tells the parent that the probe itself begins.
 fn sealed() {
-    isolate(&POLICY, Mode::Enforce).unwrap();
+    isolate(&POLICY, SandboxMode::Enforce).unwrap();
     sealed_only();
 }
 
 fn sealed_only() {
-    seal(&POLICY, Mode::Enforce).unwrap();
+    seal(&POLICY, SandboxMode::Enforce).unwrap();
     println!("sealed");
 }
 
@@ -97,14 +101,14 @@ fn main() -> ExitCode {
     if let [word, name, _start] = &words[..]
         && word == "probe"
     {
-        // SAFETY: no handler is set; a probe that hangs ends by SIGALRM.
+        // SAFETY: no handler is installed. SIGALRM ends a probe that hangs.
         unsafe { libc::alarm(30) };
         let probe = probes().find(|probe| probe.name == name).unwrap();
         (probe.run)();
         return ExitCode::SUCCESS;
     }
 
-    // What test runners ask to learn which tests there are: each probe is one.
+    // Test runners ask for the list of tests; each probe is one.
     if words.iter().any(|word| word == "--list") {
         if !words.iter().any(|word| word == "--ignored") {
             for probe in probes() {
@@ -131,23 +135,23 @@ fn main() -> ExitCode {
     };
     let (mut done, mut failed) = (0, 0);
     for probe in probes().filter(|probe| wanted(probe.name)) {
-        let starts: &[As] = match (probe.name, root) {
+        let starts: &[RunAs] = match (probe.name, root) {
             (isolation::FROM_WITHIN, true) => &[
-                As::Tester,
-                As::Nobody,
-                As::OnlyRoot,
-                As::WithoutUserNamespaces,
+                RunAs::Tester,
+                RunAs::Unprivileged,
+                RunAs::OnlyRoot,
+                RunAs::WithoutUserNamespaces,
             ],
             (isolation::FROM_WITHIN, false) => {
-                &[As::Tester, As::OnlyRoot, As::WithoutUserNamespaces]
+                &[RunAs::Tester, RunAs::OnlyRoot, RunAs::WithoutUserNamespaces]
             }
-            (_, true) => &[As::Tester, As::Nobody],
-            (_, false) => &[As::Tester],
+            (_, true) => &[RunAs::Tester, RunAs::Unprivileged],
+            (_, false) => &[RunAs::Tester],
         };
         for &start in starts {
             let result = match probe.name {
-                isolation::FROM_OUTSIDE if root => isolation::look_from_outside(start),
-                isolation::FROM_OUTSIDE => continue, // only root may look
+                isolation::FROM_OUTSIDE if root => isolation::check_from_outside(start),
+                isolation::FROM_OUTSIDE => continue, // only root can inspect the process
                 _ => run(probe, start),
             };
             done += 1;
@@ -164,9 +168,9 @@ fn main() -> ExitCode {
     ExitCode::from(u8::from(failed > 0))
 }
 
-fn run(probe: &Probe, start: As) -> Result<(), String> {
+fn run(probe: &Probe, start: RunAs) -> Result<(), String> {
     let output = match command(probe.name, start).stdin(Stdio::null()).output() {
-        // On a host like the one that is to be imitated.
+        // The host itself refuses user namespaces to ordinary users.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied && start.needs_rights() => {
             println!("{}: not tried as {start:?}: {error}", probe.name);
             return Ok(());
@@ -175,8 +179,8 @@ fn run(probe: &Probe, start: As) -> Result<(), String> {
     };
     let stdout = String::from_utf8_lossy(&output.stdout);
     let good = match probe.end {
-        End::Well => output.status.success(),
-        End::Signal(signals) => {
+        ProbeEnd::Success => output.status.success(),
+        ProbeEnd::Signal(signals) => {
             stdout.ends_with("sealed\n")
                 && output.status.signal().is_some_and(|s| signals.contains(&s))
         }
@@ -191,14 +195,15 @@ fn run(probe: &Probe, start: As) -> Result<(), String> {
     ))
 }
 
-/// This program again, whether or not nobody may search the path it lies in.
-fn command(probe: &str, start: As) -> Command {
+/// Returns the command that runs `probe`. `/proc/self/exe` works even where the unprivileged
+/// user may not search the directory of this program.
+fn command(probe: &str, start: RunAs) -> Command {
     let mut command = Command::new("/proc/self/exe");
     command
         .args(["probe", probe, &format!("{start:?}")])
         .env_remove("RUST_BACKTRACE");
     match start {
-        As::Tester => {
+        RunAs::Tester => {
             let join_group = || {
                 if rustix::process::geteuid().is_root() {
                     let group = rustix::process::Gid::from_raw(4242);
@@ -206,17 +211,17 @@ fn command(probe: &str, start: As) -> Command {
                 }
                 Ok(())
             };
-            // SAFETY: the tester has one thread, so its child may do anything.
+            // SAFETY: this process has one thread, so its child may call any function.
             unsafe { command.pre_exec(join_group) };
         }
-        As::Nobody => {
+        RunAs::Unprivileged => {
             command.uid(65534).gid(65534);
         }
-        As::OnlyRoot => {
+        RunAs::OnlyRoot => {
             // SAFETY: as above.
             unsafe { command.pre_exec(|| user_namespace(0)) };
         }
-        As::WithoutUserNamespaces => {
+        RunAs::WithoutUserNamespaces => {
             let refuse = || {
                 user_namespace(1000)?;
                 fs::write("/proc/sys/user/max_user_namespaces", "0")
@@ -228,18 +233,18 @@ fn command(probe: &str, start: As) -> Command {
     command
 }
 
-/// Moves to a user namespace where the caller is `uid` and nobody else exists.
+/// Moves to a user namespace that maps only the caller, as `uid`.
 fn user_namespace(uid: u32) -> io::Result<()> {
     let (outer_uid, outer_gid) = (rustix::process::geteuid(), rustix::process::getegid());
-    // SAFETY: no CLONE_FILES.
+    // SAFETY: the descriptor table stays shared (no CLONE_FILES).
     unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWUSER)? };
     fs::write("/proc/self/setgroups", "deny")?;
     fs::write("/proc/self/uid_map", format!("{uid} {outer_uid} 1"))?;
     fs::write("/proc/self/gid_map", format!("{uid} {outer_gid} 1"))
 }
 
-/// Starts a probe that says "sealed" and then waits for the end of its stdin.
-fn start_waiting(probe: &str, start: As) -> Result<Child, String> {
+/// Starts a probe that prints "sealed" and then waits for the end of its stdin.
+fn start_waiting(probe: &str, start: RunAs) -> Result<Child, String> {
     let mut child = command(probe, start)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -247,7 +252,7 @@ fn start_waiting(probe: &str, start: As) -> Result<Child, String> {
         .map_err(|error| format!("cannot start: {error}"))?;
     let mut line = String::new();
     if let Some(stdout) = child.stdout.as_mut() {
-        // A probe that never says it is ended by its alarm, and this read with it.
+        // If the probe never prints it, its alarm ends the probe and this read.
         BufReader::new(stdout)
             .read_line(&mut line)
             .map_err(|error| error.to_string())?;
