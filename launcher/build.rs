@@ -1,4 +1,4 @@
-//! Builds the embedded guest, which `outrigger demo` carries with it.
+//! Builds the embedded guest, which is part of the program for `outrigger demo`.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -21,7 +21,7 @@ fn main() {
         .arg(root.join("Cargo.toml"))
         .arg("--target-dir")
         .arg(&target)
-        // What is meant for the host's programs must not reach the guest.
+        // Settings for the host's programs do not apply to the guest.
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_BUILD_TARGET")

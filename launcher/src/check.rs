@@ -1,27 +1,29 @@
-//! What the schema of a machine cannot say: values that go together, or do not.
+//! The checks of a machine's description that its schema cannot express: values that are
+//! needed together, exclude each other or are out of range.
 
 use std::path::Path;
 
 use outrigger_cli::{Usage, socket};
 
-use crate::config::{ConsoleKind, DebugConsoleKind, Machine, NetKind, SerialKind};
+use crate::config::{ConsoleKind, DebugConsoleKind, MachineConfig, NetKind, SerialKind};
 
-fn need(what: &str, key: &str, given: bool, wanted: bool) -> Result<(), Usage> {
-    match (given, wanted) {
+/// Checks that `key` is given for `what` exactly if it is `needed` there.
+fn check_key(what: &str, key: &str, given: bool, needed: bool) -> Result<(), Usage> {
+    match (given, needed) {
         (false, true) => Err(Usage(format!("{what} needs {key}="))),
         (true, false) => Err(Usage(format!("{what} takes no {key}="))),
         _ => Ok(()),
     }
 }
 
-impl Machine {
-    /// Whether it makes sense.
+impl MachineConfig {
+    /// Checks the description as a whole.
     ///
     /// # Errors
-    /// Names the device and the option.
+    /// The first mistake, with the device and the option that it is about.
     pub fn check(&self) -> Result<(), Usage> {
         if self.kernel.is_none() && self.load.is_empty() {
-            return Err(Usage("nothing to boot: kernel or load is missing".into()));
+            return Err(Usage("nothing to boot: give kernel or load".into()));
         }
         self.check_disks()?;
         self.check_nets()?;
@@ -35,7 +37,7 @@ impl Machine {
             if let Some(size) = disk.block_size
                 && ![512, 4096].contains(&size)
             {
-                let why = format!("disk{index}: block-size={size}: neither 512 nor 4096");
+                let why = format!("disk{index}: block-size={size}: use 512 or 4096");
                 return Err(Usage(why));
             }
         }
@@ -47,14 +49,14 @@ impl Machine {
             let tap = net.kind == NetKind::Tap;
             let kind = if tap { "a tap" } else { "an isolated" };
             let what = format!("net{index}: {kind} network");
-            need(&what, "name", net.name.is_some(), tap)?;
+            check_key(&what, "name", net.name.is_some(), tap)?;
             if tap {
-                need(&what, "address", net.address.is_some(), false)?;
-                let again = |other: &crate::config::Net| other.name == net.name;
-                if let Some(first) = self.net[..index].iter().position(again) {
+                check_key(&what, "address", net.address.is_some(), false)?;
+                let same_tap = |other: &crate::config::NetConfig| other.name == net.name;
+                if let Some(first) = self.net[..index].iter().position(same_tap) {
                     let name = net.name.as_deref().unwrap_or_default();
                     return Err(Usage(format!(
-                        "net{index}: tap {name} is net{first}'s already"
+                        "net{index}: tap {name} is in use by net{first}"
                     )));
                 }
             }
@@ -64,26 +66,26 @@ impl Machine {
 
     fn check_consoles(&self) -> Result<(), Usage> {
         for (index, console) in self.console.iter().enumerate() {
-            let (kind, wanted) = match console.kind {
+            let (kind, needed) = match console.kind {
                 ConsoleKind::Unix => ("a unix", true),
                 ConsoleKind::File => ("a file", true),
                 ConsoleKind::Stdio => ("a stdio", false),
                 ConsoleKind::Pty => continue,
             };
             let what = format!("console{index}: {kind} console");
-            need(&what, "path", console.path.is_some(), wanted)?;
+            check_key(&what, "path", console.path.is_some(), needed)?;
         }
         if let Some(serial) = &self.serial {
-            let wanted = serial.kind == SerialKind::File;
-            need("the serial port", "path", serial.path.is_some(), wanted)?;
+            let needed = serial.kind == SerialKind::File;
+            check_key("the serial port", "path", serial.path.is_some(), needed)?;
         }
         if let Some(debug) = &self.debug_console {
-            let wanted = debug.kind == DebugConsoleKind::File;
-            need("the debug console", "path", debug.path.is_some(), wanted)?;
+            let needed = debug.kind == DebugConsoleKind::File;
+            check_key("the debug console", "path", debug.path.is_some(), needed)?;
         }
-        let on_stdin = self.console.iter().filter(|c| c.kind == ConsoleKind::Stdio);
-        if on_stdin.count() > 1 {
-            return Err(Usage("only one console can be on stdio".into()));
+        let on_stdio = self.console.iter().filter(|c| c.kind == ConsoleKind::Stdio);
+        if on_stdio.count() > 1 {
+            return Err(Usage("only one console can use stdio".into()));
         }
         Ok(())
     }
@@ -105,7 +107,7 @@ impl Machine {
         Ok(())
     }
 
-    /// No path is empty, and none that is written to has two uses.
+    /// Checks that no path is empty, and that no path that is written to has two uses.
     fn check_paths(&self) -> Result<(), Usage> {
         let mut uses: Vec<(String, &Path, bool)> = Vec::new();
         for (index, disk) in self.disk.iter().enumerate() {
@@ -129,12 +131,12 @@ impl Machine {
         uses.extend(control.map(|path| ("the control socket".to_owned(), path, false)));
         for (index, (what, path, shared)) in uses.iter().enumerate() {
             if path.as_os_str().is_empty() {
-                return Err(Usage(format!("{what}: its path is empty")));
+                return Err(Usage(format!("{what}: the path is empty: give a path")));
             }
-            let again = uses[..index]
+            let other = uses[..index]
                 .iter()
                 .find(|u| u.1 == *path && !(u.2 && *shared));
-            if let Some((first, ..)) = again {
+            if let Some((first, ..)) = other {
                 let path = path.display();
                 return Err(Usage(format!("{what}: {path} is in use by {first}")));
             }
@@ -148,13 +150,13 @@ mod tests {
     use super::*;
     use crate::keyval;
 
-    fn machine(text: &str) -> Machine {
+    fn machine(text: &str) -> MachineConfig {
         toml::from_str(&format!("kernel = 'k'\n{text}")).unwrap()
     }
 
     #[test]
-    fn what_makes_no_sense_is_named() {
-        for (text, said) in [
+    fn a_mistake_is_reported_with_its_device_and_key() {
+        for (text, message) in [
             ("[[net]]\ntype = 'tap'", "net0: a tap network needs name="),
             (
                 "[[net]]\ntype = 'isolated'\nname = 't'",
@@ -162,7 +164,7 @@ mod tests {
             ),
             (
                 "[[net]]\ntype = 'tap'\nname = 't'\n[[net]]\ntype = 'tap'\nname = 't'",
-                "net1: tap t is net0's already",
+                "net1: tap t is in use by net0",
             ),
             (
                 "[[console]]\ntype = 'unix'",
@@ -170,7 +172,7 @@ mod tests {
             ),
             (
                 "[[console]]\ntype = 'stdio'\n[[console]]\ntype = 'stdio'",
-                "only one console can be on stdio",
+                "only one console can use stdio",
             ),
             (
                 "[serial]\ntype = 'null'\npath = 'a'",
@@ -178,9 +180,12 @@ mod tests {
             ),
             (
                 "[[disk]]\npath = 'a'\nblock-size = 1024",
-                "disk0: block-size=1024: neither 512 nor 4096",
+                "disk0: block-size=1024: use 512 or 4096",
             ),
-            ("[[disk]]\npath = ''", "disk0: its path is empty"),
+            (
+                "[[disk]]\npath = ''",
+                "disk0: the path is empty: give a path",
+            ),
             (
                 "[[disk]]\npath = 'a'\n[[disk]]\npath = 'a'",
                 "disk1: a is in use by disk0",
@@ -190,15 +195,15 @@ mod tests {
                 "the control socket: a is in use by the serial port",
             ),
         ] {
-            assert_eq!(machine(text).check().unwrap_err().to_string(), said);
+            assert_eq!(machine(text).check().unwrap_err().to_string(), message);
         }
-        let nothing: Machine = toml::from_str("").unwrap();
-        assert!(nothing.check().is_err());
-        let shared = "path=a,readonly=on";
+        let empty: MachineConfig = toml::from_str("").unwrap();
+        assert!(empty.check().is_err());
+        let read_only = "path=a,readonly=on";
         let mut twice = machine("");
         twice.disk = vec![
-            keyval::parse(shared).unwrap(),
-            keyval::parse(shared).unwrap(),
+            keyval::parse(read_only).unwrap(),
+            keyval::parse(read_only).unwrap(),
         ];
         twice.check().unwrap();
     }

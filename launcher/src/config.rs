@@ -1,131 +1,129 @@
-//! A virtual machine as the user describes it: the one schema of the VM file
-//! (TOML) and of the `key=value` options.
+//! The description of a virtual machine. One schema serves the command line of `outrigger
+//! run` (clap) and the VM file (serde): every field is an option and a key.
+//!
+//! Documentation comments on fields of [`MachineConfig`] are the help texts.
 
 use std::path::PathBuf;
 
-use clap::ValueEnum;
+use clap::{Args, ValueEnum};
+use outrigger_cli::{BackingPolicy, CacheMode, ImageFormat, OnReset};
+use outrigger_sandbox::SandboxMode;
 use serde::Deserialize;
 
-/// A machine.
-#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+use crate::keyval;
+
+/// A virtual machine.
+#[derive(Args, Clone, Debug, Default, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Machine {
-    /// Kernel to boot.
+pub struct MachineConfig {
+    /// Kernel to boot: ELF or bzImage
+    #[arg(long, value_name = "FILE", required_unless_present = "load")]
     pub kernel: Option<PathBuf>,
-    /// Initial RAM disk.
+
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// Kernel command line.
+
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT")]
     pub cmdline: Option<String>,
-    /// In place of a kernel: files and addresses as `vcpu-runner --load` takes them.
+
+    /// Instead of a kernel: a file to copy unchanged to an address of guest memory; may be
+    /// given several times
+    #[arg(long, value_name = "FILE@ADDR", conflicts_with = "kernel")]
     #[serde(default)]
     pub load: Vec<String>,
-    /// How to start what was loaded, as `vcpu-runner --entry` takes it.
+
+    /// CPU mode and address in which the loaded files start
+    #[arg(long, value_name = "real|protected|long[=ADDR]", requires = "load")]
     pub entry: Option<String>,
-    /// Print the registers before the run.
+
+    /// Print the registers of each vCPU before the machine runs
+    #[arg(long)]
     #[serde(default)]
     pub show_regs: bool,
-    /// Guest RAM as `vcpu-runner --memory` takes it.
-    pub memory: Option<String>,
-    /// Number of vCPUs.
-    pub cpus: Option<u8>,
-    /// Disks.
-    #[serde(default)]
-    pub disk: Vec<Disk>,
-    /// Networks.
-    #[serde(default)]
-    pub net: Vec<Net>,
-    /// Virtio consoles.
-    #[serde(default)]
-    pub console: Vec<Console>,
-    /// Where the serial port goes; nowhere if not given.
-    pub serial: Option<Serial>,
-    /// Where bytes to the debug ports go; where the serial port's go if not given.
-    pub debug_console: Option<DebugConsole>,
-    /// Control socket to create.
-    pub control: Option<PathBuf>,
-    /// What a guest's reset does.
-    pub on_reset: Option<OnReset>,
-    /// When a device process is started again.
-    pub restart: Option<Restart>,
-    /// What a lost device means for the machine, as `vcpu-runner --on-loss` takes it.
-    pub on_loss: Option<String>,
-    /// Confinement of all processes.
-    pub sandbox: Option<Sandbox>,
-}
 
-/// What a guest's reset does.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum OnReset {
-    /// The machine starts again
-    Reset,
-    /// The machine ends with code 3
-    Exit,
+    /// Guest RAM
+    #[arg(long, value_name = "SIZE[,hugepages=2M|1G|thp]")]
+    pub memory: Option<String>,
+
+    /// Number of vCPUs
+    #[arg(long, value_name = "N")]
+    pub cpus: Option<u8>,
+
+    /// A disk; may be given several times
+    ///
+    /// Keys besides path: readonly=on, lock=off, format=raw|qcow2|qcow,
+    /// backing=allow|deny, cache=writeback|none|unsafe, queues=N, poll-us=N,
+    /// block-size=512|4096, serial=TEXT. They have the meaning of the options of
+    /// device-disk
+    #[arg(long, value_name = "path=FILE[,format=F][,KEY=VALUE...]",
+          value_parser = keyval::parse::<DiskConfig>)]
+    #[serde(default)]
+    pub disk: Vec<DiskConfig>,
+
+    /// A network interface; may be given several times
+    #[arg(long, value_name = "isolated[,address=A/N]|tap,name=T[,mac=M][,mtu=N]",
+          value_parser = keyval::parse::<NetConfig>)]
+    #[serde(default)]
+    pub net: Vec<NetConfig>,
+
+    /// A virtio console; may be given several times
+    #[arg(long, value_name = "stdio|pty[,path=LINK]|unix,path=P|file,path=P",
+          value_parser = keyval::parse::<ConsoleConfig>)]
+    #[serde(default)]
+    pub console: Vec<ConsoleConfig>,
+
+    /// Where the serial port is connected [default: null]
+    #[arg(long, value_name = "stdio|null|file,path=P",
+          value_parser = keyval::parse::<SerialConfig>)]
+    pub serial: Option<SerialConfig>,
+
+    /// Where bytes written to the debug ports go [default: to the serial port's output]
+    #[arg(long, value_name = "stderr|null|file,path=P",
+          value_parser = keyval::parse::<DebugConsoleConfig>)]
+    pub debug_console: Option<DebugConsoleConfig>,
+
+    /// Unix socket to create for control commands, which `outrigger ctl` sends
+    #[arg(long, value_name = "PATH")]
+    pub control: Option<PathBuf>,
+
+    /// What happens when the guest resets the machine
+    #[arg(long, value_enum, value_name = "reset|exit")]
+    pub on_reset: Option<OnReset>,
+
+    /// When a device process that has ended is started again [default: on-failure]
+    #[arg(long, value_enum, value_name = "always|on-failure|never")]
+    pub restart: Option<RestartPolicy>,
+
+    /// What happens when a device process is lost: the device waits for a successor without
+    /// limit; or, after SECONDS, the guest's driver is told that the device failed, or the
+    /// machine ends with exit code 5 [default: wait]
+    #[arg(long, value_name = "wait|error[:SECONDS]|stop[:SECONDS]")]
+    pub on_loss: Option<String>,
+
+    /// Confine the processes; log only logs the system calls that on forbids
+    #[arg(long, value_name = "on|log|off")]
+    pub sandbox: Option<SandboxMode>,
 }
 
 /// When a device process that has ended is started again.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
-pub enum Restart {
-    /// However it ended
+pub enum RestartPolicy {
+    /// Always
     Always,
-    /// When it was killed, or its exit code is not 0
+    /// When a signal killed it or its exit code is not 0
     #[default]
     OnFailure,
-    /// Not at all
+    /// Never
     Never,
 }
 
-/// Whether processes are confined.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Sandbox {
-    /// They are
-    On,
-    /// What would be forbidden is logged
-    Log,
-    /// They are not
-    Off,
-}
-
-/// Forms that a disk image can have.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Format {
-    /// The file is the disk.
-    Raw,
-    /// QEMU's, version 2 and 3.
-    Qcow2,
-    /// QEMU's first.
-    Qcow,
-}
-
-/// Whether an image may name another one that it is based on.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Backing {
-    /// It may.
-    Allow,
-    /// It is refused then.
-    Deny,
-}
-
-/// How writes get to the medium.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Cache {
-    /// Through the host's page cache, until the guest flushes.
-    Writeback,
-    /// Past it.
-    None,
-    /// Through it, and no flush waits for them.
-    Unsafe,
-}
-
-/// A disk. What is not given is left to device-disk.
+/// A disk. Options that are not given get the defaults of device-disk.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Disk {
+pub struct DiskConfig {
     /// Image file or block device.
     pub path: PathBuf,
     /// Refuse writes.
@@ -134,15 +132,15 @@ pub struct Disk {
     /// Lock the image against other programs.
     #[serde(default = "locked")]
     pub lock: bool,
-    /// Form of the image.
-    pub format: Option<Format>,
-    /// What may be said in it of a backing file.
-    pub backing: Option<Backing>,
-    /// How writes get to the medium.
-    pub cache: Option<Cache>,
+    /// Format of the image.
+    pub format: Option<ImageFormat>,
+    /// Whether the backing file that the image names is opened.
+    pub backing: Option<BackingPolicy>,
+    /// How writes reach the medium.
+    pub cache: Option<CacheMode>,
     /// Number of queues.
     pub queues: Option<u16>,
-    /// For how many microseconds a queue's thread looks for more before it sleeps.
+    /// For how many microseconds the thread of a queue polls for requests before it sleeps.
     pub poll_us: Option<u32>,
     /// Logical block size in bytes, 512 or 4096.
     pub block_size: Option<u16>,
@@ -154,26 +152,26 @@ fn locked() -> bool {
     true
 }
 
-/// Kinds of networks.
+/// What a network interface is connected to.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum NetKind {
-    /// A network namespace of its own with one address in it.
+    /// A new network namespace that has a single address.
     Isolated,
     /// An existing tap device.
     Tap,
 }
 
-/// A network.
+/// A network interface.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
-pub struct Net {
-    /// What is at the far end.
+pub struct NetConfig {
+    /// What it is connected to.
     #[serde(rename = "type")]
     pub kind: NetKind,
-    /// Address and prefix length of the far end, for `isolated`.
+    /// For `isolated`: the address in the namespace, with its prefix length.
     pub address: Option<String>,
-    /// Name of the tap, for `tap`.
+    /// For `tap`: the name of the tap device.
     pub name: Option<String>,
     /// The guest's MAC address.
     pub mac: Option<String>,
@@ -181,79 +179,79 @@ pub struct Net {
     pub mtu: Option<u16>,
 }
 
-/// Kinds of consoles.
+/// What a virtio console is connected to.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum ConsoleKind {
-    /// This terminal.
+    /// The terminal of the launcher.
     Stdio,
-    /// A pseudo-terminal.
+    /// A new pseudo-terminal.
     Pty,
     /// A unix socket that clients connect to.
     Unix,
-    /// A file, output only.
+    /// A file, for output only.
     File,
 }
 
 /// A virtio console.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
-pub struct Console {
-    /// Where it goes.
+pub struct ConsoleConfig {
+    /// What it is connected to.
     #[serde(rename = "type")]
     pub kind: ConsoleKind,
-    /// The socket, the file, or a link to make to the pseudo-terminal.
+    /// The socket or the file; for `pty`, a symbolic link to create.
     pub path: Option<PathBuf>,
 }
 
-/// Kinds of serial lines.
+/// What the serial port is connected to.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum SerialKind {
-    /// This terminal's output and input.
+    /// The terminal of the launcher; for output only if a console has it.
     Stdio,
-    /// Nowhere.
+    /// Nothing: output is discarded.
     Null,
-    /// A file that is appended to.
+    /// A file that output is appended to.
     File,
 }
 
 /// The serial port.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
-pub struct Serial {
-    /// Where it goes.
+pub struct SerialConfig {
+    /// What it is connected to.
     #[serde(rename = "type")]
     pub kind: SerialKind,
     /// The file.
     pub path: Option<PathBuf>,
 }
 
-/// Kinds of debug consoles.
+/// Where bytes written to the debug ports go.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub enum DebugConsoleKind {
     /// Standard error.
     Stderr,
-    /// Nowhere.
+    /// Nowhere: they are discarded.
     Null,
-    /// A file that is appended to.
+    /// A file that they are appended to.
     File,
 }
 
 /// The debug ports.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
-pub struct DebugConsole {
-    /// Where it goes.
+pub struct DebugConsoleConfig {
+    /// Where the bytes go.
     #[serde(rename = "type")]
     pub kind: DebugConsoleKind,
     /// The file.
     pub path: Option<PathBuf>,
 }
 
-impl Machine {
-    /// Whether a console reads this terminal; the serial port then only writes.
+impl MachineConfig {
+    /// Whether a console reads from the launcher's terminal. The serial port then must not.
     pub fn console_has_stdin(&self) -> bool {
         self.console.iter().any(|c| c.kind == ConsoleKind::Stdio)
     }
@@ -262,17 +260,17 @@ impl Machine {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keyval;
 
     #[test]
-    fn options_and_files_mean_the_same() {
-        let file: Machine = toml::from_str(
+    fn options_and_the_vm_file_have_the_same_meaning() {
+        let file: MachineConfig = toml::from_str(
             r#"
             kernel = "vmlinux"
             cpus = 2
             on-reset = "exit"
             restart = "on-failure"
             on-loss = "stop:5"
+            sandbox = "log"
             [[disk]]
             path = "a.img"
             readonly = true
@@ -297,19 +295,30 @@ mod tests {
         )
         .unwrap();
         file.check().unwrap();
-        let disk: Disk = keyval::parse(
-            "path=a.img,readonly=on,lock=off,format=qcow2,backing=allow,cache=none,queues=4,\
-             poll-us=50,block-size=4096,serial=123",
-        )
+        #[derive(clap::Parser)]
+        struct Options {
+            #[command(flatten)]
+            machine: MachineConfig,
+        }
+        let options: Options = clap::Parser::try_parse_from([
+            "run",
+            "--kernel=vmlinux",
+            "--cpus=2",
+            "--on-reset=exit",
+            "--restart=on-failure",
+            "--on-loss=stop:5",
+            "--sandbox=log",
+            "--disk=path=a.img,readonly=on,lock=off,format=qcow2,backing=allow,cache=none,\
+             queues=4,poll-us=50,block-size=4096,serial=123",
+            "--net=isolated,address=10.1.0.1/24,mtu=1400",
+            "--console=pty",
+            "--debug-console=file,path=debug",
+        ])
         .unwrap();
-        assert_eq!(file.disk[0], disk);
-        let net: Net = keyval::parse("isolated,address=10.1.0.1/24,mtu=1400").unwrap();
-        assert_eq!(file.net[0], net);
-        assert_eq!(file.console[0], keyval::parse("pty").unwrap());
-        let debug = keyval::parse("file,path=debug").unwrap();
-        assert_eq!(file.debug_console, Some(debug));
+        assert_eq!(options.machine, file);
         assert_eq!(file.on_reset, Some(OnReset::Exit));
-        assert_eq!(file.restart, Some(Restart::OnFailure));
+        assert_eq!(file.restart, Some(RestartPolicy::OnFailure));
         assert_eq!(file.on_loss.as_deref(), Some("stop:5"));
+        assert_eq!(file.disk[0].queues, Some(4));
     }
 }

@@ -1,5 +1,5 @@
-//! `key=value,key=value` options, read into the same structures as the VM file.
-//! A first word without `=` is the value of `type`.
+//! `key=value,key=value` options, deserialized into the same structures as the VM file. A
+//! first word without `=` is the value of `type`.
 
 use std::fmt::Display;
 use std::str::FromStr;
@@ -13,7 +13,7 @@ use crate::nearest;
 /// Parses `text`.
 ///
 /// # Errors
-/// Names the key that is unknown, missing, given twice or has a wrong value.
+/// A key is unknown, missing or given twice, or has an invalid value. The message names it.
 pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     let mut pairs: Vec<(&str, Value<'_>)> = Vec::new();
     for (index, part) in text.split(',').enumerate() {
@@ -31,7 +31,7 @@ pub fn parse<T: DeserializeOwned>(text: &str) -> Result<T, String> {
         .map_err(|error: de::value::Error| nearest::explain(&error.to_string()))
 }
 
-/// A value in text form; what it means depends on what is expected.
+/// A value in text form. It is parsed as the type that the structure expects.
 #[derive(Clone, Copy)]
 struct Value<'a> {
     key: &'a str,
@@ -47,10 +47,10 @@ impl<'de> IntoDeserializer<'de> for Value<'de> {
 
 impl Value<'_> {
     fn number<T: FromStr<Err: Display>>(self) -> Result<T, de::value::Error> {
-        self.text.parse().map_err(|error| self.wrong(error))
+        self.text.parse().map_err(|error| self.invalid(error))
     }
 
-    fn wrong(self, why: impl Display) -> de::value::Error {
+    fn invalid(self, why: impl Display) -> de::value::Error {
         de::Error::custom(format!("{}={}: {why}", self.key, self.text))
     }
 }
@@ -70,7 +70,7 @@ impl<'de> Deserializer<'de> for Value<'de> {
         match self.text {
             "on" | "true" => visitor.visit_bool(true),
             "off" | "false" => visitor.visit_bool(false),
-            _ => Err(self.wrong("neither on nor off")),
+            _ => Err(self.invalid("use on or off")),
         }
     }
 
@@ -105,28 +105,25 @@ impl<'de> Deserializer<'de> for Value<'de> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Disk, Net};
+    use crate::config::{DiskConfig, NetConfig};
 
     #[test]
-    fn what_is_wrong_with_a_key_names_it() {
-        for (text, said) in [
+    fn an_error_names_the_key() {
+        for (text, message) in [
             ("path=a,path=b", "path is given twice"),
             ("path=a,readonly", "\"readonly\" is not key=value"),
-            (
-                "path=a,readonly=perhaps",
-                "readonly=perhaps: neither on nor off",
-            ),
+            ("path=a,readonly=perhaps", "readonly=perhaps: use on or off"),
             ("readonly=on", "missing field `path`"),
         ] {
-            assert_eq!(parse::<Disk>(text).unwrap_err(), said);
+            assert_eq!(parse::<DiskConfig>(text).unwrap_err(), message);
         }
-        let many = parse::<Disk>("path=a,queues=many").unwrap_err();
-        assert!(many.starts_with("queues=many: "), "{many}");
-        let often = parse::<Disk>("path=a,poll-us=-1").unwrap_err();
-        assert!(often.starts_with("poll-us=-1: "), "{often}");
-        let other = parse::<Disk>("path=a,format=vmdk").unwrap_err();
-        assert!(other.contains("unknown value `vmdk`"), "{other}");
-        let long = parse::<Net>("isolated,mtu=70000").unwrap_err();
-        assert!(long.starts_with("mtu=70000: "), "{long}");
+        let error = parse::<DiskConfig>("path=a,queues=many").unwrap_err();
+        assert!(error.starts_with("queues=many: "), "{error}");
+        let error = parse::<DiskConfig>("path=a,poll-us=-1").unwrap_err();
+        assert!(error.starts_with("poll-us=-1: "), "{error}");
+        let error = parse::<DiskConfig>("path=a,format=vmdk").unwrap_err();
+        assert!(error.contains("unknown value `vmdk`"), "{error}");
+        let error = parse::<NetConfig>("isolated,mtu=70000").unwrap_err();
+        assert!(error.starts_with("mtu=70000: "), "{error}");
     }
 }

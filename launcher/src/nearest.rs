@@ -1,9 +1,9 @@
-//! What somebody may have meant by a name that nobody knows.
+//! The known name that is most similar to an unknown one.
 
-/// Serde's message about an unknown name with the nearest known one in place of
-/// all of them; any other message as it is.
+/// Rewrites a message of serde about an unknown name, so that it has the nearest known name
+/// instead of the list of all known names. Returns any other message unchanged.
 ///
-/// Serde has the names only in its text, in backquotes: the unknown one first.
+/// Serde has the names only in its message, in backquotes, the unknown one first.
 pub fn explain(message: &str) -> String {
     let what = match message.split('`').next() {
         Some("unknown field ") => "key",
@@ -20,24 +20,24 @@ pub fn explain(message: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use crate::config::{Disk, Net};
+    use crate::config::{DiskConfig, NetConfig};
     use crate::keyval;
 
-    /// These fail should serde ever put it in other words.
+    /// This fails if serde ever changes the wording of its messages.
     #[test]
-    fn the_nearest_known_name_is_told() {
+    fn the_nearest_known_name_is_suggested() {
         let nearest = |unknown: &str, known: &str| {
             format!("unknown {unknown}, the nearest known one is `{known}`")
         };
         assert_eq!(
-            keyval::parse::<Disk>("path=a,raedonly=on").unwrap_err(),
+            keyval::parse::<DiskConfig>("path=a,raedonly=on").unwrap_err(),
             nearest("key `raedonly`", "readonly")
         );
         assert_eq!(
-            keyval::parse::<Net>("isolate").unwrap_err(),
+            keyval::parse::<NetConfig>("isolate").unwrap_err(),
             nearest("value `isolate`", "isolated")
         );
-        let missing = keyval::parse::<Disk>("readonly=on").unwrap_err();
+        let missing = keyval::parse::<DiskConfig>("readonly=on").unwrap_err();
         assert_eq!(missing, "missing field `path`");
     }
 }

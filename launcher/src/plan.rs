@@ -1,47 +1,45 @@
-//! From a machine to the programs that make it up: which arguments and which
-//! resources of the host each gets. How they meet is left open, so that the same plan
-//! can be run ([`mod@crate::supervise`]) and be written down ([`mod@crate::script`]).
+//! Derives the programs of a machine from its description: the arguments and the host
+//! resources of each. The sockets between them are left open, so that the same plan can be run
+//! by [`crate::supervise`] and printed by [`mod@crate::script`].
 
 use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 
-use clap::ValueEnum;
-
 use crate::config::{
-    Console, ConsoleKind, DebugConsole, DebugConsoleKind, Disk, Machine, Net, NetKind, Restart,
-    SerialKind,
+    ConsoleConfig, ConsoleKind, DebugConsoleConfig, DebugConsoleKind, DiskConfig, MachineConfig,
+    NetConfig, NetKind, RestartPolicy, SerialKind,
 };
-use crate::resource::Resource;
+use crate::resource::HostResource;
 
 /// One program to start.
 #[derive(Clone)]
-pub struct Program {
-    /// Its role in the machine: `disk0`, `platform`, …
+pub struct ProgramPlan {
+    /// The device that it serves, such as `disk0` or `platform`; or `runner`.
     pub id: String,
-    /// Name of the program.
+    /// Name of the executable.
     pub name: &'static str,
-    /// Arguments.
+    /// Arguments, without those for resources and sockets.
     pub args: Vec<OsString>,
-    /// What it opens, or what is opened for it.
-    pub resources: Vec<Resource>,
-    /// Reads this terminal.
+    /// The host resources that it uses.
+    pub resources: Vec<HostResource>,
+    /// Whether it reads from the launcher's terminal.
     pub needs_stdin: bool,
-    /// Has a control socket of its own.
+    /// Whether it has a control socket.
     pub has_control: bool,
-    /// What to show of it.
+    /// A description for the user.
     pub summary: String,
 }
 
 /// A device process.
-pub struct Device {
-    /// The program, which lacks its socket.
-    pub program: Program,
-    /// What kind of virtio device it is; `None` for the platform.
+pub struct DevicePlan {
+    /// The program of its process.
+    pub program: ProgramPlan,
+    /// The virtio device type as the runner names it; `None` for the platform.
     pub kind: Option<&'static str>,
 }
 
-impl Device {
-    /// The runner's option that plugs it in, with its socket at `path`.
+impl DevicePlan {
+    /// Returns the option of the runner that attaches the device, whose socket is at `path`.
     pub fn option(&self, path: &str) -> (&'static str, String) {
         match self.kind {
             Some(kind) => (
@@ -54,27 +52,27 @@ impl Device {
 }
 
 /// All programs of a machine.
-pub struct Plan {
-    /// Device processes, in the order of their slots, then the platform.
-    pub devices: Vec<Device>,
+pub struct MachinePlan {
+    /// The devices in the order of their PCI slots, then the platform.
+    pub devices: Vec<DevicePlan>,
     /// The runner.
-    pub runner: Program,
-    /// Descriptors that it inherits under their own numbers.
+    pub runner: ProgramPlan,
+    /// Descriptors that the runner inherits with unchanged numbers.
     pub inherited: Vec<OwnedFd>,
-    /// When device processes are started again.
-    pub restart: Restart,
+    /// When device processes that have ended are started again.
+    pub restart: RestartPolicy,
 }
 
-/// The name of the platform's process.
+/// The id of the platform process.
 pub const PLATFORM: &str = "platform";
 
 fn args<const N: usize>(words: [&str; N]) -> Vec<OsString> {
     words.iter().map(OsString::from).collect()
 }
 
-impl Program {
+impl ProgramPlan {
     fn new(id: String, name: &'static str, summary: String) -> Self {
-        Program {
+        ProgramPlan {
             id,
             name,
             args: Vec::new(),
@@ -91,16 +89,16 @@ impl Program {
         self.args.push(value.into());
     }
 
-    fn optional(&mut self, name: &str, value: Option<impl ToString>) {
+    fn optional_arg(&mut self, name: &str, value: Option<impl ToString>) {
         if let Some(value) = value {
             self.arg(name, value.to_string());
         }
     }
 }
 
-impl Plan {
-    /// Plans `machine`, which has been checked.
-    pub fn new(machine: &Machine) -> Self {
+impl MachinePlan {
+    /// Plans `machine`, which must have passed [`MachineConfig::check`].
+    pub fn new(machine: &MachineConfig) -> Self {
         let mut devices = Vec::new();
         for index in 0..machine.disk.len() {
             devices.extend(device(machine, &format!("disk{index}")));
@@ -113,8 +111,8 @@ impl Plan {
         }
         devices.extend(device(machine, PLATFORM));
         let mut runner = plan_runner(machine);
-        everywhere(&mut runner, machine);
-        Plan {
+        common_args(&mut runner, machine);
+        MachinePlan {
             devices,
             runner,
             inherited: Vec::new(),
@@ -123,18 +121,18 @@ impl Plan {
     }
 }
 
-/// Splits the name of a device, `disk0`, into its kind and its number.
-pub fn split(id: &str) -> Option<(&str, usize)> {
+/// Splits a device id such as `disk0` into its kind and its index.
+pub fn split_id(id: &str) -> Option<(&str, usize)> {
     let digits = id.find(|c: char| c.is_ascii_digit())?;
     Some((&id[..digits], id[digits..].parse().ok()?))
 }
 
-/// The device of `machine` that is called `id`, if there is one.
-pub fn device(machine: &Machine, id: &str) -> Option<Device> {
+/// Plans the device `id` of `machine`, if it exists.
+pub fn device(machine: &MachineConfig, id: &str) -> Option<DevicePlan> {
     let (kind, mut program) = if id == PLATFORM {
         (None, plan_platform(machine))
     } else {
-        let (kind, index) = split(id)?;
+        let (kind, index) = split_id(id)?;
         let id = id.to_owned();
         match kind {
             "disk" => (Some("block"), plan_disk(id, machine.disk.get(index)?)),
@@ -146,57 +144,51 @@ pub fn device(machine: &Machine, id: &str) -> Option<Device> {
             _ => return None,
         }
     };
-    everywhere(&mut program, machine);
-    Some(Device { program, kind })
+    common_args(&mut program, machine);
+    Some(DevicePlan { program, kind })
 }
 
-/// What every program is told.
-fn everywhere(program: &mut Program, machine: &Machine) {
-    program.optional("--sandbox", machine.sandbox.map(word));
+/// Adds the arguments that every program gets.
+fn common_args(program: &mut ProgramPlan, machine: &MachineConfig) {
+    program.optional_arg("--sandbox", machine.sandbox);
     program.arg("--log-level", "warn");
 }
 
-/// A value as it is written.
-fn word(value: impl ValueEnum) -> String {
-    let value = value.to_possible_value();
-    value.map_or_else(String::new, |value| value.get_name().to_owned())
-}
-
-fn plan_runner(machine: &Machine) -> Program {
-    let mut runner = Program::new("runner".into(), "vcpu-runner", summary(machine));
+fn plan_runner(machine: &MachineConfig) -> ProgramPlan {
+    let mut runner = ProgramPlan::new("runner".into(), "vcpu-runner", summary(machine));
     if let Some(kernel) = &machine.kernel {
         runner.arg("--kernel", kernel.as_os_str());
     }
     if let Some(initrd) = &machine.initrd {
         runner.arg("--initrd", initrd.as_os_str());
     }
-    runner.optional("--cmdline", machine.cmdline.as_ref());
+    runner.optional_arg("--cmdline", machine.cmdline.as_ref());
     for load in &machine.load {
         runner.arg("--load", load);
     }
-    runner.optional("--entry", machine.entry.as_ref());
+    runner.optional_arg("--entry", machine.entry.as_ref());
     if machine.show_regs {
         runner.args.push("--show-regs".into());
     }
-    runner.optional("--memory", machine.memory.as_ref());
-    runner.optional("--cpus", machine.cpus);
-    runner.optional("--on-reset", machine.on_reset.map(word));
-    runner.optional("--on-loss", machine.on_loss.as_ref());
+    runner.optional_arg("--memory", machine.memory.as_ref());
+    runner.optional_arg("--cpus", machine.cpus);
+    runner.optional_arg("--on-reset", machine.on_reset);
+    runner.optional_arg("--on-loss", machine.on_loss.as_ref());
     runner
 }
 
-fn summary(machine: &Machine) -> String {
+fn summary(machine: &MachineConfig) -> String {
     let cpus = machine.cpus.unwrap_or(1);
     let memory = machine.memory.as_deref().unwrap_or("512M");
     let plural = if cpus == 1 { "" } else { "s" };
     format!("{cpus} vCPU{plural}, {memory}")
 }
 
-fn plan_disk(id: String, disk: &Disk) -> Program {
+fn plan_disk(id: String, disk: &DiskConfig) -> ProgramPlan {
     let mode = if disk.readonly { ", read-only" } else { "" };
     let summary = format!("{}{mode}", disk.path.display());
-    let mut program = Program::new(id, "device-disk", summary);
-    program.resources.push(Resource::Image {
+    let mut program = ProgramPlan::new(id, "device-disk", summary);
+    program.resources.push(HostResource::Image {
         path: disk.path.clone(),
         readonly: disk.readonly,
     });
@@ -207,70 +199,72 @@ fn plan_disk(id: String, disk: &Disk) -> Program {
         program.arg("--lock", "off");
     }
     program.has_control = true;
-    program.optional("--format", disk.format.map(word));
-    program.optional("--backing", disk.backing.map(word));
-    program.optional("--cache", disk.cache.map(word));
-    program.optional("--queues", disk.queues);
-    program.optional("--poll-us", disk.poll_us);
-    program.optional("--block-size", disk.block_size);
-    program.optional("--serial", disk.serial.as_ref());
+    program.optional_arg("--format", disk.format);
+    program.optional_arg("--backing", disk.backing);
+    program.optional_arg("--cache", disk.cache);
+    program.optional_arg("--queues", disk.queues);
+    program.optional_arg("--poll-us", disk.poll_us);
+    program.optional_arg("--block-size", disk.block_size);
+    program.optional_arg("--serial", disk.serial.as_ref());
     program
 }
 
-fn plan_net(id: String, net: &Net) -> Program {
+fn plan_net(id: String, net: &NetConfig) -> ProgramPlan {
     let mut program = match net.kind {
         NetKind::Isolated => {
             let address = net.address.as_deref().unwrap_or("10.0.2.1/24");
-            let mut program = Program::new(id, "device-net", format!("isolated, {address}"));
+            let mut program = ProgramPlan::new(id, "device-net", format!("isolated, {address}"));
             program.args = args(["--isolated", address]);
             program
         }
         NetKind::Tap => {
             let name = net.name.as_deref().unwrap_or_default();
-            let mut program = Program::new(id, "device-net", format!("tap {name}"));
-            program.resources.push(Resource::Tap { name: name.into() });
+            let mut program = ProgramPlan::new(id, "device-net", format!("tap {name}"));
+            program
+                .resources
+                .push(HostResource::Tap { name: name.into() });
             program
         }
     };
-    program.optional("--mac", net.mac.as_ref());
-    program.optional("--mtu", net.mtu);
+    program.optional_arg("--mac", net.mac.as_ref());
+    program.optional_arg("--mtu", net.mtu);
     program
 }
 
-fn plan_console(id: String, console: &Console) -> Program {
+fn plan_console(id: String, console: &ConsoleConfig) -> ProgramPlan {
     let path = console.path.clone().unwrap_or_default();
     let at = |what: &str| format!("{what} {}", path.display());
     let (summary, resource) = match console.kind {
         ConsoleKind::Stdio => ("stdio".into(), None),
         ConsoleKind::Pty => (
             "pseudo-terminal".into(),
-            Some(Resource::Pty {
+            Some(HostResource::Pty {
                 link: console.path.clone(),
             }),
         ),
-        ConsoleKind::Unix => (at("socket"), Some(Resource::Listener { path })),
-        ConsoleKind::File => (at("file"), Some(Resource::Log { path })),
+        ConsoleKind::Unix => (at("socket"), Some(HostResource::Listener { path })),
+        ConsoleKind::File => (at("file"), Some(HostResource::Log { path })),
     };
-    let mut program = Program::new(id, "device-console", summary);
+    let mut program = ProgramPlan::new(id, "device-console", summary);
     program.needs_stdin = resource.is_none();
     match resource {
         Some(resource) => program.resources.push(resource),
         None => program.args.push("--stdio".into()),
     }
-    program.resources.push(Resource::Backlog);
+    program.resources.push(HostResource::Backlog);
     program
 }
 
-fn plan_platform(machine: &Machine) -> Program {
+fn plan_platform(machine: &MachineConfig) -> ProgramPlan {
     let serial = machine.serial.as_ref();
     let kind = serial.map_or(SerialKind::Null, |serial| serial.kind);
     let summary = match kind {
         SerialKind::Stdio => "serial port on stdio",
         SerialKind::File => "serial port to a file",
-        SerialKind::Null => "serial port to nowhere",
+        SerialKind::Null => "serial port output discarded",
     };
-    let mut program = Program::new(PLATFORM.into(), "device-platform", summary.into());
-    let output = |option, path: Option<&_>| Resource::Output {
+    let mut program = ProgramPlan::new(PLATFORM.into(), "device-platform", summary.into());
+    let output = |option, path: Option<&_>| HostResource::Output {
         option,
         path: path.cloned().unwrap_or_default(),
     };
@@ -285,7 +279,7 @@ fn plan_platform(machine: &Machine) -> Program {
     program.needs_stdin = kind == SerialKind::Stdio && !machine.console_has_stdin();
     match &machine.debug_console {
         None => {}
-        Some(DebugConsole { kind, path }) => match kind {
+        Some(DebugConsoleConfig { kind, path }) => match kind {
             DebugConsoleKind::Stderr => program.arg("--debug-console", "stderr"),
             DebugConsoleKind::Null => program.arg("--debug-console", "null"),
             DebugConsoleKind::File => {
@@ -304,8 +298,8 @@ mod tests {
     use super::*;
     use crate::keyval;
 
-    fn machine() -> Machine {
-        Machine {
+    fn machine() -> MachineConfig {
+        MachineConfig {
             disk: vec![keyval::parse("path=a.img,readonly=on,lock=off").unwrap()],
             net: vec![keyval::parse("isolated").unwrap()],
             console: vec![keyval::parse("stdio").unwrap()],
@@ -314,14 +308,14 @@ mod tests {
         }
     }
 
-    /// Whether `words` are among the arguments, one behind the other.
-    fn has(program: &Program, words: &[&str]) -> bool {
+    /// Whether the arguments contain `words` in sequence.
+    fn has(program: &ProgramPlan, words: &[&str]) -> bool {
         program.args.windows(words.len()).any(|args| args == words)
     }
 
     #[test]
-    fn every_device_has_a_program_and_the_runner_comes_last() {
-        let plan = Plan::new(&machine());
+    fn every_device_has_a_program_in_slot_order() {
+        let plan = MachinePlan::new(&machine());
         let programs: Vec<_> = plan.devices.iter().map(|d| &d.program).collect();
         let names: Vec<_> = programs.iter().map(|program| program.id.as_str()).collect();
         assert_eq!(names, ["disk0", "net0", "console0", "platform"]);
@@ -341,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_is_told_what_was_given_and_no_more() {
+    fn a_disk_program_gets_exactly_the_options_that_were_given() {
         let disk = |text: &str| plan_disk("disk0".into(), &keyval::parse(text).unwrap());
         assert!(disk("path=a").args.is_empty());
         let all =
@@ -353,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_is_found_by_its_name() {
+    fn a_device_is_found_by_its_id() {
         let machine = machine();
         for id in ["disk0", "net0", "console0", "platform"] {
             assert_eq!(device(&machine, id).unwrap().program.id, id);
@@ -372,15 +366,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_for_the_runner_and_the_platform_reaches_them() {
-        let machine: Machine = toml::from_str(
+    fn options_of_the_runner_and_the_platform_are_passed_on() {
+        let machine: MachineConfig = toml::from_str(
             "load = ['a.bin@0xf0000', 'b.bin@0x100000']\nentry = 'protected'\n\
              show-regs = true\non-reset = 'exit'\non-loss = 'error:3'\n\
              [debug-console]\ntype = 'file'\npath = 'debug'",
         )
         .unwrap();
         machine.check().unwrap();
-        let plan = Plan::new(&machine);
+        let plan = MachinePlan::new(&machine);
         let loads = ["--load", "a.bin@0xf0000", "--load", "b.bin@0x100000"];
         assert!(has(&plan.runner, &loads));
         assert!(has(&plan.runner, &["--entry", "protected"]));

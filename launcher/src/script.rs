@@ -1,5 +1,5 @@
-//! A plan as a shell script: the plain commands that would be run, for any POSIX
-//! shell. The processes meet at sockets in a temporary directory.
+//! Prints a plan as a script for any POSIX shell: the commands of all processes, with sockets
+//! in a temporary directory.
 
 use std::ffi::OsStr;
 use std::io::Write;
@@ -8,23 +8,23 @@ use std::os::unix::ffi::OsStrExt;
 use outrigger_cli::CONSOLE_QUIT;
 use outrigger_protocol::exit;
 
-use crate::config::Machine;
-use crate::plan::{Plan, Program};
-use crate::resource::Resource;
-use crate::supervise::READY;
-use crate::supervise::process;
+use crate::config::MachineConfig;
+use crate::plan::{MachinePlan, ProgramPlan};
+use crate::resource::HostResource;
+use crate::supervise::READY_LIMIT;
+use crate::supervise::spawn::find_program;
 
-/// What the shell does before it starts programs. Capitals in @ stand for numbers.
+/// The script up to the first program. Names between @ stand for numbers.
 const HEAD: &str = r#"#!/bin/sh
-# A machine as outrigger would run it: every device a process that listens on a
-# socket, then the runner, which connects to them.
+# Runs a virtual machine as outrigger does: first the device processes, each of which
+# listens on a socket, then the runner, which connects to them.
 set -eu
 
 dir=$(mktemp -d)
 devices= runner= again=
-exec 3<&0 # else a process in the background has no standard input
+exec 3<&0 # keeps standard input for processes in the background
 
-# Ends with the exit code, and with nobody left.
+# Ends all processes, and the script with the exit code.
 end() {
     code=$?
     trap '' HUP INT TERM
@@ -32,7 +32,7 @@ end() {
     for pid in $devices; do
         status=0
         wait "$pid" || status=$?
-        # Whoever leaves the console by Ctrl-A x wishes the machine to end.
+        # The user quit the console (Ctrl-A x) to end the machine.
         if [ "$status" = @CONSOLE_QUIT@ ] && [ "$code" = @DEVICE_LOST@ ]; then code=0; fi
     done
     rm -rf "$dir"
@@ -40,7 +40,7 @@ end() {
 }
 trap end EXIT
 
-# A signal ends the runner, and its end is that of the machine.
+# A signal ends the runner, and with it the machine.
 signal() {
     [ -n "$runner" ] || exit 1
     again=1
@@ -48,25 +48,26 @@ signal() {
 }
 trap signal HUP INT TERM
 
-# Waits until device process $1, whose process id is $2, serves.
+# Waits until the process of device $1, whose process id is $2, is ready.
 started() {
     devices="$devices $2"
-    ready=$(timeout @READY@ head -n 1 "$dir/$1.ready") || {
-        echo "$1 was not ready within @READY@ s" >&2
+    ready=$(timeout @READY_LIMIT@ head -n 1 "$dir/$1.ready") || {
+        echo "$1 was not ready within @READY_LIMIT@ s" >&2
         exit 1
     }
-    # A process that could not start has said why.
+    # A process that could not start has reported the reason.
     [ "$ready" = ready ] || {
         code=0
         wait "$2" || code=$?
-        devices=${devices% "$2"} # its number may be another's now
+        devices=${devices% "$2"} # the kernel may reuse its id
         [ "$code" != 0 ] || code=1
         exit "$code"
     }
 }
 "#;
 
-/// What it does when all are started. A wait that a signal cuts short is done again.
+/// The rest of the script, after the runner's options. A signal interrupts `wait`, so it is
+/// repeated.
 const TAIL: &str = r#" </dev/null 3<&- &
 runner=$!
 
@@ -79,22 +80,22 @@ done
 exit "$code"
 "#;
 
-/// Nobody starts a process again here, so nobody is waited for.
+/// The script starts no process again, so waiting for a successor would be in vain.
 const ON_LOSS: &str = " \\\n    --on-loss stop";
 
 /// Prints `plan` of `machine` as a script to standard output.
 ///
 /// # Errors
-/// When nobody takes it.
-pub fn print(machine: &Machine, plan: &Plan) -> std::io::Result<()> {
+/// Standard output cannot be written.
+pub fn print(machine: &MachineConfig, plan: &MachinePlan) -> std::io::Result<()> {
     let mut output = std::io::stdout().lock();
     output.write_all(&script(machine, plan))?;
     output.flush()
 }
 
-fn script(machine: &Machine, plan: &Plan) -> Vec<u8> {
+fn script(machine: &MachineConfig, plan: &MachinePlan) -> Vec<u8> {
     let mut text = HEAD
-        .replace("@READY@", &READY.as_secs().to_string())
+        .replace("@READY_LIMIT@", &READY_LIMIT.as_secs().to_string())
         .replace("@CONSOLE_QUIT@", &CONSOLE_QUIT.to_string())
         .replace("@DEVICE_LOST@", &exit::DEVICE_LOST.to_string())
         .into_bytes();
@@ -133,24 +134,24 @@ fn script(machine: &Machine, plan: &Plan) -> Vec<u8> {
     text
 }
 
-/// The command of `program`, below a comment that says what it is.
-fn command(text: &mut Vec<u8>, program: &Program) {
+/// Appends the command of `program`, after a comment that describes it.
+fn command(text: &mut Vec<u8>, program: &ProgramPlan) {
     let summary = program.summary.escape_debug();
     text.extend(format!("# {}: {summary}\n", program.id).bytes());
-    quote(text, process::find(program.name).as_os_str());
+    quote(text, find_program(program.name).as_os_str());
     let is_option = |word: &OsStr| word.as_bytes().starts_with(b"--");
     let mut after_option = false;
-    let resources = program.resources.iter().flat_map(Resource::by_path);
+    let resources = program.resources.iter().flat_map(HostResource::by_path);
     for word in program.args.iter().cloned().chain(resources) {
-        // An option and its value share a line.
-        let together = after_option && !is_option(&word);
-        text.extend_from_slice(if together { b" " } else { b" \\\n    " });
+        // An option and its value are on one line.
+        let same_line = after_option && !is_option(&word);
+        text.extend_from_slice(if same_line { b" " } else { b" \\\n    " });
         quote(text, &word);
         after_option = is_option(&word);
     }
 }
 
-/// A word as any shell reads it back, whatever bytes it is made of.
+/// Appends a word, quoted if any byte needs it, so that any shell reads back the same bytes.
 fn quote(text: &mut Vec<u8>, word: &OsStr) {
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"_./:=@%+,-".contains(byte);
     if !word.is_empty() && word.as_bytes().iter().all(plain) {
@@ -173,7 +174,7 @@ mod tests {
 
     use super::*;
 
-    /// Words that a shell could take for something else come back as they were.
+    /// Words with characters that are special in a shell.
     #[test]
     fn a_shell_reads_every_word_back() {
         for word in [
@@ -199,9 +200,9 @@ mod tests {
     }
 
     #[test]
-    fn a_comment_stays_a_comment() {
+    fn a_newline_in_a_file_name_does_not_end_a_comment() {
         let machine = toml::from_str("kernel = 'k'\n[[disk]]\npath = \"a\\ntouch b\"").unwrap();
-        let text = script(&machine, &Plan::new(&machine));
+        let text = script(&machine, &MachinePlan::new(&machine));
         let text = String::from_utf8(text).unwrap();
         assert!(text.contains("# disk0: a\\ntouch b\n"), "{text}");
         assert!(text.contains("--blk-file 'a\ntouch b'"), "{text}");

@@ -1,22 +1,22 @@
-//! The VM file: TOML that follows the schema of [`crate::config`].
+//! The VM file: a [`MachineConfig`] in TOML.
 
 use std::path::Path;
 
 use anyhow::Context;
 
-use crate::config::Machine;
+use crate::config::MachineConfig;
 use crate::nearest;
 use outrigger_cli::Usage;
 
-/// Characters of a line that are quoted.
-const QUOTE: usize = 60;
+/// The largest number of characters that an error quotes of a line.
+const MAX_QUOTE: usize = 60;
 
 /// Reads a VM file.
 ///
 /// # Errors
-/// When it cannot be read; [`Usage`] when it is no text or, with the line, does not
-/// follow the schema.
-pub fn load(path: &Path) -> anyhow::Result<Machine> {
+/// The file cannot be read; or, as [`Usage`], it is not UTF-8 or does not follow the schema.
+/// The message has the number of the line.
+pub fn load(path: &Path) -> anyhow::Result<MachineConfig> {
     let what = || format!("VM file {}", path.display());
     let bytes = std::fs::read(path).with_context(what)?;
     let text = String::from_utf8(bytes).map_err(|error| {
@@ -29,16 +29,16 @@ pub fn load(path: &Path) -> anyhow::Result<Machine> {
     })
 }
 
-/// One line with what is wrong, and where.
+/// Formats one line with the mistake and its position.
 fn explain(text: &str, message: &str, at: Option<usize>) -> String {
     let message = nearest::explain(&message.replace('\n', " "));
-    // What is missing in the file as a whole is at its beginning.
+    // toml reports a missing top-level key at offset 0, which no line helps to find.
     let Some(before) = at.filter(|&at| at > 0).and_then(|at| text.get(..at)) else {
         return message;
     };
     let number = before.matches('\n').count() + 1;
     let line = text.lines().nth(number - 1).unwrap_or_default().trim();
-    let quoted = line.chars().take(QUOTE);
+    let quoted = line.chars().take(MAX_QUOTE);
     let quoted: String = quoted
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect();
@@ -49,18 +49,18 @@ fn explain(text: &str, message: &str, at: Option<usize>) -> String {
 mod tests {
     use super::*;
 
-    fn said(text: &str) -> String {
+    fn error_of(text: &str) -> String {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), text).unwrap();
         let error = load(file.path()).unwrap_err();
         assert!(error.is::<Usage>());
-        let said = error.to_string();
-        assert!(!said.contains('\n'), "{said}");
-        said.replace(file.path().to_str().unwrap(), "FILE")
+        let message = error.to_string();
+        assert!(!message.contains('\n'), "{message}");
+        message.replace(file.path().to_str().unwrap(), "FILE")
     }
 
     #[test]
-    fn mistakes_are_told_with_their_line() {
+    fn a_mistake_is_reported_with_its_line() {
         for (text, expected) in [
             (
                 "kernel = 'k'\ncmdlnie = 'x'",
@@ -79,7 +79,7 @@ mod tests {
                 "line 3: type = 'sdtio': unknown value `sdtio`, the nearest known one is `stdio`",
             ),
         ] {
-            assert_eq!(said(text), format!("VM file FILE: {expected}"));
+            assert_eq!(error_of(text), format!("VM file FILE: {expected}"));
         }
         for (text, parts) in [
             (
@@ -94,9 +94,9 @@ mod tests {
             ),
             ("kernel = 'k'\nmemory = 512M", ["line 2: memory", "512M"]),
         ] {
-            let said = said(text);
+            let message = error_of(text);
             for part in parts {
-                assert!(said.contains(part), "{said}");
+                assert!(message.contains(part), "{message}");
             }
         }
     }

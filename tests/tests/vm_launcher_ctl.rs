@@ -195,12 +195,12 @@ fn a_swap_that_does_not_suit_changes_nothing() {
     expect_refused(
         &launcher,
         &["swap", "disk7", "path=other.img"],
-        &["disk7", "only disk0"],
+        &["disk7", "use one of disk0"],
     );
     expect_refused(
         &launcher,
         &["swap", "platform", "null"],
-        &["platform", "not swapped"],
+        &["platform", "cannot be swapped"],
     );
     assert_eq!(launcher.status().devices[0].swaps, 0);
     launcher.do_ctl(&["stop"]);
@@ -281,7 +281,7 @@ fn a_disk_moves_to_qemu_storage_daemon_and_back() {
     });
     let (code, _, error) = launcher.ctl(&["restart", "disk0"]);
     assert_eq!(code, 1);
-    assert!(error.contains("not the launcher's"), "{error}");
+    assert!(error.contains("the launcher did not start its process"), "{error}");
     std::thread::sleep(Duration::from_millis(300));
     launcher.do_ctl(&["swap", "disk0", "path=disk.img,queues=4"]);
     expect_end(&mut launcher, 0);
@@ -312,7 +312,7 @@ fn a_console_leaves_the_terminal_and_the_terminal_is_as_it_was() {
     wait_until("the guest has it again", || !canonical());
     keyboard.write_all(b"second\r").unwrap();
     launcher.wait_file("stdout", "second");
-    expect_error(&launcher, "stdio", "on stdio already");
+    expect_error(&launcher, "stdio", "uses stdio already");
 
     launcher.do_ctl(&["swap", "console0", "pty,path=link"]);
     wait_until("the terminal is as it was", canonical);

@@ -1,4 +1,4 @@
-//! The program; see the library of the same name.
+//! The program `outrigger`. Its code is in the library, which the manual also uses.
 
 fn main() -> std::process::ExitCode {
     outrigger::main()

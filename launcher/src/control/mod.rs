@@ -1,155 +1,216 @@
-//! The launcher's control socket: what `vcpu-runner --control` answers, it forwards;
-//! what takes processes, it does itself.
+//! The control socket of the launcher. It has the commands of `vcpu-runner --control`, which it
+//! forwards, and those that need processes, which it carries out with the supervisor.
 //!
-//! A thread for each client ([`mod@client`]), so none waits for another; [`lines`] is
-//! how they talk, [`watch`] passes events on, [`mod@replace`] is the order of a swap,
-//! [`device`] asks a device's process.
+//! The server's thread starts a thread for each command, so that clients do not wait for each
+//! other. [`mod@swap`] is the sequence of a swap, [`device`] sends a command to a device
+//! process, [`events`] distributes the runner's events.
 
-mod client;
 mod device;
-pub mod lines;
-mod replace;
-mod watch;
+mod events;
+mod swap;
 
+use std::io::{self, ErrorKind};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use outrigger_cli::socket::{self, BoundSocket};
+use outrigger_control_socket::{ControlClient, ControlServer, MAX_CLIENTS, Responder};
+use outrigger_protocol::ErrorCode;
 use outrigger_protocol::control::{ControlCommand, ControlReply};
+use outrigger_protocol::device::DeviceCommand;
 
-use self::client::Clients;
-use self::lines::Lines;
-use self::watch::Watchers;
-use crate::supervise::{Ask, Event};
+use crate::messages::{CommandError, SupervisorEvent, SupervisorRequest, SwapSource};
 
-/// How long the runner may take for its control socket, and how long for an answer:
-/// a little longer than it gives itself.
-const SERVED: Duration = Duration::from_secs(15);
-const ANSWER: Duration = Duration::from_secs(65);
-/// How long answers may take to go out when the machine is over.
-const FAREWELL: Duration = Duration::from_millis(500);
+/// How long any command may take: a swap can need two attempts and a process that starts slowly.
+pub const REPLY_LIMIT: Duration = Duration::from_secs(150);
+/// How long the runner may take to create its control socket.
+const RUNNER_SOCKET_LIMIT: Duration = Duration::from_secs(15);
+/// How long the runner may take to answer, a little more than it gives itself.
+const RUNNER_REPLY_LIMIT: Duration = Duration::from_secs(65);
+/// How long sending the last replies and events may take at the end of the machine.
+const FINISH_LIMIT: Duration = Duration::from_millis(500);
+/// Commands in progress at a time. Each may have a connection to the runner, which serves as
+/// many clients as this socket and one of them is for the events.
+const MAX_COMMANDS: usize = MAX_CLIENTS - 1;
 
-/// The control socket, if there is to be one, and the runner's events in any case.
-pub struct Server {
-    listener: Option<(UnixListener, BoundSocket)>,
-    bound: Option<BoundSocket>,
-    link: Arc<Link>,
+/// The control socket, if the machine has one, and the thread that receives the runner's events.
+pub struct ControlSocket {
+    socket: Option<(UnixListener, BoundSocket)>,
+    context: Arc<ControlContext>,
+    running: Option<Running>,
 }
 
-/// What the threads of the control socket share.
-struct Link {
-    /// The runner's control socket.
+/// What runs between [`ControlSocket::start`] and [`ControlSocket::finish`].
+struct Running {
+    server: Option<ControlServer>,
+    /// Removes the socket at the end.
+    _socket_file: Option<BoundSocket>,
+    /// Disconnected when the last event has been distributed.
+    events_done: Receiver<()>,
+}
+
+/// What the threads of the commands share.
+struct ControlContext {
+    /// Path of the runner's control socket.
     runner: PathBuf,
-    /// To the one who decides.
-    machine: Mutex<Sender<Event>>,
-    watchers: Watchers,
-    busy: Busy,
+    supervisor: Mutex<Sender<SupervisorEvent>>,
+    /// Number of commands in progress.
+    commands: AtomicUsize,
 }
 
-impl Server {
-    /// Binds `path`; clients are served once [`Server::begin`] is called.
+impl ControlSocket {
+    /// Creates the socket at `path`. Clients are served once [`ControlSocket::start`] is called.
     ///
     /// # Errors
-    /// When the path cannot be bound.
-    pub fn new(
+    /// The socket cannot be created.
+    pub fn bind(
         path: Option<&Path>,
         runner: PathBuf,
-        machine: &Sender<Event>,
+        supervisor: Sender<SupervisorEvent>,
     ) -> anyhow::Result<Self> {
         let bind = |path: &Path| {
             socket::bind(path).with_context(|| format!("--control {}", path.display()))
         };
-        Ok(Server {
-            listener: path.map(bind).transpose()?,
-            bound: None,
-            link: Arc::new(Link {
+        Ok(ControlSocket {
+            socket: path.map(bind).transpose()?,
+            context: Arc::new(ControlContext {
                 runner,
-                machine: Mutex::new(machine.clone()),
-                watchers: Watchers::default(),
-                busy: Busy::default(),
+                supervisor: Mutex::new(supervisor),
+                commands: AtomicUsize::new(0),
             }),
+            running: None,
         })
     }
 
-    /// The runner has been started.
-    pub fn begin(&mut self) {
-        let link = Arc::clone(&self.link);
-        std::thread::spawn(move || watch::relay(&link));
-        if let Some((listener, bound)) = self.listener.take() {
-            self.bound = Some(bound);
-            let link = Arc::clone(&self.link);
-            std::thread::spawn(move || Clients::default().serve(&listener, &link));
-        }
+    /// Serves clients and receives the runner's events. Call this once the runner was started.
+    ///
+    /// # Errors
+    /// No thread or descriptor is left.
+    pub fn start(&mut self) -> anyhow::Result<()> {
+        let (server, socket_file) = match self.socket.take() {
+            Some((listener, socket_file)) => {
+                let context = Arc::clone(&self.context);
+                let handle = move |command, responder| context.handle(command, responder);
+                let server = outrigger_control_socket::start(listener, REPLY_LIMIT, handle);
+                (Some(server.context("control socket")?), Some(socket_file))
+            }
+            None => (None, None),
+        };
+        let (done, events_done) = channel();
+        let (context, events_server) = (Arc::clone(&self.context), server.clone());
+        std::thread::spawn(move || {
+            events::relay(&context, events_server.as_ref());
+            drop::<Sender<()>>(done);
+        });
+        self.running = Some(Running {
+            server,
+            _socket_file: socket_file,
+            events_done,
+        });
+        Ok(())
     }
 
-    /// The machine is over: answers may go out yet.
+    /// The machine has ended: waits until the last replies and events are sent.
     pub fn finish(self) {
-        self.link.busy.wait(FAREWELL);
+        let Some(running) = self.running else { return };
+        let deadline = Instant::now() + FINISH_LIMIT;
+        let _ = running.events_done.recv_timeout(FINISH_LIMIT);
+        if let Some(server) = running.server {
+            server.finish(deadline.saturating_duration_since(Instant::now()));
+        }
     }
 }
 
-impl Link {
-    /// Asks the runner.
+impl ControlContext {
+    /// Carries out a command in a new thread.
+    fn handle(self: &Arc<Self>, command: ControlCommand, responder: Responder) {
+        if matches!(command, ControlCommand::Watch {}) {
+            return responder.reply_and_watch(&ControlReply::ok());
+        }
+        if self.commands.fetch_add(1, Ordering::Relaxed) >= MAX_COMMANDS {
+            self.commands.fetch_sub(1, Ordering::Relaxed);
+            let why = format!("{MAX_COMMANDS} commands are in progress: try again");
+            return responder.reply(&ControlReply::error(ErrorCode::Busy, why));
+        }
+        let context = Arc::clone(self);
+        std::thread::spawn(move || {
+            responder.reply(&context.execute(command));
+            context.commands.fetch_sub(1, Ordering::Relaxed);
+        });
+    }
+
+    fn execute(&self, command: ControlCommand) -> ControlReply {
+        match command {
+            ControlCommand::Swap {
+                id,
+                socket: Some(path),
+                device: None,
+            } => swap::swap(self, &id, SwapSource::Socket(path)),
+            ControlCommand::Swap {
+                id,
+                socket: None,
+                device: Some(text),
+            } => swap::swap(self, &id, SwapSource::Description(text)),
+            ControlCommand::Swap { id, .. } => ControlReply::error(
+                ErrorCode::InvalidCommand,
+                format!("{id}: swap needs socket or device, and not both"),
+            ),
+            ControlCommand::Restart { id } => swap::swap(self, &id, SwapSource::SameProgram),
+            ControlCommand::Resize { id, size } => {
+                device::send(self, &id, &DeviceCommand::Resize { size })
+            }
+            ControlCommand::Flush { id } => device::send(self, &id, &DeviceCommand::Flush {}),
+            ControlCommand::Stats { id } => device::send(self, &id, &DeviceCommand::Stats {}),
+            command => self.forward(&command),
+        }
+    }
+
+    /// Forwards a command to the runner.
     fn forward(&self, command: &ControlCommand) -> ControlReply {
-        let answer = Lines::connect(&self.runner, Some(Instant::now() + SERVED))
-            .and_then(|mut lines| lines.ask(command, ANSWER));
-        answer.unwrap_or_else(|error| {
-            ControlReply::error(
-                outrigger_protocol::ErrorCode::Failed,
-                format!("vcpu-runner: {error}"),
-            )
+        let deadline = Instant::now() + RUNNER_SOCKET_LIMIT;
+        let reply = ControlClient::connect(&self.runner, Some(deadline))
+            .and_then(|mut client| client.request(command, RUNNER_REPLY_LIMIT));
+        reply.unwrap_or_else(|error| {
+            let code = error_code(&error, ErrorCode::Ended);
+            ControlReply::error(code, format!("vcpu-runner: {error}"))
         })
     }
 
-    /// Asks the one who decides.
-    fn ask<T>(&self, ask: impl FnOnce(Sender<T>) -> Ask) -> Result<T, String> {
+    /// Sends a request to the supervisor and waits for the answer.
+    fn request<T>(
+        &self,
+        request: impl FnOnce(Sender<T>) -> SupervisorRequest,
+    ) -> Result<T, CommandError> {
         let (reply, answer) = channel();
-        let over = || "the machine is over".to_owned();
-        let machine = lock(&self.machine).clone();
-        machine.send(Event::Ask(ask(reply))).map_err(|_| over())?;
-        answer.recv_timeout(ANSWER).map_err(|_| over())
+        let ended = || CommandError::new(ErrorCode::Ended, "the machine has ended");
+        let supervisor = lock(&self.supervisor).clone();
+        supervisor
+            .send(SupervisorEvent::Request(request(reply)))
+            .map_err(|_| ended())?;
+        answer.recv_timeout(RUNNER_REPLY_LIMIT).map_err(|_| ended())
     }
 
-    fn tell(&self, event: Event) {
-        // Fails only when the machine is over.
-        let _ = lock(&self.machine).send(event);
+    /// Sends an event to the supervisor.
+    fn notify(&self, event: SupervisorEvent) {
+        // Fails only when the machine has ended.
+        let _ = lock(&self.supervisor).send(event);
+    }
+}
+
+/// The code for an error of a connection, where `closed` is for a peer that has closed it.
+fn error_code(error: &io::Error, closed: ErrorCode) -> ErrorCode {
+    match error.kind() {
+        ErrorKind::TimedOut => ErrorCode::Timeout,
+        ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => closed,
+        _ => ErrorCode::Failed,
     }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Counts what is being done for clients.
-#[derive(Default)]
-struct Busy {
-    count: Mutex<usize>,
-    changed: Condvar,
-}
-
-/// Something is being done until this is dropped.
-struct Doing<'a>(&'a Busy);
-
-impl Busy {
-    fn with(&self) -> Doing<'_> {
-        *lock(&self.count) += 1;
-        Doing(self)
-    }
-
-    fn wait(&self, time: Duration) {
-        let count = lock(&self.count);
-        // Whether it is all done or not, it is time.
-        let _ = self.changed.wait_timeout_while(count, time, |it| *it > 0);
-    }
-}
-
-impl Drop for Doing<'_> {
-    fn drop(&mut self) {
-        *lock(&self.0.count) -= 1;
-        self.0.changed.notify_all();
-    }
 }

@@ -1,5 +1,5 @@
-//! `outrigger ctl`: asks something of a machine that runs, over the control socket of
-//! its launcher or of its runner alone.
+//! `outrigger ctl`: sends a command to a running machine, over the control socket of its
+//! launcher or of its runner.
 
 mod stats;
 mod table;
@@ -12,145 +12,148 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use outrigger_cli::{Usage, size, socket};
+use outrigger_control_socket::ControlClient;
 use outrigger_protocol::control::{ControlCommand, ControlReply};
 use outrigger_protocol::exit;
 
-use crate::control::lines::Lines;
+use crate::control::REPLY_LIMIT;
 
-/// The longest that anything takes: a swap that is tried twice, with a process that takes
-/// its time to start.
-const ANSWER: Duration = Duration::from_secs(150);
+/// How long to wait for a reply: a little longer than the launcher itself.
+const TIMEOUT: Duration = REPLY_LIMIT.saturating_add(Duration::from_secs(5));
 
-/// Ask something of a machine that runs.
+/// Send a command to a running machine.
 ///
-/// Exit codes: 0 it is done, 1 it is not (one line says why), 2 the command line makes
-/// no sense.
+/// Exit codes: 0 the command was carried out, 1 it failed (one line on stderr says why), 2
+/// the command line is not valid.
 #[derive(Args)]
-pub struct Ctl {
+pub struct CtlOptions {
     /// Control socket of the machine (`--control` of outrigger or vcpu-runner)
     #[arg(value_name = "VM", value_parser = socket::path_parser())]
     socket: PathBuf,
 
     #[command(subcommand)]
-    command: Command,
+    command: CtlCommand,
 }
 
 #[derive(Subcommand)]
-enum Command {
-    /// Show the machine and its devices
+enum CtlCommand {
+    /// Show the state of the machine and its devices
     Status {
-        /// As one JSON object
+        /// Print one JSON object
         #[arg(long)]
         json: bool,
-        /// Go on with events as they come
+        /// Then show events as they happen
         #[arg(long)]
         watch: bool,
     },
-    /// Show events as they come, until the machine ends
+    /// Show events as they happen, until the machine ends
     Watch {
-        /// As JSON objects, one a line
+        /// Print each event as a JSON object on a line
         #[arg(long)]
         json: bool,
     },
-    /// Stop vCPUs and devices
+    /// Pause the vCPUs and the devices
     Pause,
-    /// Go on after a pause
+    /// Resume a paused machine
     Resume,
-    /// Reset the machine, as its reset button would
+    /// Reset the machine, as a reset button does
     Reset,
     /// End the machine
     Stop,
-    /// Put another process behind a device, under the running guest
+    /// Swap a device to another process while the guest runs
     ///
-    /// When the new one does not suit, the old one goes on.
+    /// If the new process is not compatible or any step fails, the device keeps its process.
     Swap {
         /// The device
         id: String,
-        /// A description as for `run`, or socket=PATH of a process that listens there
+        /// A description of the device as for `run`, or socket=PATH of a listening process
         #[arg(value_name = "KEY=VALUE,...|socket=PATH")]
         with: String,
     },
-    /// Put a new process of the same kind behind a device: the program on disk now
+    /// Swap a device to a new process with the same options, to use an updated program
     Restart {
         /// The device, or `platform`
         id: String,
     },
-    /// Make a disk larger under the running guest, which is told
+    /// Grow a disk while the guest runs, and tell the guest
     ///
-    /// Without a size: look whether what the disk lies in has grown.
+    /// Without a size, the new size is that of the image file or block device.
     Resize {
         /// The disk
         id: String,
-        /// The new size in bytes, or with K, M, G or T
+        /// The new size in bytes, or with the suffix K, M, G or T
         #[arg(value_name = "SIZE", value_parser = size::parse)]
         size: Option<u64>,
     },
-    /// Put what was written to a disk onto its medium
+    /// Write everything that a disk holds in caches to its medium
     Flush {
         /// The disk
         id: String,
     },
-    /// Show what disks have done since their processes started
+    /// Show statistics of disks since their processes started
     Stats {
         /// The disk [default: all disks]
         id: Option<String>,
-        /// As one JSON object, by disk
+        /// Print one JSON object with the disks as its keys
         #[arg(long)]
         json: bool,
     },
 }
 
-impl Ctl {
-    /// Carries it out; returns the exit code.
+impl CtlOptions {
+    /// Sends the command and prints the result. Returns the exit code.
     ///
     /// # Errors
-    /// When nobody listens, or what is asked is refused.
+    /// The machine cannot be reached, or the command fails.
     pub fn run(self) -> anyhow::Result<u8> {
         let what = || self.socket.display().to_string();
-        let mut lines = Lines::connect(&self.socket, None).with_context(what)?;
-        let mut ask = |command| {
-            let reply: ControlReply = lines.ask(&command, ANSWER).with_context(what)?;
+        let mut client = ControlClient::connect(&self.socket, None).with_context(what)?;
+        let mut request = |command| {
+            let reply: ControlReply = client.request(&command, TIMEOUT).with_context(what)?;
             if !reply.ok {
-                bail!("{}", reply.error.unwrap_or_else(|| "refused".into()));
+                bail!(
+                    "{}",
+                    reply.error.unwrap_or_else(|| "the command failed".into())
+                );
             }
             anyhow::Ok(reply)
         };
         match self.command {
-            Command::Status { json, watch } => {
+            CtlCommand::Status { json, watch } => {
                 if watch {
-                    ask(ControlCommand::Watch {})?;
+                    request(ControlCommand::Watch {})?;
                 }
-                let reply = ask(ControlCommand::Status {})?;
+                let reply = request(ControlCommand::Status {})?;
                 print(&table::status(&reply, json)?)?;
                 if watch {
-                    events(&mut lines, json).with_context(what)?;
+                    print_events(&mut client, json).with_context(what)?;
                 }
             }
-            Command::Watch { json } => {
-                ask(ControlCommand::Watch {})?;
-                events(&mut lines, json).with_context(what)?;
+            CtlCommand::Watch { json } => {
+                request(ControlCommand::Watch {})?;
+                print_events(&mut client, json).with_context(what)?;
             }
-            Command::Pause => drop(ask(ControlCommand::Pause {})?),
-            Command::Resume => drop(ask(ControlCommand::Resume {})?),
-            Command::Reset => drop(ask(ControlCommand::Reset {})?),
-            Command::Stop => drop(ask(ControlCommand::Stop {})?),
-            Command::Swap { id, with } => outage(&ask(swap(id, &with)?)?)?,
-            Command::Restart { id } => outage(&ask(ControlCommand::Restart { id })?)?,
-            Command::Resize { id, size } => {
-                let reply = ask(ControlCommand::Resize { id, size })?;
-                let capacity = reply.capacity.context("an answer without a capacity")?;
+            CtlCommand::Pause => drop(request(ControlCommand::Pause {})?),
+            CtlCommand::Resume => drop(request(ControlCommand::Resume {})?),
+            CtlCommand::Reset => drop(request(ControlCommand::Reset {})?),
+            CtlCommand::Stop => drop(request(ControlCommand::Stop {})?),
+            CtlCommand::Swap { id, with } => print_outage(&request(swap_command(id, &with)?)?)?,
+            CtlCommand::Restart { id } => print_outage(&request(ControlCommand::Restart { id })?)?,
+            CtlCommand::Resize { id, size } => {
+                let reply = request(ControlCommand::Resize { id, size })?;
+                let capacity = reply.capacity.context("the reply has no capacity")?;
                 print(&format!("the guest sees {capacity} bytes\n"))?;
             }
-            Command::Flush { id } => drop(ask(ControlCommand::Flush { id })?),
-            Command::Stats { id, json } => {
+            CtlCommand::Flush { id } => drop(request(ControlCommand::Flush { id })?),
+            CtlCommand::Stats { id, json } => {
                 let disks = match id {
                     Some(id) => vec![id],
-                    None => table::disks(&ask(ControlCommand::Status {})?)?,
+                    None => table::disks(&request(ControlCommand::Status {})?)?,
                 };
                 let (mut all, mut failed) = (BTreeMap::new(), Vec::new());
                 for id in disks {
-                    let reply = ask(ControlCommand::Stats { id: id.clone() });
-                    let stats = |it: ControlReply| it.stats.context("an answer without statistics");
+                    let reply = request(ControlCommand::Stats { id: id.clone() });
+                    let stats = |it: ControlReply| it.stats.context("the reply has no statistics");
                     match reply.and_then(stats) {
                         Ok(stats) => drop(all.insert(id, stats)),
                         Err(error) => failed.push(format!("{error:#}")),
@@ -168,8 +171,9 @@ impl Ctl {
     }
 }
 
-/// What a swap is to be done with. Paths are ours, and the launcher may be elsewhere.
-fn swap(id: String, with: &str) -> Result<ControlCommand, Usage> {
+/// Returns the command for a swap. Makes paths absolute, because the launcher may have another
+/// working directory.
+fn swap_command(id: String, with: &str) -> Result<ControlCommand, Usage> {
     let absolute = |path: &str| {
         let path = std::path::absolute(path);
         path.map_err(|error| Usage(format!("{with}: {error}")))
@@ -195,11 +199,11 @@ fn swap(id: String, with: &str) -> Result<ControlCommand, Usage> {
     Ok(ControlCommand::Swap { id, socket, device })
 }
 
-fn outage(reply: &ControlReply) -> anyhow::Result<()> {
+fn print_outage(reply: &ControlReply) -> anyhow::Result<()> {
     match reply.outage_us {
         Some(us) => {
             let ms = Duration::from_micros(us).as_secs_f64() * 1e3;
-            print(&format!("nobody served it for {ms:.1} ms\n"))
+            print(&format!("I/O was paused for {ms:.1} ms\n"))
         }
         None => Ok(()),
     }
@@ -213,9 +217,9 @@ fn print(text: &str) -> anyhow::Result<()> {
         .context("standard output")
 }
 
-/// Shows events until there are no more.
-fn events(lines: &mut Lines, json: bool) -> anyhow::Result<()> {
-    while let Some(line) = lines.next(None)? {
+/// Prints events until the connection ends.
+fn print_events(client: &mut ControlClient, json: bool) -> anyhow::Result<()> {
+    while let Some(line) = client.next_line(None)? {
         let text = String::from_utf8_lossy(&line).into_owned();
         if json {
             print(&format!("{text}\n"))?;

@@ -1,13 +1,14 @@
-//! Statistics for people: a line for each kind of request that there was.
+//! Formats disk statistics.
 
 use std::collections::BTreeMap;
 
 use outrigger_protocol::device::{DeviceStats, QueueStats};
 
-/// What each disk has done.
+/// Formats the statistics of `disks` as a table with a line for each type of request that
+/// occurred, or as JSON.
 ///
 /// # Errors
-/// None that can be expected of the structure.
+/// The statistics cannot be represented in JSON.
 pub fn show(disks: &BTreeMap<String, DeviceStats>, json: bool) -> anyhow::Result<String> {
     if json {
         return Ok(serde_json::to_string(disks)? + "\n");
@@ -52,8 +53,19 @@ pub fn show(disks: &BTreeMap<String, DeviceStats>, json: bool) -> anyhow::Result
                 }
             }
             let (now, most) = (queue.in_flight.to_string(), queue.in_flight_max.to_string());
-            row([disk, &number, "in work", &now, "", "", "", "", "", ""]);
-            row([disk, &number, "most in work", &most, "", "", "", "", "", ""]);
+            row([disk, &number, "in flight", &now, "", "", "", "", "", ""]);
+            row([
+                disk,
+                &number,
+                "max in flight",
+                &most,
+                "",
+                "",
+                "",
+                "",
+                "",
+                "",
+            ]);
             if let Some(cpu) = queue.cpu_us {
                 let cpu = format!("{:.1}", cpu as f64 / 1e3);
                 row([disk, &number, "CPU ms", &cpu, "", "", "", "", "", ""]);
@@ -70,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_what_happened_has_a_line() {
+    fn only_types_of_requests_that_occurred_have_a_line() {
         let read = OperationStats {
             count: 3,
             bytes: 3 << 20,
@@ -106,8 +118,8 @@ mod tests {
             ["disk0", "0", "all", "3", "1.5", "2.0", "2.0", "2.0"]
         );
         assert_eq!(lines[2], ["disk0", "0", "read", "3", "3.0", "1"]);
-        assert_eq!(lines[3], ["disk0", "0", "in", "work", "2"]);
-        assert_eq!(lines[4][2..], ["most", "in", "work", "7"]);
+        assert_eq!(lines[3], ["disk0", "0", "in", "flight", "2"]);
+        assert_eq!(lines[4][2..], ["max", "in", "flight", "7"]);
         assert_eq!(lines[5][2..], ["CPU", "ms", "2.5"]);
         assert_eq!(lines.len(), 6);
         let json = show(&disks, true).unwrap();

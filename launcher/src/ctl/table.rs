@@ -1,4 +1,4 @@
-//! MachineStatus and events for people.
+//! Formats the status and the events of a machine.
 
 use std::fmt::Write;
 
@@ -6,12 +6,12 @@ use anyhow::Context;
 use outrigger_protocol::control::{ControlReply, DeviceState, MachineStatus};
 use serde_json::Value;
 
-/// The status that `reply` brings.
+/// Formats the status in `reply` as a table or as JSON.
 ///
 /// # Errors
-/// When it brings none.
+/// `reply` has no status.
 pub fn status(reply: &ControlReply, json: bool) -> anyhow::Result<String> {
-    let status = reply.status.as_ref().context("an answer without status")?;
+    let status = reply.status.as_ref().context("the reply has no status")?;
     Ok(if json {
         serde_json::to_string(status)? + "\n"
     } else {
@@ -19,12 +19,12 @@ pub fn status(reply: &ControlReply, json: bool) -> anyhow::Result<String> {
     })
 }
 
-/// The disks that `reply` tells of.
+/// Returns the ids of the disks in the status of `reply`.
 ///
 /// # Errors
-/// When it tells of none.
+/// `reply` has no status, or the machine has no disks.
 pub fn disks(reply: &ControlReply) -> anyhow::Result<Vec<String>> {
-    let status = reply.status.as_ref().context("an answer without status")?;
+    let status = reply.status.as_ref().context("the reply has no status")?;
     let disks = status.devices.iter().filter(|it| it.virtio_id == BLOCK);
     let ids: Vec<String> = disks.map(|it| it.id.clone()).collect();
     anyhow::ensure!(!ids.is_empty(), "the machine has no disks");
@@ -34,7 +34,7 @@ pub fn disks(reply: &ControlReply) -> anyhow::Result<Vec<String>> {
 fn table(status: &MachineStatus) -> String {
     let mut text = format!(
         "{}, {} vCPU{}, {} MiB, {} reset{}\n",
-        word(&status.state),
+        state_name(&status.state),
         status.vcpus,
         plural(status.vcpus as u64),
         status.memory >> 20,
@@ -50,11 +50,11 @@ fn table(status: &MachineStatus) -> String {
         "DEVICE", "TYPE", "STATE", "DRIVER", "QUEUES", "TRACKED", "LOSSES", "SWAPS",
     ]);
     for device in &status.devices {
-        let yes = |it| if it { "yes" } else { "no" };
+        let yes = |flag| if flag { "yes" } else { "no" };
         row([
             &device.id,
-            &kind(device.virtio_id),
-            &word(&device.state),
+            &device_type(device.virtio_id),
+            &state_name(&device.state),
             yes(device.driver_ok),
             &device.active_queues.to_string(),
             yes(device.tracked),
@@ -66,7 +66,7 @@ fn table(status: &MachineStatus) -> String {
         row([
             "platform",
             "",
-            &word::<DeviceState>(&platform),
+            &state_name::<DeviceState>(&platform),
             "",
             "",
             "",
@@ -81,18 +81,19 @@ fn plural(count: u64) -> &'static str {
     if count == 1 { "" } else { "s" }
 }
 
-/// The name that the protocol has for a state.
-fn word<T: serde::Serialize>(state: &T) -> String {
+/// Returns the name of a state in the protocol.
+fn state_name<T: serde::Serialize>(state: &T) -> String {
     match serde_json::to_value(state) {
-        Ok(Value::String(word)) => word,
+        Ok(Value::String(name)) => name,
         _ => "?".into(),
     }
 }
 
+/// The virtio device ID of a block device (virtio 1.2 section 5).
 const BLOCK: u16 = 2;
 
-/// Virtio 1.2 section 5.
-fn kind(virtio_id: u16) -> String {
+/// Returns the name of a device type, or its number.
+fn device_type(virtio_id: u16) -> String {
     match virtio_id {
         1 => "net".into(),
         BLOCK => "block".into(),
@@ -101,28 +102,28 @@ fn kind(virtio_id: u16) -> String {
     }
 }
 
-/// An event, which comes as JSON: its name, the device, and what else there is. Those
-/// of a newer runner are shown as well.
+/// Formats an event in JSON as one line: its name, the device, and all other fields. This
+/// works for events of a newer runner as well.
 pub fn event(json: &str) -> String {
     let Ok(Value::Object(mut fields)) = serde_json::from_str(json) else {
         return format!("{json}\n");
     };
-    let plain = |value: Value| match value {
+    let text_of = |value: Value| match value {
         Value::String(text) => text.escape_debug().to_string(),
         other => other.to_string(),
     };
     let mut text = String::new();
     for first in ["event", "id"] {
         if let Some(value) = fields.remove(first) {
-            let _ = write!(text, "{:<20}", plain(value));
+            let _ = write!(text, "{:<20}", text_of(value));
         }
     }
     let reason = fields.remove("reason");
     for (name, value) in fields {
-        let _ = write!(text, " {name}={}", plain(value));
+        let _ = write!(text, " {name}={}", text_of(value));
     }
     if let Some(reason) = reason {
-        let _ = write!(text, " {}", plain(reason));
+        let _ = write!(text, " {}", text_of(reason));
     }
     text.trim_end().to_owned() + "\n"
 }
@@ -134,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_status_is_a_table() {
+    fn a_status_is_formatted_as_a_table() {
         let mut reply = ControlReply::ok();
         assert!(status(&reply, false).is_err());
         reply.status = Some(MachineStatus {
@@ -174,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_is_a_line() {
+    fn an_event_is_formatted_as_a_line() {
         let line = event(r#"{"event":"device-lost","id":"disk0","tracked":true,"reason":"gone"}"#);
         let words: Vec<&str> = line.split_whitespace().collect();
         assert_eq!(words, ["device-lost", "disk0", "tracked=true", "gone"]);

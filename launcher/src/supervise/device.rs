@@ -1,103 +1,99 @@
-//! A device and the processes that serve it, one after the other.
+//! A device and what its processes are started with.
 
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
-use std::process::ExitStatus;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Instant;
 
-use super::policy::History;
-use super::process::Start;
-use crate::config::Machine;
-use crate::plan::Program;
-use crate::resource::Opened;
-use crate::runtime::{Endpoint, Runtime};
+use super::backoff::RestartHistory;
+use super::spawn::SpawnSpec;
+use super::swap::SwapStage;
+use crate::messages::ProcessNumber;
+use crate::plan::ProgramPlan;
+use crate::resource::OpenResource;
+use crate::runtime::{ListeningSocket, RuntimeDir};
 
-/// Counts processes: unlike a process id, no number comes twice.
-pub type Number = usize;
-
-/// What to start for a device, however often: the program, what it uses, and where it
-/// is connected to.
-pub struct Recipe {
+/// What every process of a device is started with: the program, its open resources and its
+/// sockets.
+pub struct ProcessSpec {
     /// The program.
-    pub program: Program,
-    /// Its resources, open.
-    files: Vec<Arc<Opened>>,
-    /// Its socket.
-    pub endpoint: Endpoint,
-    /// Its control socket.
-    pub control: Option<Endpoint>,
+    pub program: ProgramPlan,
+    resources: Vec<Arc<OpenResource>>,
+    /// The vhost-user socket; for the platform, the socket of the trap channel.
+    pub socket: ListeningSocket,
+    /// The control socket of the device process, if its program has one.
+    pub control: Option<ListeningSocket>,
 }
 
-impl Recipe {
-    /// Opens what `program` needs, as far as `others` do not have it open.
+impl ProcessSpec {
+    /// Opens what `program` needs, except for what is open among `others` already.
     ///
     /// # Errors
-    /// Names the device and what cannot be opened.
+    /// A resource or socket cannot be opened. The message names it and the device.
     pub fn new(
-        mut program: Program,
-        others: &[Arc<Opened>],
-        runtime: &mut Runtime,
+        mut program: ProgramPlan,
+        others: &[Arc<OpenResource>],
+        runtime: &mut RuntimeDir,
     ) -> anyhow::Result<Self> {
-        let mut files = Vec::new();
+        let mut resources = Vec::new();
         for resource in &program.resources {
-            let opened = resource.open(&program.id, others)?;
-            if let Some(note) = &opened.note {
+            let open = resource.open(&program.id, others)?;
+            if let Some(note) = &open.note {
                 program.summary.clone_from(note);
             }
-            files.push(opened);
+            resources.push(open);
         }
-        let endpoint = runtime.endpoint(&program.id)?;
-        let control = control(&program, runtime)?;
-        Ok(Recipe {
+        let socket = runtime.listen(&program.id)?;
+        let control = control_socket(&program, runtime)?;
+        Ok(ProcessSpec {
             program,
-            files,
-            endpoint,
+            resources,
+            socket,
             control,
         })
     }
 
-    /// The same with other sockets and all that was opened.
+    /// Returns the same program and resources with new sockets, for a process that runs beside
+    /// the present one.
     ///
     /// # Errors
-    /// When there is no room for a socket.
-    pub fn again(&self, runtime: &mut Runtime) -> anyhow::Result<Self> {
-        Ok(Recipe {
+    /// A socket cannot be created.
+    pub fn with_new_sockets(&self, runtime: &mut RuntimeDir) -> anyhow::Result<Self> {
+        Ok(ProcessSpec {
             program: self.program.clone(),
-            files: self.files.clone(),
-            endpoint: runtime.endpoint(&self.program.id)?,
-            control: control(&self.program, runtime)?,
+            resources: self.resources.clone(),
+            socket: runtime.listen(&self.program.id)?,
+            control: control_socket(&self.program, runtime)?,
         })
     }
 
-    /// Closes what it has open, as far as nobody else has.
-    pub fn close(&mut self) {
-        self.files.clear();
+    /// Closes the resources.
+    pub fn close_resources(&mut self) {
+        self.resources.clear();
     }
 
-    /// What it has open.
-    pub fn files(&self) -> &[Arc<Opened>] {
-        &self.files
+    /// Returns the open resources.
+    pub fn resources(&self) -> &[Arc<OpenResource>] {
+        &self.resources
     }
 
-    /// What to start.
-    pub fn start(&self) -> Start {
+    /// Returns the command of a process.
+    pub fn spawn_spec(&self) -> SpawnSpec {
         let program = &self.program;
-        let listener = self.endpoint.listener.as_raw_fd();
+        let socket = self.socket.listener.as_raw_fd();
         let mut args = program.args.clone();
-        args.extend(["--fd".into(), listener.to_string().into()]);
-        args.extend(self.files.iter().flat_map(|file| file.by_fd()));
-        let mut fds = vec![listener];
+        args.extend(["--fd".into(), socket.to_string().into()]);
+        args.extend(self.resources.iter().flat_map(|open| open.by_fd()));
+        let mut fds = vec![socket];
         if let Some(control) = &self.control {
-            let listener = control.listener.as_raw_fd();
-            args.extend(["--control-fd".into(), listener.to_string().into()]);
-            fds.push(listener);
+            let control = control.listener.as_raw_fd();
+            args.extend(["--control-fd".into(), control.to_string().into()]);
+            fds.push(control);
         }
-        fds.extend(self.files.iter().map(|file| file.fd().as_raw_fd()));
-        Start {
+        fds.extend(self.resources.iter().map(|open| open.fd().as_raw_fd()));
+        SpawnSpec {
             id: program.id.clone(),
-            name: program.name,
+            program: program.name,
             args,
             fds,
             stdin: program.needs_stdin,
@@ -106,82 +102,52 @@ impl Recipe {
     }
 }
 
-fn control(program: &Program, runtime: &mut Runtime) -> anyhow::Result<Option<Endpoint>> {
+fn control_socket(
+    program: &ProgramPlan,
+    runtime: &mut RuntimeDir,
+) -> anyhow::Result<Option<ListeningSocket>> {
     let name = format!("{}.control", program.id);
-    let control = program.has_control.then(|| runtime.endpoint(&name));
-    control.transpose()
+    let socket = program.has_control.then(|| runtime.listen(&name));
+    socket.transpose()
 }
 
-/// A device of the machine.
-pub struct Device {
-    /// What its processes are made of.
-    pub recipe: Recipe,
-    /// Whether it is a vhost-user device, which can be swapped.
-    pub virtio: bool,
-    /// The process that serves it.
-    pub current: Option<Number>,
-    /// How often it was started.
-    pub history: History,
-    /// When to start it again.
-    pub due: Option<Instant>,
-    /// Somebody else's process serves it.
-    pub foreign: bool,
-    /// Another process is to take its place.
-    pub replacement: Option<Replacement>,
-    /// Who waits for its process to end.
-    pub waiting: Vec<Sender<()>>,
+/// A device of the machine. It is served by one process at a time.
+pub struct SupervisedDevice {
+    /// What its processes are started with.
+    pub spec: ProcessSpec,
+    /// Whether it is a vhost-user device. Only those can be swapped.
+    pub is_vhost_user: bool,
+    /// The process that serves it, if one runs.
+    pub current: Option<ProcessNumber>,
+    /// The recent restarts.
+    pub history: RestartHistory,
+    /// When the next process is started, after a delay.
+    pub restart_at: Option<Instant>,
+    /// Whether the process that serves it was not started by the launcher.
+    pub external: bool,
+    /// The swap or restart in progress.
+    pub swap: Option<SwapStage>,
+    /// Requests that wait for the current process to end.
+    pub exit_waiters: Vec<Sender<()>>,
 }
 
-impl Device {
-    /// A device that nobody serves yet.
-    pub fn new(recipe: Recipe, virtio: bool) -> Self {
-        Device {
-            recipe,
-            virtio,
+impl SupervisedDevice {
+    /// A device without a process.
+    pub fn new(spec: ProcessSpec, is_vhost_user: bool) -> Self {
+        SupervisedDevice {
+            spec,
+            is_vhost_user,
             current: None,
-            history: History::default(),
-            due: None,
-            foreign: false,
-            replacement: None,
-            waiting: Vec::new(),
+            history: RestartHistory::default(),
+            restart_at: None,
+            external: false,
+            swap: None,
+            exit_waiters: Vec::new(),
         }
     }
 
-    /// The name.
+    /// Returns the id.
     pub fn id(&self) -> &str {
-        &self.recipe.program.id
-    }
-}
-
-/// A process that is to take another's place.
-#[derive(Default)]
-pub struct Replacement {
-    /// What it is made of; `None` for somebody else's process.
-    pub recipe: Option<Recipe>,
-    /// The machine with it.
-    pub machine: Option<Machine>,
-    /// The process.
-    pub process: Option<Number>,
-    /// The first thing that it has complained of; empty if there will be none.
-    pub complaint: Option<String>,
-    /// How it ended.
-    pub ended: Option<ExitStatus>,
-    /// It comes when the present one has ended, at the same socket.
-    pub afterwards: bool,
-    /// Who waits for it to be ready.
-    pub ready: Option<Sender<Begun>>,
-}
-
-/// Where a process that is ready can be connected to, if not where its predecessor
-/// could, so that the runner finds it by itself; or why there is none.
-pub type Begun = Result<Option<PathBuf>, String>;
-
-impl Replacement {
-    /// Tells who waits.
-    pub fn tell(&mut self, begun: Begun) {
-        if let Some(ready) = self.ready.take() {
-            // Whoever has waited may have given up.
-            let _ = ready.send(begun);
-        }
+        &self.spec.program.id
     }
 }
