@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use device_core::fault;
+use device_vhost_user::fault;
 use outrigger_tests::binaries::{binary, helper};
 use outrigger_tests::disk::{Request, SECTOR, pattern_of};
 use outrigger_tests::guest::{EVENT_IDX, Guest, PROTOCOL_FEATURES, VERSION_1, known};

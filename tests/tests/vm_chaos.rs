@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use device_core::fault;
+use device_vhost_user::fault;
 use outrigger_protocol::control::MachineEvent;
 use outrigger_tests::chaos::guest::{Chaos, Prepared};
 use outrigger_tests::chaos::victim::Victim;

@@ -281,7 +281,10 @@ fn a_disk_moves_to_qemu_storage_daemon_and_back() {
     });
     let (code, _, error) = launcher.ctl(&["restart", "disk0"]);
     assert_eq!(code, 1);
-    assert!(error.contains("the launcher did not start its process"), "{error}");
+    assert!(
+        error.contains("the launcher did not start its process"),
+        "{error}"
+    );
     std::thread::sleep(Duration::from_millis(300));
     launcher.do_ctl(&["swap", "disk0", "path=disk.img,queues=4"]);
     expect_end(&mut launcher, 0);

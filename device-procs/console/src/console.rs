@@ -3,7 +3,8 @@
 
 use std::io;
 
-use device_core::{ConfigSpace, Device, DeviceContext, Poller};
+use device_core::Poller;
+use device_vhost_user::{ConfigSpace, Device, DeviceContext};
 
 use crate::backend::{ConsoleBackend, TerminalSize, Written};
 use crate::backlog::Backlog;
@@ -95,7 +96,7 @@ impl VirtioConsole {
             while !rest.is_empty() {
                 if left_in_batch == 0 {
                     ring.undo_pop(&chain);
-                    ring.serve_again();
+                    ring.process_again();
                     return;
                 }
                 let mut buf = [0; CHUNK];

@@ -21,8 +21,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{ArgGroup, Parser};
+use device_core::CommonOptions;
 use device_core::signals::{self, Restore};
-use device_core::{ConfigSpace, DeviceProgram, DeviceProperties, QUEUE_SIZE, cli::CommonOptions};
+use device_vhost_user::{ConfigSpace, DeviceProgram, DeviceProperties, QUEUE_SIZE};
 use outrigger_cli::socket::{self, BoundSocket};
 use outrigger_sandbox::{Check, Rule};
 
@@ -98,7 +99,7 @@ const TERMINAL: &[Rule] = &[Rule::when(
 pub fn main() -> ExitCode {
     let options: ConsoleOptions = outrigger_cli::parse();
     let capabilities = serde_json::json!({ "type": "console", "features": [] });
-    device_core::run("device-console", &options.common, &capabilities, || {
+    device_vhost_user::run("device-console", &options.common, &capabilities, || {
         build(&options)
     })
 }
@@ -175,7 +176,7 @@ fn open_backend(options: &ConsoleOptions) -> anyhow::Result<OpenBackend> {
 fn restore_on_panic() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        signals::finish();
+        signals::restore();
         print(panic);
     }));
 }
@@ -193,21 +194,20 @@ fn build(options: &ConsoleOptions) -> anyhow::Result<DeviceProgram> {
     } = open_backend(options)?;
     let size = backend.size();
     let config = ConfigSpace::new(console::config_space(size.unwrap_or_default()));
+    let properties = DeviceProperties {
+        name: "device-console",
+        features: if size.is_some() { F_SIZE } else { 0 },
+        queues: vec![0, 0],
+        queue_size: QUEUE_SIZE,
+        config: config.clone(),
+        inflight: false,
+        poll_time: std::time::Duration::ZERO,
+    };
+    let device = VirtioConsole::new(backend, config, backlog);
     Ok(DeviceProgram {
-        properties: DeviceProperties {
-            name: "device-console",
-            features: if size.is_some() { F_SIZE } else { 0 },
-            queues: vec![0, 0],
-            queue_size: QUEUE_SIZE,
-            config: config.clone(),
-            inflight: false,
-            poll: std::time::Duration::ZERO,
-        },
-        workers: vec![Box::new(VirtioConsole::new(backend, config, backlog))],
-        syscalls,
-        keep_network: false,
+        syscalls: vec![syscalls],
         restore,
-        unserved,
-        control: None,
+        bound: unserved.into_iter().collect(),
+        ..DeviceProgram::new(properties, vec![Box::new(device)])
     })
 }

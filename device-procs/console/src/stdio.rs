@@ -151,7 +151,7 @@ impl Terminal {
 
     fn handle_input(&mut self, typed: &[u8]) {
         if self.escape.filter(typed, &mut self.typed) {
-            signals::finish();
+            signals::restore();
             std::process::exit(outrigger_cli::CONSOLE_QUIT.into());
         }
         let excess = self.typed.len().saturating_sub(MAX_TYPED);

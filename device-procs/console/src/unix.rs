@@ -52,7 +52,7 @@ impl Unix {
     /// # Errors
     /// It is not a listening socket.
     pub fn adopt(fd: RawFd) -> io::Result<Self> {
-        match device_core::listen::inherit(fd)? {
+        match device_core::listener::inherit_socket(fd)? {
             (listener, true) => Self::new(listener),
             (_, false) => Err(io::Error::other("a socket that does not listen")),
         }

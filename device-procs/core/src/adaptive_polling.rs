@@ -1,136 +1,139 @@
-//! When to go on looking for requests and when to sleep.
+//! Adaptive polling: when a thread polls for the next request, and when it sleeps.
 //!
-//! Being woken costs more than a request, so after a request a thread looks for
-//! the next one for a moment. That pays only while the vCPU runs on another
-//! processor. On the same one it can't go on before we sleep, and waking each
-//! other is then by far the quicker way. So looking must earn its keep: while it
-//! does not, the thread sleeps at once, and tries again now and then, as long as it is
-//! woken so soon that it could have paid.
+//! A wakeup costs more than a request, so after a request a thread polls for the next one
+//! for a short time. That helps only if the vCPU runs on another processor: on the same
+//! processor the guest cannot continue until this thread sleeps, and then a wakeup is the
+//! faster way. So polling must pay for itself. It earns credit for each request that it
+//! finds and loses credit for each poll that ends in vain. Without credit the thread sleeps
+//! at once; after a number of sleeps that were so short that polling would have avoided
+//! them, it polls once more.
 
 use std::time::{Duration, Instant};
 
-/// What looking for nothing costs, in requests found.
-const MISS: u32 = 4;
-/// How much of what was found can be saved up.
-const CREDIT: u32 = 2 * MISS;
-/// Time to wake up: a sleep that is longer than a look by no more than this would have
-/// been saved by looking.
-const WAKE: Duration = Duration::from_micros(70);
-/// After so many of these it tries to look again; after twice as many each time that this
-/// fails, for a try is dear when it is in vain.
-const NAPS: u32 = 32;
-const MOST_NAPS: u32 = 32 * NAPS;
-/// However busy, everything else is seen to this often.
-const LOOK_AROUND: Duration = Duration::from_millis(1);
-/// Requests, or looks for one, between two looks at the clock.
-const STRIDE: u32 = 16;
+/// Credit that a poll costs which finds nothing; a request that polling finds earns 1.
+const COST_OF_FAILURE: u32 = 4;
+/// The most credit.
+const MAX_CREDIT: u32 = 2 * COST_OF_FAILURE;
+/// Time that a wakeup takes. A sleep that is no longer than a poll and a wakeup together
+/// is short: polling would have avoided it.
+const WAKEUP_TIME: Duration = Duration::from_micros(70);
+/// Number of short sleeps after which a thread without credit polls again. The number
+/// doubles each time that this fails, for a failed poll is expensive.
+const MIN_SHORT_SLEEPS: u32 = 32;
+const MAX_SHORT_SLEEPS: u32 = 32 * MIN_SHORT_SLEEPS;
+/// However busy a thread is, it checks its other event sources this often.
+const EVENT_CHECK_INTERVAL: Duration = Duration::from_millis(1);
+/// Number of requests or polls between two readings of the clock.
+const CLOCK_STRIDE: u32 = 16;
 
-/// What to do when there is no request.
+/// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PollAction {
-    /// Look for a request again.
+    /// Poll for a request again.
     Poll,
-    /// See to everything else, and come back.
+    /// Check all other event sources without waiting, then poll again.
     CheckEvents,
-    /// Sleep until something happens.
+    /// Sleep until an event.
     Sleep,
 }
 
-/// The measure.
+/// The state of one thread's polling.
 pub struct AdaptivePolling {
-    /// For how long it looks after the last request.
-    look: Duration,
-    /// It looks while this is not zero.
+    /// How long to poll after the last request; zero if polling is off.
+    poll_time: Duration,
+    /// The thread polls while this is not zero.
     credit: u32,
-    naps: u32,
-    /// So many of them until the next try.
-    patience: u32,
+    /// Short sleeps since polling stopped or was last tried.
+    short_sleeps: u32,
+    /// Number of short sleeps after which polling is tried again.
+    retry_after: u32,
+    /// Requests and polls, for [`CLOCK_STRIDE`].
     count: u32,
-    /// Since when there has been no request.
-    quiet: Option<Instant>,
-    looked_around: Instant,
+    /// When the current poll began; `None` after a request.
+    poll_start: Option<Instant>,
+    last_event_check: Instant,
 }
 
 impl AdaptivePolling {
-    /// Starts by looking, for `look` at a time; zero: it never looks.
-    pub fn new(look: Duration) -> Self {
+    /// Starts by polling, for `poll_time` after each request. Zero turns polling off.
+    pub fn new(poll_time: Duration) -> Self {
         AdaptivePolling {
-            look,
-            credit: if look.is_zero() { 0 } else { CREDIT },
-            naps: 0,
-            patience: NAPS,
+            poll_time,
+            credit: if poll_time.is_zero() { 0 } else { MAX_CREDIT },
+            short_sleeps: 0,
+            retry_after: MIN_SHORT_SLEEPS,
             count: 0,
-            quiet: None,
-            looked_around: Instant::now(),
+            poll_start: None,
+            last_event_check: Instant::now(),
         }
     }
 
-    /// A request was carried out; true when it is time to look around.
+    /// Records that a request was processed; true when the other event sources are due.
     pub fn found_work(&mut self) -> bool {
-        if let Some(since) = self.quiet.take() {
-            self.looked(since.elapsed() <= self.look);
+        if let Some(start) = self.poll_start.take() {
+            self.record_poll(start.elapsed() <= self.poll_time);
         }
         self.count = self.count.wrapping_add(1);
-        self.count.is_multiple_of(STRIDE) && self.is_time(Instant::now())
+        self.count.is_multiple_of(CLOCK_STRIDE) && self.event_check_due(Instant::now())
     }
 
-    /// Whether it looks before it sleeps, at present.
+    /// Whether the thread currently polls before it sleeps.
     pub fn is_polling(&self) -> bool {
         self.credit > 0
     }
 
-    /// There is no request.
+    /// Records that there is no request, and decides what to do.
     pub fn found_nothing(&mut self) -> PollAction {
         if self.credit == 0 {
             return PollAction::Sleep;
         }
-        let Some(since) = self.quiet else {
-            self.quiet = Some(Instant::now());
+        let Some(start) = self.poll_start else {
+            self.poll_start = Some(Instant::now());
             return PollAction::Poll;
         };
         self.count = self.count.wrapping_add(1);
-        if !self.count.is_multiple_of(STRIDE) {
+        if !self.count.is_multiple_of(CLOCK_STRIDE) {
             return PollAction::Poll;
         }
         let now = Instant::now();
-        if now - since > self.look {
-            self.quiet = None;
-            self.looked(false);
+        if now - start > self.poll_time {
+            self.poll_start = None;
+            self.record_poll(false);
             PollAction::Sleep
-        } else if self.is_time(now) {
+        } else if self.event_check_due(now) {
             PollAction::CheckEvents
         } else {
             PollAction::Poll
         }
     }
 
-    /// It has slept for this time.
+    /// Records how long the thread slept.
     pub fn slept(&mut self, time: Duration) {
-        if self.credit > 0 || self.look.is_zero() || time > self.look + WAKE {
+        if self.credit > 0 || self.poll_time.is_zero() || time > self.poll_time + WAKEUP_TIME {
             return;
         }
-        self.naps += 1;
-        if self.naps == self.patience {
-            self.naps = 0;
-            self.patience = (2 * self.patience).min(MOST_NAPS);
+        self.short_sleeps += 1;
+        if self.short_sleeps == self.retry_after {
+            self.short_sleeps = 0;
+            self.retry_after = (2 * self.retry_after).min(MAX_SHORT_SLEEPS);
             self.credit = 1;
         }
     }
 
-    fn looked(&mut self, found: bool) {
+    fn record_poll(&mut self, found: bool) {
         if !found {
-            self.credit = self.credit.saturating_sub(MISS);
-        } else if self.credit < CREDIT {
+            self.credit = self.credit.saturating_sub(COST_OF_FAILURE);
+        } else if self.credit < MAX_CREDIT {
             self.credit += 1;
         } else {
-            self.patience = NAPS;
+            self.retry_after = MIN_SHORT_SLEEPS;
         }
     }
 
-    fn is_time(&mut self, now: Instant) -> bool {
-        let due = now - self.looked_around >= LOOK_AROUND;
+    fn event_check_due(&mut self, now: Instant) -> bool {
+        let due = now - self.last_event_check >= EVENT_CHECK_INTERVAL;
         if due {
-            self.looked_around = now;
+            self.last_event_check = now;
         }
         due
     }
@@ -140,7 +143,7 @@ impl AdaptivePolling {
 mod tests {
     use super::*;
 
-    const LOOK: Duration = Duration::from_micros(50);
+    const POLL_TIME: Duration = Duration::from_micros(50);
 
     fn poll_in_vain(polling: &mut AdaptivePolling) {
         let start = Instant::now();
@@ -150,46 +153,46 @@ mod tests {
     }
 
     #[test]
-    fn looking_for_nothing_ends_and_is_tried_again_after_naps() {
-        let mut polling = AdaptivePolling::new(LOOK);
-        for _ in 0..CREDIT / MISS {
+    fn polling_stops_when_it_finds_nothing_and_is_tried_again_after_short_sleeps() {
+        let mut polling = AdaptivePolling::new(POLL_TIME);
+        for _ in 0..MAX_CREDIT / COST_OF_FAILURE {
             assert_eq!(polling.found_nothing(), PollAction::Poll);
             poll_in_vain(&mut polling);
         }
         assert_eq!(polling.found_nothing(), PollAction::Sleep);
-        for _ in 0..2 * NAPS {
+        for _ in 0..2 * MIN_SHORT_SLEEPS {
             polling.slept(Duration::from_secs(1));
         }
         assert_eq!(polling.found_nothing(), PollAction::Sleep);
-        let nap = |polling: &mut AdaptivePolling, count| {
+        let sleep_briefly = |polling: &mut AdaptivePolling, count| {
             for _ in 0..count {
                 assert_eq!(polling.found_nothing(), PollAction::Sleep);
                 polling.slept(Duration::from_micros(20));
             }
         };
-        nap(&mut polling, NAPS);
+        sleep_briefly(&mut polling, MIN_SHORT_SLEEPS);
         assert_eq!(polling.found_nothing(), PollAction::Poll);
-        // One miss is enough then, and the next try is later ...
+        // Then one failure is enough, and the next try comes later ...
         poll_in_vain(&mut polling);
-        nap(&mut polling, 2 * NAPS);
+        sleep_briefly(&mut polling, 2 * MIN_SHORT_SLEEPS);
         assert_eq!(polling.found_nothing(), PollAction::Poll);
         poll_in_vain(&mut polling);
-        // ... unless much was found before.
-        for _ in 0..=CREDIT {
-            polling.looked(true);
+        // ... unless polling was successful before.
+        for _ in 0..=MAX_CREDIT {
+            polling.record_poll(true);
         }
-        for _ in 0..CREDIT / MISS {
+        for _ in 0..MAX_CREDIT / COST_OF_FAILURE {
             assert_eq!(polling.found_nothing(), PollAction::Poll);
             poll_in_vain(&mut polling);
         }
-        nap(&mut polling, NAPS);
+        sleep_briefly(&mut polling, MIN_SHORT_SLEEPS);
         assert_eq!(polling.found_nothing(), PollAction::Poll);
     }
 
     #[test]
-    fn without_a_time_it_never_looks() {
+    fn a_poll_time_of_zero_turns_polling_off() {
         let mut polling = AdaptivePolling::new(Duration::ZERO);
-        for _ in 0..2 * NAPS {
+        for _ in 0..2 * MIN_SHORT_SLEEPS {
             polling.found_work();
             assert_eq!(polling.found_nothing(), PollAction::Sleep);
             polling.slept(Duration::ZERO);
@@ -197,8 +200,8 @@ mod tests {
     }
 
     #[test]
-    fn it_looks_around_however_busy() {
-        let mut polling = AdaptivePolling::new(LOOK);
+    fn other_event_sources_are_checked_however_busy_the_thread_is() {
+        let mut polling = AdaptivePolling::new(POLL_TIME);
         let start = Instant::now();
         while !polling.found_work() {
             assert!(start.elapsed() < Duration::from_secs(10));

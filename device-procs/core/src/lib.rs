@@ -1,42 +1,28 @@
-//! What every vhost-user device process of outrigger shares: the protocol, the
-//! rings, the serve loop and the command line. A device brings a [`Device`] per
-//! worker thread and a [`DeviceProperties`]; everything else is here.
+//! What every device process of outrigger does, whatever protocol it speaks: command-line
+//! options, the listening socket, readiness, confinement, signals, and polling.
 //!
-//! Who owns what: the control thread ([`serve`]) talks to the front end and owns
-//! nothing that moves data. Each worker thread owns its rings and its [`Device`]
-//! under one lock, taken once per batch; taking that lock is how the control
-//! thread makes a stop a barrier.
+//! `device-vhost-user` builds the vhost-user devices on this; `device-platform`, which
+//! speaks the trap channel, uses it directly. A device process goes through these steps:
+//!
+//! 1. [`process::run`] parses the log options and prints the capabilities, or starts the log;
+//! 2. [`Listener::new`] and [`ReadyNotifier::new`] open the sockets of the options, and the
+//!    device opens its own files;
+//! 3. [`process::confine`] isolates the process, while it has one thread;
+//! 4. the threads start (with [`process::spawn_thread`]), with the signals of
+//!    [`signals::block`] blocked;
+//! 5. `outrigger_sandbox::seal` limits the system calls;
+//! 6. [`ReadyNotifier::notify`] tells the launcher that the process serves.
 
 pub mod adaptive_polling;
-mod buffers;
-pub mod chain;
-pub mod cli;
-pub mod config;
-pub mod control;
-pub mod device;
-pub mod enable;
-pub mod error;
-pub mod fault;
-pub mod inflight;
-pub mod listen;
-pub mod memory;
+pub mod listener;
+pub mod options;
 pub mod poller;
-pub mod ring;
-pub mod serve;
-pub mod session;
+pub mod process;
+pub mod readiness;
 pub mod signals;
-mod split;
-#[cfg(test)]
-mod testing;
-pub mod worker;
 
-pub use chain::DescriptorChain;
-pub use config::ConfigSpace;
-pub use control::Control;
-pub use device::{Device, DeviceContext, DeviceProperties, QUEUE_SIZE};
-pub use error::Error;
-pub use memory::GuestMemory;
+pub use listener::Listener;
+pub use options::CommonOptions;
 pub use outrigger_cli::fd;
 pub use poller::Poller;
-pub use ring::Ring;
-pub use serve::{DeviceProgram, run, run_with};
+pub use readiness::ReadyNotifier;

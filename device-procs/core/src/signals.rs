@@ -1,20 +1,19 @@
-//! SIGTERM and its relatives end a device program at once, but between two
-//! batches: no request is left half done.
+//! SIGTERM, SIGHUP and SIGINT end a device process at once, but between two batches: no
+//! request is left half done.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
-use anyhow::Context as _;
 use outrigger_cli::signals;
 
-use crate::worker::Worker;
+use crate::process::spawn_thread;
 
-/// How to put right what the program changed outside itself.
+/// Restores what the program changed outside itself, such as a terminal's mode.
 pub type Restore = Box<dyn FnOnce() + Send>;
 
 static RESTORE: Mutex<Option<Restore>> = Mutex::new(None);
 
-/// Runs what [`exit_on_signal`] was given, once.
-pub fn finish() {
+/// Runs the [`Restore`] of [`exit_on_signal`], the first time that it is called.
+pub fn restore() {
     let restore = RESTORE
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
@@ -24,45 +23,34 @@ pub fn finish() {
     }
 }
 
-/// Blocks the signals that end the program, in this thread and those that it
-/// makes from now on. To be called before the first: a thread that does not
-/// block a signal is ended by it, and the process with it.
+/// Restores what the program changed, and ends the process with exit code 0.
+pub fn exit() -> ! {
+    restore();
+    std::process::exit(0)
+}
+
+/// Blocks the signals that end the program, in this thread and those that it starts from
+/// now on. To be called before the first of them: a thread that does not block a signal
+/// is ended by it, and the process with it.
 pub fn block() -> libc::sigset_t {
     let set = signals::termination_set();
     signals::block(&set);
     set
 }
 
-/// Starts a thread that waits for the signals that [`block`] returned.
+/// Starts a thread that waits for one of `set`, the signals that [`block`] returned, and
+/// then calls `stop`. `stop` brings the device to rest and calls [`exit`].
 ///
 /// # Errors
-/// When the thread cannot be started.
+/// The thread cannot be started.
 pub fn exit_on_signal(
     set: libc::sigset_t,
-    workers: Arc<[Worker]>,
     restore: Option<Restore>,
+    stop: impl FnOnce() + Send + 'static,
 ) -> anyhow::Result<()> {
     *RESTORE.lock().unwrap_or_else(PoisonError::into_inner) = restore;
-    std::thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || {
-            signals::wait(&set);
-            leave(&workers)
-        })
-        .context("starting the signal thread")?;
-    Ok(())
-}
-
-fn leave(workers: &[Worker]) -> ! {
-    // Nested, so that all workers stand still when the process ends.
-    match workers.split_first() {
-        Some((first, rest)) => first.control(|state, poller| {
-            state.quiesce(poller);
-            leave(rest)
-        }),
-        None => {
-            finish();
-            std::process::exit(0)
-        }
-    }
+    spawn_thread("signals", move || {
+        signals::wait(&set);
+        stop();
+    })
 }

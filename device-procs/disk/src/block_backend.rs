@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use clap::ValueEnum;
-use device_core::ConfigSpace;
+use device_vhost_user::ConfigSpace;
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
 use crate::config;

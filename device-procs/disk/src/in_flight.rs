@@ -5,6 +5,8 @@ use std::time::Instant;
 
 use crate::request::BlockRequest;
 use crate::stats::RequestKind;
+use device_vhost_user::Ring;
+
 use crate::virtio_blk::status;
 
 /// A request under way.
@@ -56,15 +58,14 @@ impl InFlightRequest {
         status(&self.result)
     }
 
-    /// What to tell the user of it, if anything.
-    pub fn complaint(&self) -> Option<String> {
-        let error = self.result.as_ref().err()?;
-        // Whoever asks for that learns it by the status.
-        if error.kind() == io::ErrorKind::Unsupported {
-            return None;
+    /// Logs why the request failed, if it did.
+    pub fn log_error(&self, ring: &mut Ring) {
+        let Err(error) = &self.result else { return };
+        // An unsupported request is no error: its status tells the driver.
+        if error.kind() != io::ErrorKind::Unsupported && ring.may_log_error() {
+            let (queue, request, operation) = (self.queue, self.head, self.kind.name());
+            tracing::warn!(queue, request, operation, %error, "request failed");
         }
-        let (queue, head, kind) = (self.queue, self.head, self.kind.name());
-        Some(format!("queue {queue}: request {head} ({kind}): {error}"))
     }
 
     /// Writes the status byte to where it belongs.

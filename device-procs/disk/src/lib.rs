@@ -30,12 +30,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use device_core::{
-    Control, Device, DeviceProgram, DeviceProperties, QUEUE_SIZE, cli::CommonOptions, control,
-};
-use outrigger_sandbox::{Check, Rule};
+use device_core::CommonOptions;
+use device_vhost_user::{Device, DeviceProgram, DeviceProperties, QUEUE_SIZE, WorkerClocks};
+use outrigger_sandbox::{Check, LISTENER, Rule};
 
 use crate::block_backend::{BlockBackend, CacheMode};
+use crate::block_control::ControlOptions;
 use crate::image::{BackingPolicy, ImageFormat, ImageOrigin};
 use crate::io_engine::IoEngine;
 use crate::virtio_blk::VirtioBlk;
@@ -56,7 +56,7 @@ pub struct DiskOptions {
     common: CommonOptions,
 
     #[command(flatten)]
-    control: control::ControlOptions,
+    control: ControlOptions,
 
     /// Image file or block device
     #[arg(
@@ -184,7 +184,7 @@ pub fn main() -> ExitCode {
         "type": "block",
         "features": ["read-only", "blk-file"],
     });
-    device_core::run("device-disk", &options.common, &capabilities, || {
+    device_vhost_user::run("device-disk", &options.common, &capabilities, || {
         build(&options)
     })
 }
@@ -249,25 +249,30 @@ fn build(options: &DiskOptions) -> anyhow::Result<DeviceProgram> {
     .map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
     let features = config::features(&backend.geometry(), options.queues);
     let backend = Arc::new(backend);
-    let live = Arc::clone(&backend) as Arc<dyn Control>;
     let queues = usize::from(options.queues);
-    Ok(DeviceProgram {
-        properties: DeviceProperties {
-            name: "device-disk",
-            features,
-            queues: (0..queues).collect(),
-            queue_size: QUEUE_SIZE,
-            config: backend.config.clone(),
-            inflight: true,
-            poll: Duration::from_micros(options.poll_us),
-        },
-        workers: workers(&backend, queues),
-        syscalls: SYSCALLS,
-        keep_network: false,
-        restore: None,
-        unserved: None,
-        control: control::Server::new(&options.control, live)?,
-    })
+    let properties = DeviceProperties {
+        name: "device-disk",
+        features,
+        queues: (0..queues).collect(),
+        queue_size: QUEUE_SIZE,
+        config: backend.config.clone(),
+        inflight: true,
+        poll_time: Duration::from_micros(options.poll_us),
+    };
+    let mut program = DeviceProgram {
+        syscalls: vec![SYSCALLS],
+        clocks: WorkerClocks::new(queues),
+        ..DeviceProgram::new(properties, workers(&backend, queues))
+    };
+    if let Some((listener, bound)) = options.control.open()? {
+        let clocks = program.clocks.clone();
+        program.syscalls.push(LISTENER);
+        program.bound.extend(bound);
+        program.start_threads = Some(Box::new(move || {
+            block_control::start(listener, backend, clocks)
+        }));
+    }
+    Ok(program)
 }
 
 /// One disk for each queue, with an engine if the host has such a thing.

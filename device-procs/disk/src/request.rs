@@ -1,8 +1,8 @@
 //! One virtio-blk request (virtio 1.2 section 5.2.6): understood and checked
 //! here, before anything touches the image.
 
-use device_core::DescriptorChain;
-use device_core::chain::Buffers;
+use device_vhost_user::Buffers;
+use device_vhost_user::DescriptorChain;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,

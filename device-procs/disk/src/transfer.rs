@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
-use device_core::chain::Buffers;
+use device_vhost_user::Buffers;
 
 /// Fills `buffers` from `file` at `offset`.
 ///

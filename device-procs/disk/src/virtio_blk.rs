@@ -9,8 +9,9 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use device_core::chain::Buffers;
-use device_core::{Device, DeviceContext, Error, Poller};
+use device_core::Poller;
+use device_vhost_user::Buffers;
+use device_vhost_user::{Device, DeviceContext, Error};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
 };
@@ -312,8 +313,8 @@ impl VirtioBlk {
             {
                 batch[count] = (active.head, active.written);
                 count += 1;
-                if let (Some(ring), Some(why)) = (&mut ring, active.complaint()) {
-                    ring.report_error(&why);
+                if let Some(ring) = &mut ring {
+                    active.log_error(ring);
                 }
                 self.completed.pop_front();
             }
@@ -341,8 +342,10 @@ impl VirtioBlk {
         std::thread::sleep(PAUSE);
         for queue in 0..self.backend.recorders.len() {
             if let Some(ring) = cx.ring(queue) {
-                ring.report_error(&format_args!("queue {queue}: io_uring: {error}"));
-                ring.serve_again();
+                if ring.may_log_error() {
+                    tracing::warn!(queue, %error, "io_uring_enter failed; trying again");
+                }
+                ring.process_again();
             }
         }
     }
@@ -484,15 +487,15 @@ impl Device for VirtioBlk {
         let mut moved = 0;
         while let Some(ring) = cx.ring(queue) {
             if moved >= BATCH {
-                ring.serve_again();
+                ring.process_again();
                 break;
             }
             let Some(chain) = ring.pop(memory) else { break };
             let head = chain.head;
             let Some(request) = BlockRequest::parse(chain, &geometry) else {
-                ring.report_error(&format_args!(
-                    "queue {queue}: request {head} has no status byte"
-                ));
+                if ring.may_log_error() {
+                    tracing::warn!(queue, request = head, "request has no status byte");
+                }
                 ring.add_used(head, 0);
                 continue;
             };

@@ -15,7 +15,8 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser;
-use device_core::{ConfigSpace, DeviceProgram, DeviceProperties, QUEUE_SIZE, cli::CommonOptions};
+use device_core::CommonOptions;
+use device_vhost_user::{ConfigSpace, DeviceProgram, DeviceProperties, QUEUE_SIZE};
 
 use crate::config::Mac;
 use crate::interface::{Interface, Network};
@@ -65,7 +66,7 @@ pub struct NetOptions {
 pub fn main() -> ExitCode {
     let options: NetOptions = outrigger_cli::parse();
     let capabilities = serde_json::json!({ "type": "net", "features": [] });
-    device_core::run("device-net", &options.common, &capabilities, || {
+    device_vhost_user::run("device-net", &options.common, &capabilities, || {
         build(&options)
     })
 }
@@ -81,22 +82,19 @@ fn build(options: &NetOptions) -> anyhow::Result<DeviceProgram> {
         Mac::derived(host.trim(), tap.name())
     });
     tracing::info!("{}: guest {mac}, MTU {mtu}", tap.name());
+    let properties = DeviceProperties {
+        name: "device-net",
+        features: config::features(),
+        queues: vec![0, 0],
+        queue_size: QUEUE_SIZE,
+        config: ConfigSpace::new(config::space(mac, mtu)),
+        inflight: false,
+        poll_time: std::time::Duration::ZERO,
+    };
     Ok(DeviceProgram {
-        properties: DeviceProperties {
-            name: "device-net",
-            features: config::features(),
-            queues: vec![0, 0],
-            queue_size: QUEUE_SIZE,
-            config: ConfigSpace::new(config::space(mac, mtu)),
-            inflight: false,
-            poll: std::time::Duration::ZERO,
-        },
-        workers: vec![Box::new(VirtioNet::new(tap, mtu))],
-        syscalls: tap::SYSCALLS,
+        syscalls: vec![tap::SYSCALLS],
         keep_network,
-        restore: None,
-        unserved: None,
-        control: None,
+        ..DeviceProgram::new(properties, vec![Box::new(VirtioNet::new(tap, mtu))])
     })
 }
 

@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::io;
 
-use device_core::{DescriptorChain, Device, DeviceContext, Poller};
+use device_core::Poller;
+use device_vhost_user::{DescriptorChain, Device, DeviceContext};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_HDR_F_NEEDS_CSUM,

@@ -21,9 +21,8 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser;
-use device_core::cli::CommonOptions;
-use device_core::listen::Listener;
-use device_core::serve::{ReadyNotifier, confine};
+use device_core::process::{self, confine};
+use device_core::{CommonOptions, Listener, ReadyNotifier};
 use outrigger_sandbox::{BASE, LISTENER, Policy, Rule, SOCKET};
 
 use crate::input::Input;
@@ -69,7 +68,7 @@ const SYSCALLS: &[Rule] = &[
 pub fn main() -> ExitCode {
     let options: PlatformOptions = outrigger_cli::parse();
     let capabilities = serde_json::json!({ "type": "platform" });
-    device_core::run_with(NAME, &options.common, &capabilities, || serve(&options))
+    process::run(NAME, &options.common, &capabilities, || serve(&options))
 }
 
 fn serve(options: &PlatformOptions) -> anyhow::Result<()> {
@@ -92,7 +91,7 @@ fn serve(options: &PlatformOptions) -> anyhow::Result<()> {
     confine(&policy, common.sandbox)?;
     outrigger_sandbox::seal(&policy, common.sandbox)?;
     listener.keep();
-    ready.announce();
+    ready.notify();
 
     loop {
         if let Listener::Listening { socket, .. } = &listener

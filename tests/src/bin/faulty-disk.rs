@@ -1,10 +1,10 @@
 //! device-disk that exits at a fault point: `OUTRIGGER_FAULT=POINT:N` arms the
-//! point (`device_core::fault` has their names) for its Nth time. Without it, it is
+//! point (`device_vhost_user::fault` has their names) for its Nth time. Without it, it is
 //! device-disk.
 
 use std::process::ExitCode;
 
-use device_core::fault;
+use device_vhost_user::fault;
 
 fn main() -> ExitCode {
     if let Ok(text) = std::env::var("OUTRIGGER_FAULT") {

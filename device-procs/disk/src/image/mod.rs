@@ -21,7 +21,7 @@ use std::str::FromStr;
 
 use clap::ValueEnum;
 
-use device_core::chain::Buffers;
+use device_vhost_user::Buffers;
 
 pub use raw::BLKGETSIZE64;
 

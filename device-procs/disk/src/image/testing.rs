@@ -6,8 +6,8 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use device_core::GuestMemory;
-use device_core::chain::Buffers;
+use device_vhost_user::Buffers;
+use device_vhost_user::GuestMemory;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::{BackingPolicy, Extent, Image, ImageFormat, ImageOrigin, SECTOR, open, open_file};

@@ -15,7 +15,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use device_core::chain::Buffers;
+use device_vhost_user::Buffers;
 use imago::FormatAccess;
 use imago::io_buffers::IoVectorMut;
 

@@ -6,7 +6,7 @@
 
 use std::io;
 
-use device_core::chain::Buffers;
+use device_vhost_user::Buffers;
 use imago::io_buffers::IoVectorMut;
 use imago::{FormatAccess, ShallowMapping};
 

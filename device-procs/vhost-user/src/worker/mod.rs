@@ -1,57 +1,60 @@
-//! A worker thread: some rings, the device that serves them, one lock.
+//! A worker thread: some rings and the device that processes them, under one lock.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::adaptive_polling::{AdaptivePolling, PollAction};
-use crate::{Device, Error, Poller};
+use device_core::Poller;
+use device_core::adaptive_polling::{AdaptivePolling, PollAction};
 use rustix::event::{EventfdFlags, eventfd};
+
+use crate::{Device, Error};
 
 mod state;
 
 use state::WorkFound;
 pub use state::WorkerState;
 
-/// Marks the tokens that the core itself puts into the poller.
-const CORE: u64 = 1 << 63;
-const WAKE: u64 = CORE | (1 << 62);
+/// Marks the poller's tokens that belong to the worker and not to its device.
+const WORKER_TOKEN: u64 = 1 << 63;
+const WAKEUP_TOKEN: u64 = WORKER_TOKEN | (1 << 62);
 
-/// One worker. The thread in [`Worker::run`] moves data; the control thread
-/// reaches in through [`Worker::control`].
+/// One worker. Its thread ([`Worker::run`]) moves data; the main thread changes its rings
+/// through [`Worker::control`].
 pub struct Worker {
     state: Mutex<WorkerState>,
     poller: Poller,
-    wake: OwnedFd,
-    /// Control operations that want the lock; the data path lets them in.
+    wakeup: OwnedFd,
+    /// Number of threads that wait for the lock in [`Worker::control`]. The worker's thread
+    /// lets them go first.
     waiting: AtomicUsize,
 }
 
 impl Worker {
-    /// A worker that serves the queues listed in `own` out of `total`.
+    /// A worker for the queues listed in `own`, of a device with `queues` queues.
     ///
     /// # Errors
-    /// When the device's own descriptors cannot be polled.
+    /// A descriptor cannot be polled, or `queue_size` is not a valid ring size.
     pub fn new(
         mut device: Box<dyn Device>,
         own: &[usize],
-        total: usize,
+        queues: usize,
         queue_size: u16,
     ) -> Result<Self, Error> {
         let poller = Poller::new().map_err(Error::io("epoll_create"))?;
-        let wake = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
+        let wakeup = eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
             .map_err(|e| Error::io("eventfd")(e.into()))?;
         poller
-            .add_readable(&wake, WAKE)
+            .add_readable(&wakeup, WAKEUP_TOKEN)
             .map_err(Error::io("epoll_ctl"))?;
         device
             .register_sources(&poller)
-            .map_err(Error::io("watching the device's descriptors"))?;
+            .map_err(Error::io("polling the device's descriptors"))?;
         Ok(Worker {
-            state: Mutex::new(WorkerState::new(device, own, total, queue_size)?),
+            state: Mutex::new(WorkerState::new(device, own, queues, queue_size)?),
             poller,
-            wake,
+            wakeup,
             waiting: AtomicUsize::new(0),
         })
     }
@@ -60,8 +63,7 @@ impl Worker {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Runs `f` between two batches: while it runs, nothing of this worker
-    /// touches guest memory.
+    /// Runs `f` between two batches. While it runs, this worker does not touch guest memory.
     pub fn control<R>(&self, f: impl FnOnce(&mut WorkerState, &Poller) -> R) -> R {
         self.waiting.fetch_add(1, Ordering::AcqRel);
         let mut state = self.lock();
@@ -70,24 +72,24 @@ impl Worker {
         let pending = state.is_pending();
         drop(state);
         if pending {
-            // EAGAIN: the counter is full, so the worker wakes anyway.
-            let _ = rustix::io::write(&self.wake, &1u64.to_ne_bytes());
+            // EAGAIN: the counter is full, so the worker wakes up anyway.
+            let _ = rustix::io::write(&self.wakeup, &1u64.to_ne_bytes());
         }
         result
     }
 
-    /// Moves data until the process ends. Looks for more for `poll` at most before it
-    /// sleeps, if that pays.
+    /// Processes the rings until the process ends. Polls for more requests for at most
+    /// `poll_time` before it sleeps, if polling pays.
     ///
     /// # Errors
-    /// Only when epoll itself fails.
-    pub fn run(&self, poll: Duration) -> std::io::Result<()> {
-        let mut polling = AdaptivePolling::new(poll);
+    /// epoll_wait(2) fails.
+    pub fn run(&self, poll_time: Duration) -> std::io::Result<()> {
+        let mut polling = AdaptivePolling::new(poll_time);
         let mut tokens = Vec::new();
-        let mut next = PollAction::Sleep;
+        let mut action = PollAction::Sleep;
         loop {
             tokens.clear();
-            match next {
+            match action {
                 PollAction::Poll => std::hint::spin_loop(),
                 PollAction::CheckEvents => self.poller.wait(&mut tokens, Some(Duration::ZERO))?,
                 PollAction::Sleep => {
@@ -96,22 +98,22 @@ impl Worker {
                     polling.slept(start.elapsed());
                 }
             }
-            // The lock is not fair: without this a busy ring starves a stop.
+            // The lock is not fair: without this, a busy ring could delay a stop for ever.
             while self.waiting.load(Ordering::Acquire) > 0 {
                 std::thread::yield_now();
             }
             let mut state = self.lock();
-            next = match state.work(&tokens, &self.poller, polling.is_polling()) {
+            action = match state.process(&tokens, &self.poller, polling.is_polling()) {
                 WorkFound::Nothing => polling.found_nothing(),
-                WorkFound::Work if polling.found_work() => PollAction::CheckEvents,
-                WorkFound::Work => polling.found_nothing(),
+                WorkFound::Done if polling.found_work() => PollAction::CheckEvents,
+                WorkFound::Done => polling.found_nothing(),
                 WorkFound::More if polling.found_work() || !polling.is_polling() => {
                     PollAction::CheckEvents
                 }
                 WorkFound::More => PollAction::Poll,
             };
-            if next == PollAction::Sleep && state.enable_notification() {
-                next = PollAction::Poll;
+            if action == PollAction::Sleep && state.enable_notification() {
+                action = PollAction::Poll;
             }
         }
     }

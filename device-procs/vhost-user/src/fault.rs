@@ -1,32 +1,32 @@
-//! Points at which a process may be made to die, for tests of what is left behind.
+//! Fault points: places at which a test can make the process die, to see whether the next
+//! process resumes correctly.
 //!
-//! A point is armed by [`arm`] and by nothing else: no option, no variable of the
-//! environment, no message. The programs do not call it, so they cannot be made to
-//! die by it; the tests have programs of their own that do. Not armed, a point is one
-//! relaxed load.
+//! Only [`arm`] arms a point: there is no option, environment variable or message for it.
+//! The device programs do not call it; the tests have programs of their own that do. A
+//! point that is not armed costs one relaxed load.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Where a process may die.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultPoint {
-    /// A message of this number is there and not yet handled.
+    /// A message with this request number has arrived and is not handled yet.
     Message(u32),
-    /// A request is taken from the ring, and nothing is done of it.
+    /// A request is popped and nothing else is done.
     Popped,
-    /// Data have been moved; the used element is not written.
+    /// The data of a request are transferred; its used element is not written.
     Done,
     /// The used elements of a batch are written; the used index is not.
     Written,
-    /// The used index is written; the inflight table still has the requests.
+    /// The used index is written; the in-flight table still contains the requests.
     Published,
-    /// The inflight table has the requests no longer; its used index is the old one.
+    /// The requests are removed from the in-flight table; its used index is the old one.
     Cleared,
-    /// All is written; the interrupt is not sent.
+    /// Everything is written; the interrupt is not sent.
     Interrupt,
 }
 
-/// Messages by their names (vhost-user, "Front-end message types").
+/// Request numbers by name (vhost-user, "Front-end message types").
 const MESSAGES: &[(&str, u32)] = &[
     ("GET_FEATURES", 1),
     ("SET_FEATURES", 2),
@@ -53,7 +53,7 @@ const MESSAGES: &[(&str, u32)] = &[
     ("REM_MEM_REG", 38),
 ];
 
-/// The other points by their names.
+/// The other points by name.
 const STEPS: &[(&str, FaultPoint)] = &[
     ("popped", FaultPoint::Popped),
     ("done", FaultPoint::Done),
@@ -63,16 +63,16 @@ const STEPS: &[(&str, FaultPoint)] = &[
     ("interrupt", FaultPoint::Interrupt),
 ];
 
-/// Code of the armed point, or 0.
+/// Code of the armed point; 0 if none is armed.
 static ARMED: AtomicU32 = AtomicU32::new(0);
-/// It is passed so many times more before the process dies.
+/// How many more times the process passes the armed point before it dies.
 static LEFT: AtomicU32 = AtomicU32::new(0);
 
-/// Exit status of a process that died at a point.
+/// Exit status of a process that died at a fault point.
 pub const STATUS: i32 = 86;
 
 impl FaultPoint {
-    /// A number that no other point has; never 0.
+    /// A number that identifies the point; never 0.
     const fn code(self) -> u32 {
         match self {
             FaultPoint::Popped => 1,
@@ -85,8 +85,8 @@ impl FaultPoint {
         }
     }
 
-    /// The point of this name: that of a message, or of a step.
-    fn named(name: &str) -> Option<FaultPoint> {
+    /// The point of this name.
+    fn by_name(name: &str) -> Option<FaultPoint> {
         let message = MESSAGES.iter().find(|(known, _)| *known == name);
         let step = STEPS.iter().find(|(known, _)| *known == name);
         message
@@ -95,48 +95,49 @@ impl FaultPoint {
     }
 }
 
-/// Names of all points.
+/// The names of all fault points.
 pub fn names() -> impl Iterator<Item = &'static str> {
     let messages = MESSAGES.iter().map(|(name, _)| *name);
     messages.chain(STEPS.iter().map(|(name, _)| *name))
 }
 
-/// Makes the process die the `nth` time (from 1 on) that it comes to the point `name`,
-/// at once and without cleaning up, as SIGKILL would do. One point can be armed.
+/// Makes the process die the `nth` time (counted from 1) that it reaches the point `name`,
+/// at once and without cleaning up, as SIGKILL would do. Only one point can be armed.
 ///
 /// # Errors
-/// When there is no such point, or no such time.
+/// There is no point of this name, or `nth` is 0.
 pub fn arm(name: &str, nth: u32) -> Result<(), String> {
-    let point = FaultPoint::named(name).ok_or_else(|| format!("no point is called {name:?}"))?;
-    let left = nth.checked_sub(1).ok_or("times count from 1 on")?;
+    let point =
+        FaultPoint::by_name(name).ok_or_else(|| format!("there is no fault point {name:?}"))?;
+    let left = nth.checked_sub(1).ok_or("the count begins with 1")?;
     LEFT.store(left, Ordering::Relaxed);
     ARMED.store(point.code(), Ordering::Release);
     Ok(())
 }
 
-/// The process is at `point`.
+/// The process has reached `point`.
 #[inline]
 pub(crate) fn hit(point: FaultPoint) {
     step();
     if ARMED.load(Ordering::Relaxed) == point.code() {
-        reached();
+        hit_armed();
     }
 }
 
 #[cold]
-fn reached() {
+fn hit_armed() {
     if LEFT.fetch_sub(1, Ordering::AcqRel) == 0 {
-        // SAFETY: takes no memory and returns nothing; no destructor is to run.
+        // SAFETY: _exit has no preconditions. Destructors must not run, as after SIGKILL.
         unsafe { libc::_exit(STATUS) }
     }
 }
 
-/// Between two stores of which the second may be missing. Only this crate's own tests
-/// stop here.
+/// Called before a store that may be the first one missing after a death. Only the unit
+/// tests of this crate die here.
 #[inline(always)]
 pub(crate) fn step() {
     #[cfg(test)]
-    crate::testing::stepped();
+    crate::testing::step();
 }
 
 #[cfg(test)]
@@ -144,9 +145,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn points_have_names_and_codes_of_their_own() {
+    fn names_and_codes_of_points_are_unique() {
         let mut codes: Vec<u32> = names()
-            .map(|it| FaultPoint::named(it).unwrap().code())
+            .map(|it| FaultPoint::by_name(it).unwrap().code())
             .collect();
         let count = codes.len();
         codes.sort_unstable();

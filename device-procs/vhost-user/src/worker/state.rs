@@ -1,31 +1,34 @@
-//! What a worker's lock protects: the device and its rings, and what is done with them
-//! between two batches and within one.
+//! What a worker's lock protects: the device and its rings. The worker's thread processes
+//! them in batches; the main thread changes them between two batches.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use device_core::Poller;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
-use super::CORE;
+use super::{WAKEUP_TOKEN, WORKER_TOKEN};
 use crate::inflight::InflightTable;
 use crate::memory::MemoryTable;
 use crate::ring::RingAddresses;
-use crate::{Device, DeviceContext, Error, GuestMemory, Poller, Ring};
+use crate::{Device, DeviceContext, Error, GuestMemory, Ring};
 
-/// What the lock protects.
+/// The device and its rings.
 pub struct WorkerState {
     device: Box<dyn Device>,
+    /// Indexed by queue; `None` for the queues of other workers.
     rings: Vec<Option<Ring>>,
-    pub(super) memory: Arc<GuestMemory>,
+    memory: Arc<GuestMemory>,
 }
 
-/// What a worker found to do.
+/// What [`WorkerState::process`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum WorkFound {
+    /// There was no work.
     Nothing,
-    /// It is done.
-    Work,
-    /// More than it does at a time.
+    /// There was work, and all of it is done.
+    Done,
+    /// There is more work than one batch.
     More,
 }
 
@@ -33,13 +36,13 @@ impl WorkerState {
     pub(super) fn new(
         device: Box<dyn Device>,
         own: &[usize],
-        total: usize,
+        queues: usize,
         queue_size: u16,
     ) -> Result<Self, Error> {
-        let mut rings: Vec<Option<Ring>> = (0..total).map(|_| None).collect();
+        let mut rings: Vec<Option<Ring>> = (0..queues).map(|_| None).collect();
         for &index in own {
-            if let Some(place) = rings.get_mut(index) {
-                *place = Some(Ring::new(index, queue_size)?);
+            if let Some(ring) = rings.get_mut(index) {
+                *ring = Some(Ring::new(index, queue_size)?);
             }
         }
         Ok(WorkerState {
@@ -50,14 +53,12 @@ impl WorkerState {
     }
 
     pub(super) fn is_pending(&self) -> bool {
-        self.rings
-            .iter()
-            .flatten()
-            .any(|ring| ring.pending && ring.is_running())
+        self.rings.iter().flatten().any(Ring::is_pending)
     }
 
-    /// Does what there is to do. While it is `looking`, it finds work without being told.
-    pub(super) fn work(&mut self, tokens: &[u64], poller: &Poller, looking: bool) -> WorkFound {
+    /// Processes the events of `tokens` and everything that is pending. If the worker is
+    /// `polling`, it also checks the rings and the device for work without an event.
+    pub(super) fn process(&mut self, tokens: &[u64], poller: &Poller, polling: bool) -> WorkFound {
         let WorkerState {
             device,
             rings,
@@ -70,51 +71,49 @@ impl WorkerState {
         };
         let mut found = false;
         for &token in tokens {
-            if token == super::WAKE {
+            if token == WAKEUP_TOKEN {
                 continue;
             }
-            if token & CORE == 0 {
+            if token & WORKER_TOKEN == 0 {
                 found = true;
-                refill(&mut cx);
+                cx.refill_budgets();
                 device.handle_event(token, &mut cx);
-            } else if let Some(Some(ring)) = cx.rings.get_mut((token & !CORE) as usize) {
-                ring.pending = true;
+            } else if let Some(Some(ring)) = cx.rings.get_mut((token & !WORKER_TOKEN) as usize) {
+                ring.notified();
             }
         }
-        if looking {
-            for ring in cx.rings.iter_mut().flatten() {
-                ring.poll();
-            }
-            refill(&mut cx);
+        if polling {
+            cx.rings.iter_mut().flatten().for_each(Ring::poll);
+            cx.refill_budgets();
             found |= device.poll(&mut cx);
         }
         for index in 0..cx.rings.len() {
-            match cx.ring(index) {
-                Some(ring) if ring.pending => ring.disable_notification(),
+            match &mut cx.rings[index] {
+                Some(ring) if ring.is_pending() => ring.disable_notification(),
                 _ => continue,
             }
             found = true;
             device.process_queue(index, &mut cx);
         }
-        for ring in cx.rings.iter_mut().flatten() {
-            ring.flush();
-        }
+        cx.rings.iter_mut().flatten().for_each(Ring::flush);
         match (found, self.is_pending()) {
             (_, true) => WorkFound::More,
-            (true, false) => WorkFound::Work,
+            (true, false) => WorkFound::Done,
             (false, false) => WorkFound::Nothing,
         }
     }
 
-    /// Before a sleep: doorbells on; returns whether something came in between.
+    /// Before a sleep: turns the doorbells on; returns whether requests came in before that.
     pub(super) fn enable_notification(&mut self) -> bool {
-        for ring in self.rings.iter_mut().flatten() {
-            ring.enable_notification();
-        }
+        self.rings
+            .iter_mut()
+            .flatten()
+            .for_each(Ring::enable_notification);
         self.is_pending()
     }
 
-    /// A stop leaves nothing of a ring in flight, not even what was so before the start.
+    /// Completes all requests of a ring that are in flight, and those that an earlier
+    /// process left in flight.
     fn drain(&mut self, index: usize, poller: &Poller) {
         let mut cx = DeviceContext {
             rings: &mut self.rings,
@@ -125,30 +124,28 @@ impl WorkerState {
             let Some(ring) = cx.rings.get_mut(index).and_then(Option::as_mut) else {
                 return;
             };
-            ring.refill();
+            ring.refill_budget();
             let left = ring.to_resubmit();
-            // A device that may have no more in flight than this must complete it first.
+            // First, so that a device with a limit on its requests in flight has room.
             self.device.drain_queue(index, &mut cx);
             if left == 0 {
                 break;
             }
             self.device.process_queue(index, &mut cx);
-            // One that does not want them leaves them to the next process; and what it took
-            // before the ring broke is in flight.
+            // If the device took none of them, they are left to the next process. If the
+            // ring broke, what the device took before is still in flight.
             if cx.ring(index).is_none_or(|ring| ring.to_resubmit() == left) {
                 self.device.drain_queue(index, &mut cx);
                 break;
             }
         }
-        for ring in self.rings.iter_mut().flatten() {
-            ring.flush();
-        }
+        self.rings.iter_mut().flatten().for_each(Ring::flush);
     }
 
-    /// The ring of `index`.
+    /// The ring of queue `index`.
     ///
     /// # Errors
-    /// When it is not this worker's.
+    /// This worker does not serve the queue.
     pub fn ring(&mut self, index: usize) -> Result<&mut Ring, Error> {
         let queues = self.rings.len();
         self.rings
@@ -157,12 +154,12 @@ impl WorkerState {
             .ok_or(Error::NoSuchQueue { index, queues })
     }
 
-    /// A front end has come, on this socket.
+    /// A front end has connected on `socket`.
     pub fn frontend_connected(&mut self, socket: BorrowedFd<'_>) {
         self.device.frontend_connected(socket);
     }
 
-    /// The driver's feature bits.
+    /// The driver has accepted these feature bits.
     pub fn set_features(&mut self, features: u64) {
         for ring in self.rings.iter_mut().flatten() {
             ring.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
@@ -170,28 +167,28 @@ impl WorkerState {
         self.device.set_features(features);
     }
 
-    /// Completes all that is in flight.
-    pub fn quiesce(&mut self, poller: &Poller) {
+    /// Completes all requests in flight of all rings.
+    pub fn drain_all(&mut self, poller: &Poller) {
         for index in 0..self.rings.len() {
             self.drain(index, poller);
         }
     }
 
-    /// Puts another memory table in place once nothing uses the old one.
+    /// Replaces the memory table, after all requests in flight are completed.
     pub fn set_memory(&mut self, table: &MemoryTable, poller: &Poller) {
-        self.quiesce(poller);
+        self.drain_all(poller);
         self.memory = Arc::clone(table.memory());
         for ring in self.rings.iter_mut().flatten() {
             ring.replace_memory(table);
         }
     }
 
-    /// Starts a ring, with the table of what is in flight there if there is one. One that
-    /// runs gets another doorbell.
+    /// SET_VRING_KICK: starts a ring, with `inflight` if there is an in-flight table, and
+    /// enables it if `enable`. A ring that is running gets `kick` as its new doorbell.
     ///
     /// # Errors
-    /// When its addresses make no sense, the inflight table has no room for it, the device
-    /// cannot start it, or its doorbell cannot be polled.
+    /// The ring has invalid addresses, the in-flight table has no room for it, the device
+    /// refuses the start, or the doorbell cannot be polled.
     pub fn start(
         &mut self,
         index: usize,
@@ -201,35 +198,32 @@ impl WorkerState {
         inflight: Option<&Arc<InflightTable>>,
         poller: &Poller,
     ) -> Result<(), Error> {
-        let token = CORE | index as u64;
-        let watch = |kick: &OwnedFd| {
-            let what = format!("queue {index}: watching its doorbell");
-            poller.add_readable(kick, token).map_err(Error::io(what))
+        let token = WORKER_TOKEN | index as u64;
+        let poll = |kick: &OwnedFd| {
+            let operation = format!("queue {index}: polling its doorbell");
+            poller
+                .add_readable(kick, token)
+                .map_err(Error::io(operation))
         };
-        let ring = self.ring(index)?;
-        if ring.is_started() {
-            watch(&kick)?;
-            if let Some(old) = ring.replace_kick(kick) {
+        if self.ring(index)?.is_running() {
+            poll(&kick)?;
+            if let Some(old) = self.ring(index)?.replace_kick(kick) {
                 let _ = poller.remove(old);
             }
         } else {
-            // What is in flight of a broken ring must not be completed in the new one.
-            self.end(index, poller)?;
-            let ring = self.ring(index)?;
-            ring.place(table)?;
-            if let Some(inflight) = inflight {
-                ring.must_fit(inflight)?;
-            }
+            // Requests in flight of a broken ring must not be completed in the new one.
+            self.stop_ring(index, poller)?;
+            let split = self.ring(index)?.prepare(table, inflight)?;
             self.device
                 .start_queue(index)
                 .map_err(Error::io(format!("queue {index}: starting")))?;
-            // Last what cannot be taken back: a doorbell that stayed in the poller would be
-            // in its own way next time.
-            if let Err(error) = watch(&kick) {
+            // The last step that can fail: a doorbell that stayed in the poller could not be
+            // added again.
+            if let Err(error) = poll(&kick) {
                 self.device.stop_queue(index);
                 return Err(error);
             }
-            self.ring(index)?.start(kick, inflight);
+            self.ring(index)?.start(split, kick, inflight);
         }
         if enable {
             self.ring(index)?.set_enabled(true);
@@ -237,10 +231,10 @@ impl WorkerState {
         Ok(())
     }
 
-    /// Changes where a ring is. A running one moves when nothing of it is in flight.
+    /// SET_VRING_ADDR. A running ring moves after its requests in flight are completed.
     ///
     /// # Errors
-    /// When there is no such ring, or it cannot be there; then it stays where it is.
+    /// There is no such ring, or it cannot be at these addresses; then it does not move.
     pub fn set_addresses(
         &mut self,
         index: usize,
@@ -248,83 +242,75 @@ impl WorkerState {
         table: &MemoryTable,
         poller: &Poller,
     ) -> Result<(), Error> {
-        if self.ring(index)?.is_started() {
+        if self.ring(index)?.is_running() {
             self.drain(index, poller);
         }
         self.ring(index)?.set_addresses(addresses, table)
     }
 
-    /// Enables a ring, or disables it when nothing of it is in flight any more.
+    /// SET_VRING_ENABLE. A ring is disabled after its requests in flight are completed.
     ///
     /// # Errors
-    /// When there is no such ring.
+    /// There is no such ring.
     pub fn set_enabled(
         &mut self,
         index: usize,
         enabled: bool,
         poller: &Poller,
     ) -> Result<(), Error> {
-        if !enabled && self.ring(index)?.is_running() {
+        if !enabled && self.ring(index)?.is_active() {
             self.drain(index, poller);
         }
         self.ring(index)?.set_enabled(enabled);
         Ok(())
     }
 
-    /// Stops a ring: drained, silent, and its doorbell out of the poller.
+    /// GET_VRING_BASE: drains and stops a ring. Returns the available index up to which it
+    /// was processed.
     ///
     /// # Errors
-    /// When there is no such ring.
+    /// There is no such ring.
     pub fn stop(&mut self, index: usize, poller: &Poller) -> Result<u16, Error> {
-        self.end(index, poller)?;
-        Ok(self.ring(index)?.stop())
+        self.stop_ring(index, poller)?;
+        Ok(self.ring(index)?.take_base())
     }
 
-    /// Whether it ran or broke, a ring ends drained, and the device hears of it once.
-    fn end(&mut self, index: usize, poller: &Poller) -> Result<(), Error> {
-        if !self.ring(index)?.was_started() {
+    /// Drains and stops a ring, whether it is running or broken, and tells the device.
+    fn stop_ring(&mut self, index: usize, poller: &Poller) -> Result<(), Error> {
+        if self.ring(index)?.is_stopped() {
             return Ok(());
         }
         self.drain(index, poller);
-        if let Some(kick) = self.ring(index)?.end() {
+        if let Some(kick) = self.ring(index)?.stop() {
             let _ = poller.remove(kick);
         }
         self.device.stop_queue(index);
         Ok(())
     }
 
-    /// Passes a write to the configuration space on.
+    /// Passes a write to the configuration space on to the device.
     ///
     /// # Errors
-    /// The device's.
+    /// The device has no such writable field.
     pub fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), Error> {
         self.device.write_config(offset, data)
     }
 
-    /// The front end left: all rings stop and its memory is unmapped.
+    /// The front end has left: stops all rings and unmaps its memory.
     pub fn close(&mut self, poller: &Poller) {
         self.reset(poller);
         self.device.frontend_disconnected();
     }
 
-    /// All rings stop, and nothing of what the front end has set stays.
+    /// Stops all rings and resets everything that the front end has set.
     pub fn reset(&mut self, poller: &Poller) {
         for index in 0..self.rings.len() {
             if self.rings[index].is_some() {
                 // Cannot fail: the ring exists.
-                let _ = self.stop(index, poller);
+                let _ = self.stop_ring(index, poller);
             }
         }
-        for ring in self.rings.iter_mut().flatten() {
-            ring.reset();
-        }
+        self.rings.iter_mut().flatten().for_each(Ring::reset);
         self.memory = Arc::default();
-    }
-}
-
-/// All rings may be served a batch's worth again.
-fn refill(cx: &mut DeviceContext<'_>) {
-    for ring in cx.rings.iter_mut().flatten() {
-        ring.refill();
     }
 }

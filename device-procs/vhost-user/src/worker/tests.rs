@@ -1,4 +1,5 @@
-//! A device that notes what it is told, and keeps requests in flight until it is drained.
+//! A worker with a device that records its calls and keeps requests in flight until it is
+//! drained.
 
 use std::fs::File;
 use std::io;
@@ -16,52 +17,52 @@ use crate::{Device, DeviceContext};
 
 const SIZE: u16 = 8;
 const MEMORY: u64 = 0x1_0000;
-/// Where the rings of a queue are, each queue's behind the one before.
+/// Distance between the rings of two queues.
 const STRIDE: u64 = 0x4000;
-const PLACE: RingAddresses = RingAddresses {
+const FIRST: RingAddresses = RingAddresses {
     descriptors: 0,
     available: 0x1000,
     used: 0x2000,
 };
 
 #[derive(Default)]
-struct Notes {
-    told: Vec<String>,
-    refuse: bool,
-    /// Nothing stays in flight.
-    at_once: bool,
+struct Recording {
+    calls: Vec<String>,
+    refuse_start: bool,
+    /// The device completes requests at once.
+    complete_at_once: bool,
 }
 
 #[derive(Default)]
 struct RecordingDevice {
-    notes: Arc<Mutex<Notes>>,
+    recording: Arc<Mutex<Recording>>,
     in_flight: Vec<(usize, u16)>,
-    /// No more than so many requests at a time.
+    /// The most requests in flight.
     depth: usize,
 }
 
 impl RecordingDevice {
-    fn note(&self, what: String) {
-        self.notes.lock().unwrap().told.push(what);
+    fn record(&self, call: String) {
+        self.recording.lock().unwrap().calls.push(call);
     }
 }
 
 impl Device for RecordingDevice {
     fn frontend_connected(&mut self, _socket: BorrowedFd<'_>) {
-        self.note("connected".into());
+        self.record("frontend_connected".into());
     }
 
     fn start_queue(&mut self, queue: usize) -> io::Result<()> {
-        self.note(format!("starting {queue}"));
-        match self.notes.lock().unwrap().refuse {
-            true => Err(io::Error::other("no medium")),
+        self.record(format!("start_queue {queue}"));
+        match self.recording.lock().unwrap().refuse_start {
+            true => Err(io::Error::other("no disk")),
             false => Ok(()),
         }
     }
 
     fn stop_queue(&mut self, queue: usize) {
         assert!(self.in_flight.iter().all(|&(of, _)| of != queue));
-        self.note(format!("stopped {queue}"));
+        self.record(format!("stop_queue {queue}"));
     }
 
     fn process_queue(&mut self, queue: usize, cx: &mut DeviceContext<'_>) {
@@ -72,7 +73,7 @@ impl Device for RecordingDevice {
         {
             self.in_flight.push((queue, chain.head));
         }
-        if self.notes.lock().unwrap().at_once {
+        if self.recording.lock().unwrap().complete_at_once {
             self.drain_queue(queue, cx);
         }
     }
@@ -92,18 +93,18 @@ impl Device for RecordingDevice {
     }
 
     fn frontend_disconnected(&mut self) {
-        self.note("closed".into());
+        self.record("frontend_disconnected".into());
     }
 }
 
 /// A front end with a driver of two queues, and a worker whose thread does not run.
-struct World {
+struct TestWorker {
     worker: Arc<Worker>,
     table: MemoryTable,
-    notes: Arc<Mutex<Notes>>,
+    recording: Arc<Mutex<Recording>>,
 }
 
-impl World {
+impl TestWorker {
     fn new(depth: usize) -> Self {
         let file: File = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap().into();
         file.set_len(MEMORY).unwrap();
@@ -113,21 +114,20 @@ impl World {
             user: 0,
             offset: 0,
         };
-        let recorder = RecordingDevice {
+        let device = RecordingDevice {
             depth,
             ..RecordingDevice::default()
         };
-        let world = World {
-            notes: Arc::clone(&recorder.notes),
+        let world = TestWorker {
+            recording: Arc::clone(&device.recording),
             table: MemoryTable::new([(region, file)]).unwrap(),
-            worker: Arc::new(Worker::new(Box::new(recorder), &[0, 1], 2, SIZE).unwrap()),
+            worker: Arc::new(Worker::new(Box::new(device), &[0, 1], 2, SIZE).unwrap()),
         };
         world.control(|state, poller| state.set_memory(&world.table, poller));
         for queue in 0..2 {
             world
                 .control(|state, poller| {
-                    let place = at(queue);
-                    state.set_addresses(queue, place, &world.table, poller)?;
+                    state.set_addresses(queue, at(queue), &world.table, poller)?;
                     state.ring(queue)?.set_size(SIZE.into())?;
                     state.set_enabled(queue, true, poller)
                 })
@@ -154,7 +154,7 @@ impl World {
             .unwrap()
     }
 
-    /// The driver makes requests 0 to `count` available, which are nothing but a head.
+    /// The driver makes requests 0 to `count` available, which have empty chains.
     fn offer(&self, queue: usize, count: u16) {
         let memory = self.table.memory();
         let available = at(queue).available;
@@ -167,12 +167,12 @@ impl World {
             .unwrap();
     }
 
-    /// Serves what is pending as the thread would.
+    /// Processes what is pending, as the thread would.
     fn batch(&self) {
-        self.control(|state, poller| state.work(&[], poller, false));
+        self.control(|state, poller| state.process(&[], poller, false));
     }
 
-    /// Whether the driver is asked not to ring.
+    /// Whether the driver is asked not to notify.
     fn is_doorbell_off(&self, queue: usize) -> bool {
         let flags: u16 = (self.table.memory())
             .read_obj(GuestAddress(at(queue).used))
@@ -185,54 +185,60 @@ impl World {
         self.table.memory().read_obj(at).unwrap()
     }
 
-    /// What the device was told since the last time.
-    fn told(&self) -> Vec<String> {
-        std::mem::take(&mut self.notes.lock().unwrap().told)
+    /// The calls of the device since the last time.
+    fn calls(&self) -> Vec<String> {
+        std::mem::take(&mut self.recording.lock().unwrap().calls)
     }
 }
 
 fn at(queue: usize) -> RingAddresses {
-    let behind = queue as u64 * STRIDE;
+    let offset = queue as u64 * STRIDE;
     RingAddresses {
-        descriptors: PLACE.descriptors + behind,
-        available: PLACE.available + behind,
-        used: PLACE.used + behind,
+        descriptors: FIRST.descriptors + offset,
+        available: FIRST.available + offset,
+        used: FIRST.used + offset,
     }
 }
 
 #[test]
-fn a_device_hears_of_each_start_and_stop_once() {
-    let world = World::new(SIZE.into());
+fn a_device_is_told_of_each_start_and_stop_once() {
+    let world = TestWorker::new(SIZE.into());
     let socket = memfd_create("socket", MemfdFlags::CLOEXEC).unwrap();
     world.control(|state, _| state.frontend_connected(socket.as_fd()));
     world.start(1).unwrap();
-    assert_eq!(world.told(), ["connected", "starting 1"]);
-    // Another doorbell for a ring that runs is no start.
+    assert_eq!(world.calls(), ["frontend_connected", "start_queue 1"]);
+    // Another doorbell for a running ring is not a start.
     world.start(1).unwrap();
-    assert!(world.told().is_empty());
+    assert!(world.calls().is_empty());
     world.start(0).unwrap();
     world.stop(1);
     world.stop(1);
-    assert_eq!(world.told(), ["starting 0", "stopped 1"]);
+    assert_eq!(world.calls(), ["start_queue 0", "stop_queue 1"]);
     world.start(1).unwrap();
     world.control(|state, poller| state.close(poller));
     assert_eq!(
-        world.told(),
-        ["starting 1", "stopped 0", "stopped 1", "closed"]
+        world.calls(),
+        [
+            "start_queue 1",
+            "stop_queue 0",
+            "stop_queue 1",
+            "frontend_disconnected"
+        ]
     );
 }
 
 #[test]
-fn a_start_that_fails_is_none() {
-    let world = World::new(SIZE.into());
-    world.notes.lock().unwrap().refuse = true;
+fn a_queue_whose_start_fails_does_not_run() {
+    let world = TestWorker::new(SIZE.into());
+    world.recording.lock().unwrap().refuse_start = true;
     let error = world.start(1).unwrap_err().to_string();
-    assert_eq!(error, "queue 1: starting: no medium");
-    assert_eq!(world.told(), ["starting 1"]);
-    world.control(|state, _| assert!(!state.ring(1).unwrap().was_started()));
+    assert_eq!(error, "queue 1: starting: no disk");
+    assert_eq!(world.calls(), ["start_queue 1"]);
+    world.control(|state, _| assert!(state.ring(1).unwrap().is_stopped()));
 
-    // The device is not asked if the rest is wrong, and told if it turns out so later.
-    world.notes.lock().unwrap().refuse = false;
+    // The device is told that the queue stops if a later step fails, and not called if an
+    // earlier step does.
+    world.recording.lock().unwrap().refuse_start = false;
     let regular = |queue| {
         let file: File = tempfile::tempfile().unwrap();
         world.control(|state, poller| {
@@ -241,26 +247,26 @@ fn a_start_that_fails_is_none() {
     };
     let error = regular(0).unwrap_err().to_string();
     assert!(
-        error.starts_with("queue 0: watching its doorbell"),
+        error.starts_with("queue 0: polling its doorbell"),
         "{error}"
     );
-    assert_eq!(world.told(), ["starting 0", "stopped 0"]);
+    assert_eq!(world.calls(), ["start_queue 0", "stop_queue 0"]);
     let nowhere = RingAddresses {
         used: MEMORY,
-        ..PLACE
+        ..FIRST
     };
     world
         .control(|state, poller| state.set_addresses(0, nowhere, &world.table, poller))
         .unwrap();
     assert!(world.start(0).is_err());
     world.stop(0);
-    assert!(world.told().is_empty());
+    assert!(world.calls().is_empty());
 }
 
 #[test]
-fn what_is_in_work_is_completed_before_its_ring_is_gone() {
-    type Way = fn(&World);
-    let ways: [(&str, Way); 5] = [
+fn requests_in_flight_are_completed_before_their_ring_stops() {
+    type StopRing = fn(&TestWorker);
+    let cases: [(&str, StopRing); 5] = [
         ("stopped", |world| assert_eq!(world.stop(0), 5)),
         ("disabled", |world| {
             world
@@ -280,12 +286,12 @@ fn what_is_in_work_is_completed_before_its_ring_is_gone() {
                 assert!(!state.ring(0).unwrap().is_running());
             });
         }),
-        ("left", |world| {
+        ("front end left", |world| {
             world.control(|state, poller| state.close(poller));
         }),
     ];
-    for (how, end) in ways {
-        let world = World::new(SIZE.into());
+    for (how, end) in cases {
+        let world = TestWorker::new(SIZE.into());
         world.offer(0, 5);
         world.start(0).unwrap();
         world.batch();
@@ -296,39 +302,39 @@ fn what_is_in_work_is_completed_before_its_ring_is_gone() {
 }
 
 #[test]
-fn a_ring_that_broke_gets_nothing_and_starts_anew() {
-    let world = World::new(SIZE.into());
+fn a_broken_ring_completes_nothing_and_can_start_again() {
+    let world = TestWorker::new(SIZE.into());
     world.offer(0, 3);
     world.start(0).unwrap();
     world.batch();
-    // More than it has entries.
+    // More requests than the ring has entries.
     world.offer(0, 3 + SIZE + 1);
-    world.control(|state, _| state.ring(0).unwrap().pending = true);
+    world.control(|state, _| state.ring(0).unwrap().notified());
     world.batch();
     world.control(|state, _| {
         assert!(!state.ring(0).unwrap().is_running());
         state.ring(0).unwrap().add_used(0, 0);
     });
-    assert_eq!(world.told(), ["starting 0"]);
+    assert_eq!(world.calls(), ["start_queue 0"]);
     assert_eq!(world.used_index(0), 0);
 
-    // Its requests are not completed in the new one, where a driver would not know them.
+    // Its requests are not completed after the next start, whose driver does not know them.
     world.offer(0, 0);
     world.control(|state, _| state.ring(0).unwrap().set_base(0));
     world.start(0).unwrap();
-    assert_eq!(world.told(), ["stopped 0", "starting 0"]);
+    assert_eq!(world.calls(), ["stop_queue 0", "start_queue 0"]);
     world.batch();
     assert_eq!(world.used_index(0), 0);
     world.offer(0, 2);
-    world.control(|state, _| state.ring(0).unwrap().pending = true);
+    world.control(|state, _| state.ring(0).unwrap().notified());
     world.batch();
     world.stop(0);
     assert_eq!(world.used_index(0), 2);
-    assert_eq!(world.told(), ["stopped 0"]);
+    assert_eq!(world.calls(), ["stop_queue 0"]);
 }
 
 #[test]
-fn a_stop_takes_left_overs_that_come_in_several_turns() {
+fn a_stop_completes_requests_of_an_earlier_process_in_several_batches() {
     let shape = InflightLayout {
         queues: 2,
         size: SIZE,
@@ -338,27 +344,27 @@ fn a_stop_takes_left_overs_that_come_in_several_turns() {
         let file = file.try_clone().unwrap();
         Arc::new(InflightTable::map(shape, file, 0, len, 2, SIZE).unwrap())
     };
-    let first = World::new(6);
+    let first = TestWorker::new(6);
     first.offer(0, 6);
     first.start_with(0, Some(&table())).unwrap();
     first.batch();
-    // It dies; the next has no room for so many at a time.
-    let second = World {
+    // The process dies. The next one handles fewer requests at a time.
+    let second = TestWorker {
         table: first.table.clone(),
-        ..World::new(2)
+        ..TestWorker::new(2)
     };
     second.control(|state, poller| state.set_memory(&second.table, poller));
     second.start_with(0, Some(&table())).unwrap();
     assert_eq!(second.stop(0), 6);
     assert_eq!(second.used_index(0), 6);
 
-    // One that takes none leaves them to the third.
+    // A process that pops none of them leaves them to the next one.
     second.offer(0, 9);
     second.start_with(0, Some(&table())).unwrap();
     second.batch();
-    let third = World {
+    let third = TestWorker {
         table: first.table.clone(),
-        ..World::new(0)
+        ..TestWorker::new(0)
     };
     third.control(|state, poller| state.set_memory(&third.table, poller));
     third.start_with(0, Some(&table())).unwrap();
@@ -366,10 +372,10 @@ fn a_stop_takes_left_overs_that_come_in_several_turns() {
     assert_eq!(third.used_index(0), 6);
 }
 
-/// What a stop takes of the left-overs is in flight when the driver breaks the ring, and must
-/// not be any more when the ring is gone and its memory with it.
+/// A stop pops requests of an earlier process, and the driver breaks the ring meanwhile. When
+/// the ring has stopped, and its memory is gone, none of them may be in flight.
 #[test]
-fn left_overs_of_a_ring_that_breaks_while_it_stops_are_completed() {
+fn resubmitted_requests_of_a_ring_that_breaks_while_it_stops_are_completed() {
     let shape = InflightLayout {
         queues: 2,
         size: SIZE,
@@ -379,62 +385,61 @@ fn left_overs_of_a_ring_that_breaks_while_it_stops_are_completed() {
         let file = file.try_clone().unwrap();
         Arc::new(InflightTable::map(shape, file, 0, len, 2, SIZE).unwrap())
     };
-    let first = World::new(SIZE.into());
+    let first = TestWorker::new(SIZE.into());
     first.offer(0, 2);
     first.start_with(0, Some(&table())).unwrap();
     first.batch();
-    let second = World {
+    let second = TestWorker {
         table: first.table.clone(),
-        ..World::new(SIZE.into())
+        ..TestWorker::new(SIZE.into())
     };
     second.control(|state, poller| state.set_memory(&second.table, poller));
     second.start_with(0, Some(&table())).unwrap();
     second.offer(0, 2 + SIZE + 1);
-    // `stopped` looks that nothing is in flight.
+    // The device checks in `stop_queue` that nothing is in flight.
     second.stop(0);
-    assert_eq!(second.told(), ["starting 0", "stopped 0"]);
+    assert_eq!(second.calls(), ["start_queue 0", "stop_queue 0"]);
 }
 
 #[test]
-fn doorbells_stay_off_until_a_last_look() {
-    let world = World::new(SIZE.into());
-    let look = || world.control(|state, poller| state.work(&[], poller, true));
-    let rest = || world.control(|state, _| state.enable_notification());
+fn notifications_stay_disabled_until_the_last_check_before_a_sleep() {
+    let world = TestWorker::new(SIZE.into());
+    let process = || world.control(|state, poller| state.process(&[], poller, true));
+    let enable = || world.control(|state, _| state.enable_notification());
     world.start(0).unwrap();
-    assert_eq!(look(), WorkFound::Work);
-    assert_eq!(look(), WorkFound::Nothing);
+    assert_eq!(process(), WorkFound::Done);
+    assert_eq!(process(), WorkFound::Nothing);
     assert!(world.is_doorbell_off(0));
     world.offer(0, 3);
-    assert_eq!(look(), WorkFound::Work);
+    assert_eq!(process(), WorkFound::Done);
     assert_eq!(world.used_index(0), 0);
-    // The device has completed them meanwhile.
-    assert_eq!(look(), WorkFound::Work);
-    assert_eq!((look(), world.used_index(0)), (WorkFound::Nothing, 3));
+    // The device completes them now.
+    assert_eq!(process(), WorkFound::Done);
+    assert_eq!((process(), world.used_index(0)), (WorkFound::Nothing, 3));
     assert!(world.is_doorbell_off(0));
 
     world.offer(0, 4);
-    assert!(rest());
+    assert!(enable());
     assert!(!world.is_doorbell_off(0));
-    assert_eq!(look(), WorkFound::Work);
+    assert_eq!(process(), WorkFound::Done);
     assert!(world.is_doorbell_off(0));
-    assert!(!rest());
+    assert!(!enable());
     assert!(!world.is_doorbell_off(0));
-    // Whoever sleeps is not to look.
-    assert_eq!(look(), WorkFound::Work);
+    // A worker that sleeps does not see new requests without a notification.
+    assert_eq!(process(), WorkFound::Done);
     world.offer(0, 5);
-    assert_eq!((look(), world.used_index(0)), (WorkFound::Nothing, 4));
+    assert_eq!((process(), world.used_index(0)), (WorkFound::Nothing, 4));
 }
 
-/// What the kernel says of a thread: whether it sleeps, and how often it has been switched
-/// to and from.
-fn sleeps(thread: i32) -> (bool, Vec<String>) {
+/// Whether a thread sleeps, and its numbers of context switches.
+fn scheduler_state(thread: i32) -> (bool, Vec<String>) {
     let status = std::fs::read_to_string(format!("/proc/self/task/{thread}/status")).unwrap();
     let switches = status.lines().filter(|line| line.contains("ctxt_switches"));
     let switches = switches.map(str::to_owned).collect();
     (status.contains("State:\tS"), switches)
 }
 
-/// Runs the worker in a thread that ends with the process; returns its number.
+/// Runs the worker in a thread that ends with the process; returns the thread's ID.
 fn run(worker: &Arc<Worker>, poll: Duration) -> i32 {
     let (send, thread) = std::sync::mpsc::channel();
     let worker = Arc::clone(worker);
@@ -446,7 +451,7 @@ fn run(worker: &Arc<Worker>, poll: Duration) -> i32 {
     thread.recv().unwrap()
 }
 
-fn until(what: &str, mut done: impl FnMut() -> bool) {
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
         assert!(start.elapsed() < Duration::from_secs(20), "{what}");
@@ -456,8 +461,8 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
 
 #[test]
 fn an_idle_worker_sleeps() {
-    let world = World::new(SIZE.into());
-    world.notes.lock().unwrap().at_once = true;
+    let world = TestWorker::new(SIZE.into());
+    world.recording.lock().unwrap().complete_at_once = true;
     let kick = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     let doorbell = kick.try_clone().unwrap();
     world.control(|state, poller| {
@@ -467,12 +472,12 @@ fn an_idle_worker_sleeps() {
     for count in 1..=20 {
         world.offer(0, count);
         rustix::io::write(&doorbell, &1u64.to_ne_bytes()).unwrap();
-        until("completed", || world.used_index(0) == count);
+        wait_until("completed", || world.used_index(0) == count);
     }
-    // Asleep, and not switched to a hundred times in a row.
-    let (mut last, mut same) = (sleeps(thread), 0);
-    until("idle", || {
-        let now = sleeps(thread);
+    // A hundred times in a row it is asleep and was not switched to.
+    let (mut last, mut same) = (scheduler_state(thread), 0);
+    wait_until("idle", || {
+        let now = scheduler_state(thread);
         same = if now.0 && now == last { same + 1 } else { 0 };
         last = now;
         same == 100
@@ -480,16 +485,16 @@ fn an_idle_worker_sleeps() {
 }
 
 #[test]
-fn whoever_looks_for_long_lets_others_in() {
-    let world = World::new(SIZE.into());
+fn a_polling_worker_lets_the_main_thread_in() {
+    let world = TestWorker::new(SIZE.into());
     world.offer(0, 1);
     world.start(0).unwrap();
     run(&world.worker, Duration::from_secs(5));
-    until("completed", || world.used_index(0) == 1);
+    wait_until("completed", || world.used_index(0) == 1);
     for count in 2..=20 {
-        // Nobody rings, but somebody looks.
+        // Without a notification.
         world.offer(0, count);
-        until("completed", || world.used_index(0) == count);
+        wait_until("completed", || world.used_index(0) == count);
         world.control(|state, _| assert!(state.ring(0).unwrap().is_running()));
     }
     assert_eq!(world.stop(0), 20);

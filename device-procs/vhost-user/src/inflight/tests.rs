@@ -1,6 +1,9 @@
-//! A ring with a table is killed wherever it can be, and a driver counts what it gets.
+//! Simulated processes die at any step of a ring with an in-flight table, and a driver
+//! checks that each request is completed once.
 
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU8;
 
 use rustix::event::{EventfdFlags, eventfd};
 use vm_memory::{Bytes, GuestAddress};
@@ -8,34 +11,34 @@ use vm_memory::{Bytes, GuestAddress};
 use super::*;
 use crate::memory::{MemoryTable, RegionInfo};
 use crate::ring::{Ring, RingAddresses};
-use crate::testing::{Random, mortal};
+use crate::testing::{Random, run_until_death};
 
 const SIZE: u16 = 8;
 const QUEUES: usize = 2;
-/// Not the first, so that a region's place counts.
+/// Not the first queue, so that the offset of its region matters.
 const QUEUE: usize = 1;
 const MEMORY: u64 = 0x1_0000;
 const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
 
-/// What outlives a process: guest memory, the table, and the driver.
-struct World {
+/// What outlives a process: guest memory, the in-flight table, and the driver.
+struct Survivors {
     memory: MemoryTable,
-    shape: InflightLayout,
+    layout: InflightLayout,
     table: File,
     offered: u16,
     reaped: u16,
-    /// Heads that the driver waits for.
+    /// Requests that the driver has made available and not seen completed.
     outstanding: Vec<u16>,
     completed: u64,
 }
 
-impl World {
+impl Survivors {
     fn new() -> Self {
         Self::starting_at(0)
     }
 
-    /// A ring that has been in use: `index` requests have gone through it.
+    /// A ring that was used before: `index` requests have gone through it.
     fn starting_at(index: u16) -> Self {
         let file: File = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap().into();
         file.set_len(MEMORY).unwrap();
@@ -45,14 +48,14 @@ impl World {
             user: 0,
             offset: 0,
         };
-        let shape = InflightLayout {
+        let layout = InflightLayout {
             queues: QUEUES as u16,
             size: SIZE,
         };
-        let world = World {
+        let world = Survivors {
             memory: MemoryTable::new([(region, file)]).unwrap(),
-            shape,
-            table: create(shape, QUEUES, SIZE).unwrap().0,
+            layout,
+            table: create(layout, QUEUES, SIZE).unwrap().0,
             offered: index,
             reaped: index,
             outstanding: Vec::new(),
@@ -104,7 +107,7 @@ impl World {
                 .outstanding
                 .iter()
                 .position(|&head| u32::from(head) == element[0])
-                .unwrap_or_else(|| panic!("{} is completed once more", element[0]));
+                .unwrap_or_else(|| panic!("{} is completed twice", element[0]));
             self.outstanding.swap_remove(at);
             self.reaped = self.reaped.wrapping_add(1);
             self.completed += 1;
@@ -113,11 +116,11 @@ impl World {
 
     fn table(&self) -> Arc<InflightTable> {
         let file = self.table.try_clone().unwrap();
-        let len = self.shape.len();
-        Arc::new(InflightTable::map(self.shape, file, 0, len, QUEUES, SIZE).unwrap())
+        let len = self.layout.len();
+        Arc::new(InflightTable::map(self.layout, file, 0, len, QUEUES, SIZE).unwrap())
     }
 
-    /// A process starts the ring, and is told a base that is wrong.
+    /// A process starts the ring, with a wrong base from the front end.
     fn start(&self) -> Ring {
         let mut ring = Ring::new(QUEUE, SIZE).unwrap();
         ring.set_size(SIZE.into()).unwrap();
@@ -128,19 +131,19 @@ impl World {
             used: USED,
         };
         ring.set_addresses(addresses, &self.memory).unwrap();
-        ring.place(&self.memory).unwrap();
-        ring.must_fit(&self.table()).unwrap();
+        let table = self.table();
+        let split = ring.prepare(&self.memory, Some(&table)).unwrap();
         let kick = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-        ring.start(kick, Some(&self.table()));
+        ring.start(split, kick, Some(&table));
         ring.set_enabled(true);
         ring
     }
 
-    /// A process takes requests, gives some back and completes others, in any order.
+    /// A process pops requests, puts some back and completes others, in any order.
     fn work(&self, rounds: u64, random: &mut Random) {
         let memory = self.memory.memory();
         let mut ring = self.start();
-        let mut taken: Vec<u16> = Vec::new();
+        let mut popped: Vec<u16> = Vec::new();
         for _ in 0..rounds {
             ring.disable_notification();
             for _ in 0..random.below(5) {
@@ -148,13 +151,13 @@ impl World {
                 if random.below(6) == 0 {
                     ring.undo_pop(&chain);
                 } else {
-                    taken.push(chain.head);
+                    popped.push(chain.head);
                 }
             }
             let mut batch = Vec::new();
-            for _ in 0..random.below(4).min(taken.len() as u64) {
-                let at = random.below(taken.len() as u64) as usize;
-                batch.push((taken.swap_remove(at), 0));
+            for _ in 0..random.below(4).min(popped.len() as u64) {
+                let at = random.below(popped.len() as u64) as usize;
+                batch.push((popped.swap_remove(at), 0));
             }
             ring.add_used_batch(&batch);
             ring.flush();
@@ -162,7 +165,7 @@ impl World {
         }
     }
 
-    /// A process that does not die completes all there is.
+    /// A process that does not die completes all requests.
     fn finish(&mut self) {
         let ring = &mut self.start();
         drain(ring, self.memory.memory());
@@ -170,9 +173,9 @@ impl World {
         assert!(self.outstanding.is_empty(), "lost: {:?}", self.outstanding);
     }
 
-    /// Writes into the region of the queue.
-    fn spoil(&self, offset: usize, bytes: &[u8]) {
-        let at = QUEUE as u64 * self.shape.stride() + offset as u64;
+    /// Overwrites bytes in the region of the queue.
+    fn corrupt(&self, offset: usize, bytes: &[u8]) {
+        let at = QUEUE as u64 * self.layout.stride() + offset as u64;
         self.table.write_all_at(bytes, at).unwrap();
     }
 }
@@ -194,15 +197,15 @@ fn each_request_is_completed_once_whenever_processes_die() {
     let mut deaths = 0;
     for seed in 0..400 {
         let mut random = Random::new(seed);
-        // Indices wrap around in some.
-        let mut world = World::starting_at(random.pick(&[0, 0, 5, 65_500]));
+        // The indices wrap around in some runs.
+        let mut world = Survivors::starting_at(random.pick(&[0, 0, 5, 65_500]));
         for _ in 0..60 {
             let count = random.below(5);
             world.offer_some(count, &mut random);
             let (steps, rounds) = (random.below(90), 1 + random.below(4));
-            let alive = mortal(steps, || world.work(rounds, &mut random));
+            let alive = run_until_death(steps, || world.work(rounds, &mut random));
             deaths += u32::from(alive.is_none());
-            // A process that was not killed has stopped in mid-work, which is as bad.
+            // A process that did not die stopped with requests in flight, which is the same.
             world.reap();
         }
         world.finish();
@@ -211,10 +214,10 @@ fn each_request_is_completed_once_whenever_processes_die() {
     assert!(deaths > 5_000, "{deaths}");
 }
 
-/// The first process dies at each of its steps, and the next, too.
+/// The first process dies at each of its steps, and so does the second.
 #[test]
 fn two_deaths_in_a_row_lose_nothing() {
-    let scenario = |world: &World| {
+    let scenario = |world: &Survivors| {
         let memory = world.memory.memory();
         let mut ring = world.start();
         ring.disable_notification();
@@ -229,17 +232,17 @@ fn two_deaths_in_a_row_lose_nothing() {
     };
     let mut both = 0;
     for first in 0.. {
-        let mut world = World::new();
+        let mut world = Survivors::new();
         (0..6).for_each(|head| world.offer(head));
-        if mortal(first, || scenario(&world)).is_some() {
+        if run_until_death(first, || scenario(&world)).is_some() {
             break;
         }
         for second in 0.. {
-            let mut world = World::new();
+            let mut world = Survivors::new();
             (0..6).for_each(|head| world.offer(head));
-            assert!(mortal(first, || scenario(&world)).is_none());
+            assert!(run_until_death(first, || scenario(&world)).is_none());
             world.reap();
-            let alive = mortal(second, || scenario(&world)).is_some();
+            let alive = run_until_death(second, || scenario(&world)).is_some();
             world.reap();
             world.finish();
             if alive {
@@ -252,8 +255,8 @@ fn two_deaths_in_a_row_lose_nothing() {
 }
 
 #[test]
-fn requests_are_done_again_in_the_order_in_which_they_were_taken() {
-    let mut world = World::new();
+fn requests_are_resubmitted_in_their_order_of_submission() {
+    let mut world = Survivors::new();
     for head in [6, 2, 3, 0] {
         world.offer(head);
     }
@@ -271,7 +274,7 @@ fn requests_are_done_again_in_the_order_in_which_they_were_taken() {
     ring.disable_notification();
     let first = ring.pop(&memory).unwrap();
     assert_eq!(first.head, 6);
-    // Given back, it comes again, and before what is new.
+    // A request that is put back comes again, before new ones.
     assert_eq!(ring.pop(&memory).unwrap().head, 3);
     assert_eq!(ring.pop(&memory).unwrap().head, 0);
     ring.undo_pop(&first);
@@ -284,7 +287,7 @@ fn requests_are_done_again_in_the_order_in_which_they_were_taken() {
     world.reap();
     assert!(world.outstanding.is_empty());
 
-    // What was given back is not in flight.
+    // A request that was put back is not in flight.
     world.offer(4);
     let chain = ring.pop(&memory).unwrap();
     ring.undo_pop(&chain);
@@ -292,94 +295,94 @@ fn requests_are_done_again_in_the_order_in_which_they_were_taken() {
     assert_eq!(world.start().to_resubmit(), 0);
 }
 
-/// Whether a process that finds `world` works on, which it must not with `wrong`.
-fn breaks(world: &World, wrong: &str) {
+/// Checks that the ring breaks for a process that finds `world`, which has the error `wrong`.
+fn assert_breaks(world: &Survivors, wrong: &str) {
     let mut ring = world.start();
     assert!(!ring.is_running(), "{wrong}");
     assert!(ring.pop(world.memory.memory()).is_none());
 }
 
 #[test]
-fn a_table_that_makes_no_sense_breaks_the_ring() {
+fn an_invalid_table_breaks_the_ring() {
     let used = || {
-        let mut world = World::starting_at(3);
+        let mut world = Survivors::starting_at(3);
         world.offer(1);
-        drop(world.start()); // from now on the table is in use
+        drop(world.start()); // initialises the table
         world
     };
     let world = used();
-    world.spoil(VERSION_AT, &7u16.to_ne_bytes());
-    breaks(&world, "version");
+    world.corrupt(VERSION_OFFSET, &7u16.to_ne_bytes());
+    assert_breaks(&world, "version");
 
     let world = used();
     for head in [1, 2] {
-        world.spoil(entry(head, INFLIGHT_AT), &[1]);
+        world.corrupt(entry_offset(head, INFLIGHT_OFFSET), &[1]);
     }
-    breaks(&world, "more in flight than available");
+    assert_breaks(&world, "more in flight than available");
 
     let world = used();
-    world.spoil(USED_INDEX_AT, &2u16.to_ne_bytes());
-    world.spoil(LAST_BATCH_HEAD_AT, &SIZE.to_ne_bytes());
-    breaks(&world, "last batch outside the table");
+    world.corrupt(USED_IDX_OFFSET, &2u16.to_ne_bytes());
+    world.corrupt(LAST_BATCH_HEAD_OFFSET, &SIZE.to_ne_bytes());
+    assert_breaks(&world, "last batch outside the table");
 
-    // A loop in the last batch ends, as it clears what is cleared.
+    // A loop in the last batch ends: its requests are cleared again.
     let mut world = used();
-    world.spoil(USED_INDEX_AT, &(3 - SIZE as i16).to_ne_bytes());
+    world.corrupt(USED_IDX_OFFSET, &(3 - SIZE as i16).to_ne_bytes());
     world.finish();
 }
 
 #[test]
-fn a_table_full_of_anything_does_no_harm() {
+fn a_table_with_random_contents_does_no_harm() {
     let mut broken = 0;
     for seed in 0..3000 {
         let mut random = Random::new(seed);
-        let world = &mut World::new();
+        let world = &mut Survivors::new();
         world.offer_some(6, &mut random);
-        let mut bytes = vec![0; world.shape.stride() as usize];
+        let mut bytes = vec![0; world.layout.stride() as usize];
         for _ in 0..random.below(40) {
             let anywhere = random.below(bytes.len() as u64) as usize;
-            let inflight = entry(random.below(SIZE.into()) as u16, INFLIGHT_AT);
-            let at = random.pick(&[anywhere, inflight, LAST_BATCH_HEAD_AT, USED_INDEX_AT]);
+            let inflight = entry_offset(random.below(SIZE.into()) as u16, INFLIGHT_OFFSET);
+            let at = random.pick(&[anywhere, inflight, LAST_BATCH_HEAD_OFFSET, USED_IDX_OFFSET]);
             bytes[at] = random.pick(&[0, 1, 1, 2, 7, 8, 255]);
         }
-        bytes[VERSION_AT..][..2].copy_from_slice(&VERSION.to_ne_bytes());
-        world.spoil(0, &bytes);
+        bytes[VERSION_OFFSET..][..2].copy_from_slice(&VERSION.to_ne_bytes());
+        world.corrupt(0, &bytes);
         let mut ring = world.start();
         drain(&mut ring, world.memory.memory());
         broken += u32::from(!ring.is_running());
-        // No more than was offered, whatever the table says.
+        // No more requests are completed than were made available.
         assert!(world.get::<u16>(USED + 2) <= 6, "seed {seed}");
     }
     assert!(broken > 50, "{broken}");
 }
 
 #[test]
-fn a_table_has_the_shape_of_its_rings() {
-    let shape = |queues, size| InflightLayout { queues, size };
+fn a_table_must_fit_the_queues_of_the_device() {
+    let layout = |queues, size| InflightLayout { queues, size };
     for wrong in [
-        shape(0, 8),
-        shape(3, 8),
-        shape(2, 0),
-        shape(2, 7),
-        shape(2, 16),
-        shape(u16::MAX, u16::MAX),
+        layout(0, 8),
+        layout(3, 8),
+        layout(2, 0),
+        layout(2, 7),
+        layout(2, 16),
+        layout(u16::MAX, u16::MAX),
     ] {
         assert!(create(wrong, QUEUES, SIZE).is_err(), "{wrong:?}");
     }
-    // 16 bytes of header and 16 for each entry, from 64 to 64 bytes; for 8 entries
-    // whatever is asked for.
-    let (file, len) = create(shape(2, 4), QUEUES, SIZE).unwrap();
+    // 16 bytes of header and 16 for each of 8 entries, whatever size is asked for; rounded
+    // up to a multiple of 64.
+    let (file, len) = create(layout(2, 4), QUEUES, SIZE).unwrap();
     assert_eq!(len, 2 * 192);
     let map = |offset, len| {
         let file = file.try_clone().unwrap();
-        InflightTable::map(shape(2, 4), file, offset, len, QUEUES, SIZE).map(Arc::new)
+        InflightTable::map(layout(2, 4), file, offset, len, QUEUES, SIZE).map(Arc::new)
     };
     let table = map(0, len).unwrap();
-    assert!(table.must_hold(1, 8).is_ok() && table.must_hold(0, 4).is_ok());
-    assert!(table.must_hold(2, 8).is_err() && table.must_hold(0, 16).is_err());
-    // One of another make has as many as it says.
+    assert!(table.check_room(1, 8).is_ok() && table.check_room(0, 4).is_ok());
+    assert!(table.check_room(2, 8).is_err() && table.check_room(0, 16).is_err());
+    // A table that another program made has the size that it says.
     let small = map(0, 2 * 128).unwrap();
-    assert!(small.must_hold(1, 4).is_ok() && small.must_hold(1, 8).is_err());
+    assert!(small.check_room(1, 4).is_ok() && small.check_room(1, 8).is_err());
     for (offset, len) in [
         (0, 2 * 128 - 1),
         (0, len + 1),
@@ -390,7 +393,7 @@ fn a_table_has_the_shape_of_its_rings() {
     ] {
         assert!(map(offset, len).is_err(), "{offset} {len}");
     }
-    assert!(table.at::<AtomicU8>(1, entry(7, 15)).is_some());
-    assert!(table.at::<AtomicU8>(0, entry(8, 0)).is_none());
-    assert!(table.at::<AtomicU8>(2, 0).is_none());
+    assert!(table.field::<AtomicU8>(1, entry_offset(7, 15)).is_some());
+    assert!(table.field::<AtomicU8>(0, entry_offset(8, 0)).is_none());
+    assert!(table.field::<AtomicU8>(2, 0).is_none());
 }

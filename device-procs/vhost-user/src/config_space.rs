@@ -1,69 +1,64 @@
-//! The device's configuration space, shared by whoever changes it and the
-//! control thread, which serves it and tells the front end of changes.
+//! The device's configuration space, shared between the device, which changes it, and the
+//! main thread, which serves it to the front end.
 
 use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::Error;
+use crate::vhost_workarounds::config_change_message;
 
-/// Request number of BACKEND_CONFIG_CHANGE_MSG on the back-end channel
-/// (vhost-user, "Back-end message types").
-const CONFIG_CHANGE_MSG: u32 = 2;
-/// Version 1 in the header's flags.
-const HEADER_VERSION: u32 = 1;
 /// The largest configuration space that vhost-user carries, in bytes.
 pub const MAX_SIZE: usize = 256;
 
 #[derive(Default)]
-struct Inner {
+struct SharedConfig {
     bytes: Vec<u8>,
+    /// The back-end channel (SET_BACKEND_REQ_FD).
     channel: Option<UnixStream>,
 }
 
-/// Bytes of the configuration space and the channel to announce changes on.
-/// Clones share one space.
+/// The bytes of the configuration space, and the channel that announces changes. Clones
+/// share one space.
 #[derive(Clone, Default)]
-pub struct ConfigSpace(Arc<Mutex<Inner>>);
+pub struct ConfigSpace(Arc<Mutex<SharedConfig>>);
 
 impl ConfigSpace {
-    /// A space that starts with `bytes`.
+    /// A space that contains `bytes`.
     pub fn new(bytes: Vec<u8>) -> Self {
         let space = ConfigSpace::default();
         space.lock().bytes = bytes;
         space
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, SharedConfig> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Replaces the bytes and, if they differ, tells the front end. A front end
-    /// without a back-end channel finds the change at its next read.
+    /// Replaces the bytes and, if they differ, sends CONFIG_CHANGE_MSG. A front end without
+    /// a back-end channel sees the change when it reads the space.
     pub fn update(&self, bytes: Vec<u8>) {
-        let mut inner = self.lock();
-        if inner.bytes == bytes {
+        let mut config = self.lock();
+        if config.bytes == bytes {
             return;
         }
-        inner.bytes = bytes;
-        let mut message = [0u8; 12];
-        message[..4].copy_from_slice(&CONFIG_CHANGE_MSG.to_le_bytes());
-        message[4..8].copy_from_slice(&HEADER_VERSION.to_le_bytes());
-        // One that has no room is full of news that the front end has not read; when it
-        // does, it finds this, too.
-        if let Some(Err(error)) = inner.channel.as_mut().map(|c| c.write_all(&message))
+        config.bytes = bytes;
+        let message = config_change_message();
+        // WouldBlock: the channel is full of announcements that the front end has not read.
+        // When it reads one of them, it sees this change, too.
+        if let Some(Err(error)) = config.channel.as_mut().map(|c| c.write_all(&message))
             && error.kind() != ErrorKind::WouldBlock
         {
-            tracing::warn!("configuration change not announced: {error}");
-            inner.channel = None;
+            tracing::warn!(%error, "sending CONFIG_CHANGE_MSG failed; no more are sent");
+            config.channel = None;
         }
     }
 
-    /// `size` bytes at `offset`. Bytes between the end of the device's own space
-    /// and [`MAX_SIZE`] read as zero, for front ends that ask for more.
+    /// Reads `size` bytes at `offset`. Bytes between the end of the device's space and
+    /// [`MAX_SIZE`] read as zero, for front ends that ask for more.
     ///
     /// # Errors
-    /// When the range reaches beyond [`MAX_SIZE`].
+    /// The range reaches beyond [`MAX_SIZE`].
     pub fn read(&self, offset: u32, size: usize) -> Result<Vec<u8>, Error> {
         let start = offset as usize;
         let end = start.saturating_add(size);
@@ -75,13 +70,13 @@ impl ConfigSpace {
         Ok(all[start..end].to_vec())
     }
 
-    /// Where changes are announced from now on; `None` when the front end left.
+    /// Announces changes on `channel` from now on; `None` when the front end has left.
     pub(crate) fn set_channel(&self, channel: Option<UnixStream>) {
         // A front end that does not read its channel must not block a device.
         if let Some(channel) = &channel
-            && let Err(error) = crate::fd::set_nonblocking(channel)
+            && let Err(error) = device_core::fd::set_nonblocking(channel)
         {
-            tracing::warn!("back-end channel: {error}");
+            tracing::warn!(%error, "back-end channel");
         }
         self.lock().channel = channel;
     }
@@ -101,13 +96,13 @@ mod tests {
     }
 
     #[test]
-    fn a_front_end_that_reads_late_is_told_of_changes_all_the_same() {
+    fn changes_are_announced_to_a_front_end_that_reads_late() {
         let space = ConfigSpace::new(vec![0]);
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let probe = ours.try_clone().unwrap();
         space.set_channel(Some(ours));
         let mut changes = 0u32;
-        // Until nothing fits any more, and once more then.
+        // Fills the channel, and makes one more change then.
         while (&probe).write(&[0; 12]).is_ok() {
             changes += 1;
         }

@@ -1,4 +1,5 @@
-//! One front end's requests, on crate vhost's back-end request handler.
+//! The session of one front end: handles its messages, for the request handler of crate
+//! vhost.
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -28,22 +29,22 @@ impl From<Error> for VhostError {
     }
 }
 
-/// The state of one connection. Rings and memory belong to the workers; this
-/// holds only what the protocol itself needs to remember.
+/// The state of one connection. Rings and memory belong to the workers; this is only what
+/// the protocol needs to remember.
 pub struct VhostUserSession {
     properties: Arc<DeviceProperties>,
     workers: Arc<[Worker]>,
     table: MemoryTable,
-    /// What is in flight in the rings that start from now on is kept here.
+    /// SET_INFLIGHT_FD; rings that start from now on use it.
     inflight: Option<Arc<InflightTable>>,
-    /// What SET_FEATURES said, once it came.
+    /// SET_FEATURES; `None` before it.
     features: Option<u64>,
-    /// `None` until SET_PROTOCOL_FEATURES.
+    /// SET_PROTOCOL_FEATURES; `None` before it.
     protocol_features: Option<u64>,
 }
 
 impl VhostUserSession {
-    /// A fresh session; nothing is negotiated.
+    /// A session in which nothing is negotiated yet.
     pub fn new(properties: Arc<DeviceProperties>, workers: Arc<[Worker]>) -> Self {
         VhostUserSession {
             properties,
@@ -55,14 +56,14 @@ impl VhostUserSession {
         }
     }
 
-    /// A front end has come, on this socket.
+    /// The front end has connected on `socket`.
     pub fn frontend_connected(&self, socket: BorrowedFd<'_>) {
         for worker in self.workers.iter() {
             worker.control(|state, _| state.frontend_connected(socket));
         }
     }
 
-    /// The front end left.
+    /// The front end has left: all rings stop.
     pub fn close(&mut self) {
         for worker in self.workers.iter() {
             worker.control(|state, poller| state.close(poller));
@@ -73,14 +74,14 @@ impl VhostUserSession {
     }
 
     /// Whether the front end has acknowledged this protocol feature.
-    pub fn negotiated(&self, feature: VhostUserProtocolFeatures) -> bool {
+    pub fn has_protocol_feature(&self, feature: VhostUserProtocolFeatures) -> bool {
         self.protocol_features
             .is_some_and(|features| features & feature.bits() != 0)
     }
 
-    /// Whether the protocol features are negotiated and the features not yet: see
-    /// [`crate::enable`].
-    pub fn is_early(&self) -> bool {
+    /// Whether the front end has sent SET_PROTOCOL_FEATURES and not yet SET_FEATURES; see
+    /// `early_vring_enable` in `vhost_workarounds`.
+    pub fn awaits_features(&self) -> bool {
         self.protocol_features.is_some() && self.features.is_none()
     }
 
@@ -110,23 +111,23 @@ impl VhostUserSession {
     }
 }
 
-/// A descriptor from the front end, non-blocking so that a full eventfd cannot
-/// hold up a worker.
-fn nonblocking(file: File, what: &str) -> Result<OwnedFd> {
+/// Makes an eventfd of the front end non-blocking: if its counter is full, a write must not
+/// block a worker.
+fn nonblocking(file: File, name: &str) -> Result<OwnedFd> {
     let fd = OwnedFd::from(file);
-    crate::fd::set_nonblocking(&fd).map_err(Error::io(what))?;
+    device_core::fd::set_nonblocking(&fd).map_err(Error::io(name))?;
     Ok(fd)
 }
 
-fn shape(inflight: &VhostUserInflight) -> InflightLayout {
+fn layout(inflight: &VhostUserInflight) -> InflightLayout {
     InflightLayout {
         queues: inflight.num_queues,
         size: inflight.queue_size,
     }
 }
 
-fn unsupported<T>(what: &'static str) -> Result<T> {
-    Err(Error::Unsupported(what).into())
+fn unsupported<T>(message: &'static str) -> Result<T> {
+    Err(Error::Unsupported(message).into())
 }
 
 impl VhostUserBackendReqHandlerMut for VhostUserSession {
@@ -256,10 +257,10 @@ impl VhostUserBackendReqHandlerMut for VhostUserSession {
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let Some(fd) = fd else {
-            return unsupported("a ring without a doorbell (polling)");
+            return unsupported("SET_VRING_KICK without a descriptor (polling)");
         };
         let queue = usize::from(index);
-        let kick = nonblocking(fd, "kick descriptor")?;
+        let kick = nonblocking(fd, "kick eventfd")?;
         let enable = self.features.unwrap_or(0) & PROTOCOL_FEATURES == 0;
         let inflight = self.inflight.as_ref();
         Ok(self.worker(queue)?.control(|state, poller| {
@@ -269,9 +270,7 @@ impl VhostUserBackendReqHandlerMut for VhostUserSession {
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let queue = usize::from(index);
-        let call = fd
-            .map(|fd| nonblocking(fd, "call descriptor"))
-            .transpose()?;
+        let call = fd.map(|fd| nonblocking(fd, "call eventfd")).transpose()?;
         Ok(self.worker(queue)?.control(|state, _| {
             state.ring(queue)?.set_call(call);
             Ok::<(), Error>(())
@@ -280,7 +279,7 @@ impl VhostUserBackendReqHandlerMut for VhostUserSession {
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
         let queue = usize::from(index);
-        let err = fd.map(|fd| nonblocking(fd, "err descriptor")).transpose()?;
+        let err = fd.map(|fd| nonblocking(fd, "err eventfd")).transpose()?;
         Ok(self.worker(queue)?.control(|state, _| {
             state.ring(queue)?.set_err(err);
             Ok::<(), Error>(())
@@ -300,7 +299,7 @@ impl VhostUserBackendReqHandlerMut for VhostUserSession {
             | VhostUserProtocolFeatures::REPLY_ACK)
     }
 
-    // Crate vhost keeps them and refuses what was not negotiated.
+    // Crate vhost keeps them, too, and refuses messages that need others.
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
         self.protocol_features = Some(features);
         Ok(())
@@ -341,24 +340,24 @@ impl VhostUserBackendReqHandlerMut for VhostUserSession {
         unsupported("GET_SHARED_OBJECT")
     }
 
-    // Nothing of it is kept: a front end may ask as often as it likes, and hands over
-    // the one that it wants.
+    // The table is not kept: a front end may ask for several, and sends the one that it uses
+    // with SET_INFLIGHT_FD.
     fn get_inflight_fd(
         &mut self,
         inflight: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File)> {
-        let shape = shape(inflight);
+        let layout = layout(inflight);
         let DeviceProperties {
             queues, queue_size, ..
         } = &*self.properties;
-        let (file, len) = inflight::create(shape, queues.len(), *queue_size)?;
-        let made = VhostUserInflight::new(len, 0, shape.queues, shape.size);
-        Ok((made, file))
+        let (file, len) = inflight::create(layout, queues.len(), *queue_size)?;
+        let table = VhostUserInflight::new(len, 0, layout.queues, layout.size);
+        Ok((table, file))
     }
 
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
         let table = InflightTable::map(
-            shape(inflight),
+            layout(inflight),
             file,
             inflight.mmap_offset,
             inflight.mmap_size,

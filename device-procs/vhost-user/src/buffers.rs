@@ -1,30 +1,30 @@
-//! Consecutive pieces of guest memory.
+//! The buffers of a request: consecutive slices of guest memory.
 
 use vm_memory::VolatileSlice;
 
-/// So many pieces need no allocation: most requests of a disk have no more of a kind, and
-/// room for others would cost each of them, for it is moved around.
-const FEW: usize = 2;
+/// Number of slices that need no allocation. Most disk requests have no more of them, and
+/// a larger array would slow down each request, for it is moved around.
+const INLINE_SLICES: usize = 2;
 
-/// Consecutive pieces of guest memory; never empty pieces.
+/// Consecutive slices of guest memory, none of them empty.
 #[derive(Clone)]
 pub struct Buffers<'m> {
-    few: [VolatileSlice<'m>; FEW],
-    /// All pieces, once they are too many for `few`.
-    many: Vec<VolatileSlice<'m>>,
-    /// Those in front of this one are taken.
+    inline: [VolatileSlice<'m>; INLINE_SLICES],
+    /// All slices, once they are too many for `inline`.
+    heap: Vec<VolatileSlice<'m>>,
+    /// Index of the first slice; those in front of it are taken.
     start: usize,
-    /// As are this one and those behind it.
+    /// Index after the last slice.
     end: usize,
-    /// Length of all pieces together, in bytes.
+    /// Length of all slices together, in bytes.
     len: usize,
 }
 
 impl Default for Buffers<'_> {
     fn default() -> Self {
         Buffers {
-            few: [VolatileSlice::from(&mut [][..]); FEW],
-            many: Vec::new(),
+            inline: [VolatileSlice::from(&mut [][..]); INLINE_SLICES],
+            heap: Vec::new(),
             start: 0,
             end: 0,
             len: 0,
@@ -45,53 +45,51 @@ impl<'m> Buffers<'m> {
         if slice.is_empty() {
             return;
         }
-        // Guest memory is far smaller than what a usize counts.
+        // Cannot overflow: a chain has less than 4 GiB.
         self.len += slice.len();
-        if self.many.is_empty() {
-            if let Some(free) = self.few.get_mut(self.end) {
+        if self.heap.is_empty() {
+            if let Some(free) = self.inline.get_mut(self.end) {
                 *free = slice;
                 self.end += 1;
                 return;
             }
-            self.many.reserve(8 * FEW);
-            self.many.extend_from_slice(&self.few);
+            self.heap.reserve(8 * INLINE_SLICES);
+            self.heap.extend_from_slice(&self.inline);
         }
-        self.many.truncate(self.end);
-        self.many.push(slice);
+        self.heap.truncate(self.end);
+        self.heap.push(slice);
         self.end += 1;
     }
 
-    /// Length of all pieces together, in bytes.
+    /// Length of all slices together, in bytes.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there is not a single byte.
+    /// Whether there are no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The pieces.
+    /// The slices.
     pub fn slices(&self) -> &[VolatileSlice<'m>] {
-        let all = if self.many.is_empty() {
-            &self.few[..]
-        } else {
-            &self.many[..]
+        let all = match self.heap.is_empty() {
+            true => &self.inline[..],
+            false => &self.heap[..],
         };
         &all[self.start..self.end]
     }
 
     fn slices_mut(&mut self) -> &mut [VolatileSlice<'m>] {
-        let all = if self.many.is_empty() {
-            &mut self.few[..]
-        } else {
-            &mut self.many[..]
+        let all = match self.heap.is_empty() {
+            true => &mut self.inline[..],
+            false => &mut self.heap[..],
         };
         &mut all[self.start..self.end]
     }
 
-    /// Takes the first `count` bytes off the front; `None` (and no change) when
-    /// there are fewer.
+    /// Removes the first `count` bytes and returns them; `None`, and no change, when there
+    /// are fewer.
     pub fn take(&mut self, count: usize) -> Option<Buffers<'m>> {
         let rest = self.len.checked_sub(count)?;
         if rest == 0 {
@@ -112,14 +110,14 @@ impl<'m> Buffers<'m> {
         Some(taken)
     }
 
-    /// Splits off the last `count` bytes; `None` (and no change) when there are
-    /// fewer.
+    /// Removes the last `count` bytes and returns them; `None`, and no change, when there
+    /// are fewer.
     pub fn take_back(&mut self, count: usize) -> Option<Buffers<'m>> {
         let front = self.len.checked_sub(count)?;
         if let Some(last) = self.slices_mut().last_mut()
             && last.len() >= count
         {
-            // The common case: a few bytes of the last piece.
+            // The common case: the bytes are in the last slice.
             let (kept, back) = split(last, last.len() - count);
             *last = kept;
             if kept.is_empty() {
@@ -134,7 +132,7 @@ impl<'m> Buffers<'m> {
         Some(std::mem::replace(self, front))
     }
 
-    /// Copies guest memory into `buf`; returns how many bytes there were.
+    /// Copies guest memory into `buf`, as much as fits; returns the number of bytes.
     pub fn copy_to(&self, buf: &mut [u8]) -> usize {
         let mut done = 0;
         for slice in self.slices() {
@@ -143,16 +141,16 @@ impl<'m> Buffers<'m> {
         done
     }
 
-    /// Copies `buf` into guest memory; returns how many bytes had room.
+    /// Copies `buf` into guest memory, as much as fits; returns the number of bytes.
     pub fn copy_from(&self, buf: &[u8]) -> usize {
         self.copy_from_at(0, buf)
     }
 
-    /// As [`Buffers::copy_from`], behind the first `skip` bytes.
+    /// As [`Buffers::copy_from`], after the first `skip` bytes.
     pub fn copy_from_at(&self, mut skip: usize, buf: &[u8]) -> usize {
         let mut done = 0;
         for slice in self.slices() {
-            // Fails where the slice is skipped as a whole.
+            // Fails for a slice that is skipped as a whole.
             if let Ok(rest) = slice.offset(skip.min(slice.len())) {
                 let count = rest.len().min(buf.len() - done);
                 rest.copy_from(&buf[done..done + count]);
@@ -163,8 +161,8 @@ impl<'m> Buffers<'m> {
         done
     }
 
-    /// The pieces for readv(2) and writev(2). They are valid as long as the
-    /// guest memory that this borrows from.
+    /// The slices as iovecs for readv(2) and writev(2). They are valid as long as the guest
+    /// memory that this borrows from is mapped.
     pub fn iovecs(&self) -> Vec<libc::iovec> {
         self.slices()
             .iter()
@@ -176,7 +174,7 @@ impl<'m> Buffers<'m> {
     }
 }
 
-/// `slice` in two, of which the first has `at` bytes, or all if there are no more.
+/// Splits `slice` after `at` bytes, or at its end if it has fewer.
 fn split<'m>(slice: &VolatileSlice<'m>, at: usize) -> (VolatileSlice<'m>, VolatileSlice<'m>) {
     let none = VolatileSlice::from(&mut [][..]);
     match (slice.subslice(0, at), slice.offset(at)) {
@@ -193,19 +191,19 @@ mod tests {
     use crate::GuestMemory;
     use crate::testing::Random;
 
-    fn slices<'m>(memory: &'m GuestMemory, pieces: &[(u64, usize)]) -> Buffers<'m> {
+    fn buffers<'m>(memory: &'m GuestMemory, slices: &[(u64, usize)]) -> Buffers<'m> {
         let mut all = Buffers::default();
-        for &(at, len) in pieces {
+        for &(at, len) in slices {
             all.push(memory.get_slice(GuestAddress(at), len).unwrap());
         }
         all
     }
 
     #[test]
-    fn bytes_are_taken_across_pieces() {
+    fn bytes_are_taken_across_slices() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
         memory.write_slice(b"abcdefgh", GuestAddress(0x10)).unwrap();
-        let mut all = slices(&memory, &[(0x10, 3), (0x13, 0), (0x13, 5)]);
+        let mut all = buffers(&memory, &[(0x10, 3), (0x13, 0), (0x13, 5)]);
         assert_eq!((all.len(), all.slices().len()), (8, 2));
         let front = all.take(4).unwrap();
         let mut text = [0; 8];
@@ -221,9 +219,9 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_put_behind_others() {
+    fn bytes_are_copied_to_an_offset() {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
-        let all = slices(&memory, &[(0, 3), (3, 2), (5, 3)]);
+        let all = buffers(&memory, &[(0, 3), (3, 2), (5, 3)]);
         assert_eq!(all.copy_from_at(2, b"abcd"), 4);
         assert_eq!(all.copy_from_at(7, b"yz"), 1);
         assert_eq!(all.copy_from_at(8, b"yz"), 0);
@@ -233,9 +231,9 @@ mod tests {
         assert_eq!(&after, b"\0\0abcd\0y");
     }
 
-    /// However it is taken apart, the bytes are those of one run of memory.
+    /// However buffers are split and taken apart, the bytes are the same as in one slice.
     #[test]
-    fn pieces_are_as_good_as_one() {
+    fn any_number_of_slices_gives_the_same_bytes_as_one() {
         const LEN: usize = 64;
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap();
         let bytes: Vec<u8> = (0..LEN as u8).collect();
@@ -244,10 +242,10 @@ mod tests {
             let mut random = Random::new(seed);
             let mut all = Buffers::default();
             while all.len() < LEN {
-                let len = random.below(random_most(seed)) as usize;
+                let len = random.below(max_slice_len(seed)) as usize;
                 let len = len.min(LEN - all.len());
-                let piece = memory.get_slice(GuestAddress(all.len() as u64), len);
-                all.push(piece.unwrap());
+                let slice = memory.get_slice(GuestAddress(all.len() as u64), len);
+                all.push(slice.unwrap());
             }
             let mut expected = &bytes[..];
             while !expected.is_empty() {
@@ -279,8 +277,8 @@ mod tests {
         }
     }
 
-    /// Long pieces in some runs, many short ones in others.
-    fn random_most(seed: u64) -> u64 {
+    /// Long slices in some runs, many short ones in others.
+    fn max_slice_len(seed: u64) -> u64 {
         [3, 8, 40][seed as usize % 3]
     }
 }

@@ -1,62 +1,62 @@
-//! Requests in the order in which they were taken: a list through an array with a place
-//! for each head, so that any of them is found and taken out at once.
+//! The requests in flight, in the order in which they were submitted: a doubly linked list
+//! through an array that is indexed by head, so that any request is removed at once.
 
 use crate::chain::ChainOrigin;
 
-/// A request that is taken and not completed.
+/// A request in flight.
 #[derive(Clone, Copy)]
-struct Link {
+struct ListEntry {
     origin: ChainOrigin,
-    before: Option<u16>,
-    after: Option<u16>,
+    previous: Option<u16>,
+    next: Option<u16>,
 }
 
 /// The list.
 #[derive(Default)]
 pub(super) struct InFlightList {
-    links: Vec<Option<Link>>,
+    entries: Vec<Option<ListEntry>>,
     first: Option<u16>,
     last: Option<u16>,
-    count: usize,
+    count: u16,
 }
 
 impl InFlightList {
     /// An empty list of requests of a ring with `size` entries.
     pub fn new(size: u16) -> Self {
         InFlightList {
-            links: vec![None; size.into()],
+            entries: vec![None; size.into()],
             ..InFlightList::default()
         }
     }
 
-    /// How many there are.
-    pub fn len(&self) -> usize {
+    /// Number of requests.
+    pub fn len(&self) -> u16 {
         self.count
     }
 
-    fn link(&mut self, head: u16) -> Option<&mut Link> {
-        self.links.get_mut(usize::from(head))?.as_mut()
+    fn entry(&mut self, head: u16) -> Option<&mut ListEntry> {
+        self.entries.get_mut(usize::from(head))?.as_mut()
     }
 
-    /// Adds a request as the last.
+    /// Adds a request at the end.
     ///
     /// # Errors
-    /// When there can be none of this number, or it is there already.
+    /// The ring has no such head, or the request is already in flight.
     pub fn push(&mut self, head: u16, origin: ChainOrigin) -> Result<(), String> {
-        let before = self.last;
-        match self.links.get_mut(usize::from(head)) {
+        let previous = self.last;
+        match self.entries.get_mut(usize::from(head)) {
             Some(free @ None) => {
-                *free = Some(Link {
+                *free = Some(ListEntry {
                     origin,
-                    before,
-                    after: None,
+                    previous,
+                    next: None,
                 });
             }
-            Some(Some(_)) => return Err(format!("request {head} is made again while in flight")),
-            None => return Err(super::outside()),
+            Some(Some(_)) => return Err(format!("request {head} is already in flight")),
+            None => return Err(super::no_such_request()),
         }
-        match before.and_then(|before| self.link(before)) {
-            Some(link) => link.after = Some(head),
+        match previous.and_then(|previous| self.entry(previous)) {
+            Some(entry) => entry.next = Some(head),
             None => self.first = Some(head),
         }
         self.last = Some(head);
@@ -64,22 +64,22 @@ impl InFlightList {
         Ok(())
     }
 
-    /// Takes a request out; returns where it was found, if it is there.
+    /// Removes a request; returns its origin, or `None` if it is not in flight.
     pub fn remove(&mut self, head: u16) -> Option<ChainOrigin> {
-        let link = self.links.get_mut(usize::from(head))?.take()?;
-        match link.before.and_then(|before| self.link(before)) {
-            Some(before) => before.after = link.after,
-            None => self.first = link.after,
+        let entry = self.entries.get_mut(usize::from(head))?.take()?;
+        match entry.previous.and_then(|previous| self.entry(previous)) {
+            Some(previous) => previous.next = entry.next,
+            None => self.first = entry.next,
         }
-        match link.after.and_then(|after| self.link(after)) {
-            Some(after) => after.before = link.before,
-            None => self.last = link.before,
+        match entry.next.and_then(|next| self.entry(next)) {
+            Some(next) => next.previous = entry.previous,
+            None => self.last = entry.previous,
         }
         self.count -= 1;
-        Some(link.origin)
+        Some(entry.origin)
     }
 
-    /// Takes the last request out.
+    /// Removes the last request.
     pub fn pop(&mut self) -> Option<(u16, ChainOrigin)> {
         let head = self.last?;
         Some((head, self.remove(head)?))
@@ -92,7 +92,7 @@ mod tests {
     use crate::testing::Random;
 
     #[test]
-    fn requests_stay_in_their_order_whichever_is_taken_out() {
+    fn requests_stay_in_order_whichever_is_removed() {
         const SIZE: u16 = 8;
         for seed in 0..500 {
             println!("seed {seed}");
@@ -116,7 +116,7 @@ mod tests {
                     }
                     _ => assert_eq!(list.pop(), expected.pop()),
                 }
-                assert_eq!(list.len(), expected.len());
+                assert_eq!(usize::from(list.len()), expected.len());
             }
             while let Some(last) = expected.pop() {
                 assert_eq!(list.pop(), Some(last));

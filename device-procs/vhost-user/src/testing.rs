@@ -1,10 +1,10 @@
-//! What several rooms' tests use.
+//! Helpers of the unit tests of several modules.
 
-/// Numbers that look random and are the same each time (xorshift64*).
+/// Pseudo-random numbers, the same in every run (xorshift64*).
 pub struct Random(u64);
 
 impl Random {
-    /// A sequence of its own for each `seed`.
+    /// Each `seed` gives another sequence.
     pub fn new(seed: u64) -> Self {
         Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
@@ -23,32 +23,33 @@ impl Random {
     }
 }
 
-/// What a step unwinds with that was to be the last.
-pub struct Death;
+/// The panic payload of [`step`].
+struct SimulatedDeath;
 
 thread_local! {
+    /// How many more steps the simulated process takes.
     static STEPS: std::cell::Cell<Option<u64>> = const { std::cell::Cell::new(None) };
 }
 
-/// Called at each step of what changes a ring.
-pub fn stepped() {
+/// A step of the simulated process, which dies here if it was the last one.
+pub fn step() {
     let left = STEPS.get();
     STEPS.set(left.map(|left| left.saturating_sub(1)));
     if left == Some(0) {
         STEPS.set(None);
-        // Without a word on stderr, other than a panic.
-        std::panic::resume_unwind(Box::new(Death));
+        // Unlike panic!, this prints nothing.
+        std::panic::resume_unwind(Box::new(SimulatedDeath));
     }
 }
 
-/// Runs `f`, which dies when it has taken `steps` steps; `None` if it died.
-pub fn mortal<R>(steps: u64, f: impl FnOnce() -> R) -> Option<R> {
+/// Runs `f` as a simulated process that dies after `steps` steps; `None` if it died.
+pub fn run_until_death<R>(steps: u64, f: impl FnOnce() -> R) -> Option<R> {
     STEPS.set(Some(steps));
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(f));
     STEPS.set(None);
     result
         .map_err(|cause| {
-            if !cause.is::<Death>() {
+            if !cause.is::<SimulatedDeath>() {
                 std::panic::resume_unwind(cause);
             }
         })

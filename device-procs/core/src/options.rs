@@ -1,5 +1,5 @@
-//! The command line that all device programs share: QEMU's "backend program
-//! conventions" (vhost-user specification) and what a launcher needs.
+//! The options that all device programs share: QEMU's "backend program conventions"
+//! (vhost-user specification), and what a launcher needs.
 
 use std::os::fd::RawFd;
 use std::path::PathBuf;
@@ -24,6 +24,10 @@ pub struct CommonOptions {
     #[arg(long)]
     pub print_capabilities: bool,
 
+    /// Name of the device in log lines [default: the program's name]
+    #[arg(long, value_name = "NAME")]
+    pub id: Option<String>,
+
     /// Confine the process once it holds its files
     #[arg(long, value_name = "on|log|off", default_value_t = SandboxMode::Enforce)]
     pub sandbox: SandboxMode,
@@ -36,7 +40,7 @@ pub struct CommonOptions {
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
 
-    /// What to log: a level, or a filter such as `device_core=debug`
+    /// What to log: a level, or a filter such as `device_vhost_user=debug`
     #[arg(long, value_name = "FILTER", default_value = "info")]
     pub log_level: String,
 }

@@ -1,24 +1,24 @@
-//! One descriptor chain, copied and checked once, as slices of guest memory.
+//! Descriptor chains: each descriptor is copied once, checked, and turned into slices of
+//! guest memory.
 
 use vm_memory::{
     Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap,
     VolatileSlice,
 };
 
-pub use crate::buffers::Buffers;
-use crate::split::{DESCRIPTOR, Descriptor, SplitRing};
-use crate::{Error, GuestMemory};
+use crate::split_ring::{DESCRIPTOR, Descriptor, SplitRing};
+use crate::{Buffers, Error, GuestMemory};
 
-/// The most descriptors of one chain that a device looks at. The virtio limit
-/// is the ring's size; indirect tables may claim up to 65,535 entries, which
-/// would let one request hold a worker for long.
+/// The most descriptors of one chain. The limit of virtio is the ring's size, but an
+/// indirect table may claim up to 65,535 entries, with which one request could occupy a
+/// worker for long.
 pub const MAX_DESCRIPTORS: usize = 1024;
 
-/// A request: what the device may read, then what it may write.
+/// A request: the buffers that the device may read and those that it may write.
 pub struct DescriptorChain<'m> {
-    /// Index of the head descriptor, which names the chain in the used ring.
+    /// Index of the head descriptor, which identifies the chain in the used ring.
     pub head: u16,
-    /// Where it was found.
+    /// Where the ring found it.
     pub(crate) origin: ChainOrigin,
     /// Device-readable buffers in order.
     pub readable: Buffers<'m>,
@@ -31,39 +31,34 @@ pub struct DescriptorChain<'m> {
 pub(crate) enum ChainOrigin {
     /// At this index of the available ring.
     Available(u16),
-    /// In the inflight table: a process before this one had taken it.
-    Inflight,
+    /// In the in-flight table: an earlier process had popped it.
+    Resubmitted,
 }
 
 impl<'m> DescriptorChain<'m> {
-    /// Walks the chain that begins at `head` of the descriptor table of `ring` to its end.
-    /// Each descriptor is fetched once, so what is checked here is what gets used, whatever
-    /// the guest changes meanwhile.
+    /// Walks the chain that begins at `head` of the descriptor table of `ring`. Each
+    /// descriptor is loaded once, so the values that are checked are the values that are
+    /// used, whatever the guest changes meanwhile.
     pub(crate) fn parse(
-        queue: usize,
         origin: ChainOrigin,
         head: u16,
         ring: &SplitRing,
         memory: &'m GuestMemory,
     ) -> Result<Self, Error> {
-        let bad = |why: &str| Error::Chain {
-            queue,
-            head,
-            why: why.into(),
-        };
+        let malformed = |why: &str| Error::Chain(why.into());
         let mut readable = Buffers::default();
         let mut writable = Buffers::default();
         let mut count = 0;
         let mut walk = Walk::new(memory, ring, head);
-        while let Some(descriptor) = walk.next().map_err(bad)? {
+        while let Some(descriptor) = walk.next().map_err(malformed)? {
             count += 1;
             if count > MAX_DESCRIPTORS {
-                return Err(bad("too many descriptors"));
+                return Err(malformed("it has too many descriptors"));
             }
             let target = if descriptor.is_writable() {
                 &mut writable
             } else if !writable.is_empty() {
-                return Err(bad("a readable descriptor follows a writable one"));
+                return Err(malformed("a readable descriptor follows a writable one"));
             } else {
                 &mut readable
             };
@@ -72,10 +67,9 @@ impl<'m> DescriptorChain<'m> {
                 target.push(slice);
                 continue;
             }
-            // Nowhere, or across regions.
+            // The buffer crosses regions, or is not in guest memory.
             for slice in memory.get_slices(address, len) {
-                let slice =
-                    slice.map_err(|_| Error::buffer(queue, head, address, descriptor.len))?;
+                let slice = slice.map_err(|_| Error::buffer(address, descriptor.len))?;
                 target.push(slice);
             }
         }
@@ -88,14 +82,14 @@ impl<'m> DescriptorChain<'m> {
     }
 }
 
-/// Finds guest memory; quickest where it has found some before.
+/// Finds slices of guest memory, and tries the region of the last one first.
 struct Lookup<'m> {
     memory: &'m GuestMemory,
     last: Option<&'m GuestRegionMmap<()>>,
 }
 
 impl<'m> Lookup<'m> {
-    /// `len` bytes from `address` on, if they are in one region.
+    /// The `len` bytes from `address` on, if they are in one region.
     fn slice(&mut self, address: GuestAddress, len: usize) -> Option<VolatileSlice<'m>> {
         let within = |region: &'m GuestRegionMmap<()>| {
             let at = region.to_region_addr(address)?;
@@ -112,12 +106,13 @@ impl<'m> Lookup<'m> {
 struct Walk<'a, 'm> {
     lookup: Lookup<'m>,
     ring: &'a SplitRing,
-    /// Where further descriptors are if not in the ring's own table.
+    /// The indirect table that the walk is in, if any.
     indirect: Option<GuestAddress>,
+    /// Number of descriptors in the table.
     size: u16,
-    /// Index of the next descriptor, unless this was the last.
+    /// Index of the next descriptor; `None` after the last one.
     next: Option<u16>,
-    /// As many more may come from this table.
+    /// How many more descriptors the chain may have in this table, which ends loops.
     left: u16,
     /// Length of all buffers so far, in bytes.
     total: u32,
@@ -136,40 +131,40 @@ impl<'a, 'm> Walk<'a, 'm> {
         }
     }
 
-    /// The next descriptor of a buffer; `None` behind the last.
+    /// The next descriptor of a buffer; `None` after the last one.
     fn next(&mut self) -> Result<Option<Descriptor>, &'static str> {
         let Some(mut index) = self.next else {
             return Ok(None);
         };
         let mut descriptor = self.fetch(index)?;
         if descriptor.is_indirect() {
-            self.enter(&descriptor)?;
+            self.enter_indirect_table(&descriptor)?;
             index = 0;
             descriptor = self.fetch(index)?;
             if descriptor.is_indirect() {
-                return Err("an indirect table within another");
+                return Err("an indirect table is nested");
             }
         }
-        self.left -= 1; // `fetch` has seen that there is one
+        self.left -= 1; // not zero: see `fetch`
         self.next = descriptor.next();
-        // Drivers must not make longer ones (virtio 1.2 section 2.7.5.2).
+        // The limit of virtio 1.2 section 2.7.5.2.
         self.total = (self.total.checked_add(descriptor.len))
-            .ok_or("its buffers have more than 4 GiB together")?;
+            .ok_or("its buffers are longer than 4 GiB together")?;
         Ok(Some(descriptor))
     }
 
     fn fetch(&mut self, index: u16) -> Result<Descriptor, &'static str> {
         if index >= self.size || self.left == 0 {
-            return Err("it does not end properly");
+            return Err("it has a loop, or an index beyond its table");
         }
         let found = match self.indirect {
             None => self.ring.descriptor(index),
-            Some(table) => self.fetch_from(table, index),
+            Some(table) => self.fetch_indirect(table, index),
         };
         found.ok_or("a descriptor is not in guest memory")
     }
 
-    fn fetch_from(&mut self, table: GuestAddress, index: u16) -> Option<Descriptor> {
+    fn fetch_indirect(&mut self, table: GuestAddress, index: u16) -> Option<Descriptor> {
         let offset = u64::from(index) * u64::from(DESCRIPTOR);
         let address = table.checked_add(offset)?;
         let words = match self.lookup.slice(address, DESCRIPTOR as usize) {
@@ -179,16 +174,16 @@ impl<'a, 'm> Walk<'a, 'm> {
         words.map(Descriptor::from_words)
     }
 
-    fn enter(&mut self, descriptor: &Descriptor) -> Result<(), &'static str> {
+    fn enter_indirect_table(&mut self, descriptor: &Descriptor) -> Result<(), &'static str> {
         if self.indirect.is_some() {
-            return Err("an indirect table within another");
+            return Err("an indirect table is nested");
         }
         let len = descriptor.len;
         if !len.is_multiple_of(DESCRIPTOR) {
-            return Err("an indirect table with a part of a descriptor");
+            return Err("the length of an indirect table is not a multiple of 16");
         }
         self.size = u16::try_from(len / DESCRIPTOR)
-            .map_err(|_| "an indirect table of more than 65535 entries")?;
+            .map_err(|_| "an indirect table has more than 65535 entries")?;
         self.indirect = Some(descriptor.address);
         self.left = self.size;
         Ok(())
@@ -199,36 +194,36 @@ impl<'a, 'm> Walk<'a, 'm> {
 mod tests {
     use std::sync::Arc;
 
-    use virtio_queue::desc::split::Descriptor as Theirs;
+    use virtio_queue::desc::split::Descriptor as OracleDescriptor;
     use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
     use super::*;
-    use crate::split::RingLayout;
+    use crate::split_ring::RingLayout;
     use crate::testing::Random;
 
-    /// Crate virtio-queue, which others have looked at as well, finds the same
-    /// descriptors in tables full of anything, and sees the same end.
+    /// In tables of random descriptors, crate virtio-queue finds the same chains, with the
+    /// same end.
     #[test]
-    fn chains_are_what_another_implementation_takes_them_for() {
+    fn chains_are_the_same_as_those_of_crate_virtio_queue() {
         const SIZE: u16 = 8;
         const AVAILABLE: u64 = 0x1000;
         let memory = Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), 0x3000)]).unwrap());
-        let place = RingLayout {
+        let layout = RingLayout {
             descriptors: GuestAddress(0),
             available: GuestAddress(AVAILABLE),
             used: GuestAddress(0x2000),
         };
-        let ring = SplitRing::new(&memory, place, SIZE, false).unwrap();
+        let ring = SplitRing::new(&memory, layout, SIZE, false).unwrap();
         let mut random = Random::new(1);
         let (mut whole, mut broken) = (0, 0);
         for _ in 0..20_000 {
-            // Two tables, of which one is where indirect descriptors mostly point to.
+            // Two tables. Indirect descriptors mostly point to the second one.
             for index in 0..u64::from(2 * SIZE) {
                 let address = random.pick(&[0x80, 0x80, 0x88, 0x2ff8, 0x4000]);
                 let len = random.pick(&[16, 48, 64, 128, 0, 24, u32::MAX]);
                 let flags = random.pick(&[0, 1, 1, 1, 2, 3, 4, 5]);
                 let next = random.below(u64::from(SIZE) + 1) as u16;
-                let descriptor = Theirs::new(address, len, flags, next);
+                let descriptor = OracleDescriptor::new(address, len, flags, next);
                 memory
                     .write_obj(descriptor, GuestAddress(16 * index))
                     .unwrap();
@@ -245,7 +240,8 @@ mod tests {
                 .try_set_used_ring_address(GuestAddress(0x2000))
                 .unwrap();
             queue.set_ready(true);
-            let theirs: Vec<Theirs> = queue.iter(&*memory).unwrap().next().unwrap().collect();
+            let theirs: Vec<OracleDescriptor> =
+                queue.iter(&*memory).unwrap().next().unwrap().collect();
             let ends = theirs.last().is_some_and(|last| !last.has_next());
 
             let mut walk = Walk::new(&memory, &ring, head);

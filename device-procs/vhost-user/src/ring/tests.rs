@@ -1,5 +1,5 @@
-//! Crate virtio-queue, which others have looked at as well, is the oracle: whatever a
-//! driver does, a ring does the same to the same memory.
+//! Crate virtio-queue is the oracle: whatever a driver does, both make the same changes to
+//! the same memory.
 
 use std::fs::File;
 use std::sync::atomic::Ordering;
@@ -29,7 +29,21 @@ fn table() -> MemoryTable {
     MemoryTable::new([(region, file)]).unwrap()
 }
 
-/// A ring, the oracle with memory of its own, and a driver of both.
+impl Ring {
+    fn running_mut(&mut self) -> &mut RunningRing {
+        match &mut self.state {
+            RingState::Running(running) => running,
+            _ => panic!("the ring is not running"),
+        }
+    }
+
+    /// Available index, used index, and number of requests in flight.
+    fn counters(&mut self) -> (u16, u16, u16) {
+        self.running_mut().counters()
+    }
+}
+
+/// A ring, the oracle with its own memory, and a driver of both.
 struct Pair {
     size: u16,
     event_idx: bool,
@@ -39,12 +53,13 @@ struct Pair {
     their_memory: Arc<GuestMemory>,
     interrupt: OwnedFd,
     available: u16,
-    /// Heads that the driver waits for.
+    /// Requests that the driver has made available and that are not completed.
     outstanding: Vec<u16>,
-    /// Heads that the device has.
+    /// Requests that the device has popped.
     in_flight: Vec<u16>,
-    is_dry: bool,
-    pushed: bool,
+    is_empty: bool,
+    used_added: bool,
+    interrupts: u64,
 }
 
 impl Pair {
@@ -88,16 +103,17 @@ impl Pair {
             available: index,
             outstanding: Vec::new(),
             in_flight: Vec::new(),
-            is_dry: false,
-            pushed: false,
+            is_empty: false,
+            used_added: false,
+            interrupts: 0,
         };
         pair.put(AVAILABLE + 2, index);
         pair.put(USED + 2, index);
         pair.ours.set_call(Some(call));
-        pair.ours.place(&table).unwrap();
-        pair.ours.start(eventfd(0, flags).unwrap(), None);
+        let split = pair.ours.prepare(&table, None).unwrap();
+        pair.ours.start(split, eventfd(0, flags).unwrap(), None);
         pair.ours.set_enabled(true);
-        // The interrupt that a ring in use may owe.
+        // The interrupt of a ring that was used before.
         pair.ours.flush();
         pair.has_interrupt();
         pair
@@ -113,7 +129,7 @@ impl Pair {
         rustix::io::read(&self.interrupt, &mut [0; 8]).is_ok()
     }
 
-    /// The driver makes a request available, if it has one to make.
+    /// The driver makes a request available, if it has a free head.
     fn offer(&mut self, random: &mut Random) {
         let free: Vec<u16> = (0..self.size)
             .filter(|head| !self.outstanding.contains(head))
@@ -131,15 +147,15 @@ impl Pair {
         self.outstanding.push(head);
     }
 
-    /// The driver says which notifications it wants.
-    fn wish(&mut self, random: &mut Random) {
+    /// The driver changes which interrupts it wants.
+    fn set_driver_event(&mut self, random: &mut Random) {
         self.put(AVAILABLE, random.below(2) as u16);
         let event = self.theirs.next_used().wrapping_add(random.below(6) as u16);
         let event = event.wrapping_sub(3);
         self.put(AVAILABLE + 4 + 2 * u64::from(self.size), event);
     }
 
-    /// The device takes one; false if both have found that the ring is broken.
+    /// The device pops a request; false if both have found that the ring is broken.
     fn pop(&mut self) -> bool {
         let ours = self.ours.pop(&self.memory).map(|chain| chain.head);
         let Ok(mut theirs) = self.theirs.iter(&*self.their_memory) else {
@@ -148,14 +164,14 @@ impl Pair {
             return false;
         };
         assert_eq!(ours, theirs.next().map(|chain| chain.head_index()));
-        assert_eq!(self.ours.next_avail, self.theirs.next_avail());
+        assert_eq!(self.ours.counters().0, self.theirs.next_avail());
         self.in_flight.extend(ours);
-        self.is_dry |= ours.is_none();
+        self.is_empty |= ours.is_none();
         true
     }
 
-    /// The device completes some of what it has, in any order.
-    fn push(&mut self, random: &mut Random) {
+    /// The device completes some of its requests, in any order.
+    fn add_used(&mut self, random: &mut Random) {
         let count = random.below(self.in_flight.len() as u64 + 1);
         let mut batch = Vec::new();
         for _ in 0..count {
@@ -168,41 +184,42 @@ impl Pair {
             batch.push((head, written));
         }
         self.ours.add_used_batch(&batch);
-        self.pushed |= count > 0;
+        self.used_added |= count > 0;
     }
 
-    fn finish(&mut self) {
+    fn flush(&mut self) {
         self.ours.flush();
-        let mut wanted = std::mem::take(&mut self.pushed);
+        let mut wanted = std::mem::take(&mut self.used_added);
         if wanted {
             let flags: u16 = self.memory.read_obj(GuestAddress(AVAILABLE)).unwrap();
-            // The oracle does not know the flag.
+            // The oracle ignores the flag.
             let theirs = self.theirs.needs_notification(&*self.their_memory).unwrap();
             wanted = theirs && (self.event_idx || flags == 0);
         }
         assert_eq!(self.has_interrupt(), wanted);
+        self.interrupts += u64::from(wanted);
     }
 
-    fn rest(&mut self) {
-        self.ours.pending = false;
+    fn enable_notification(&mut self) {
+        self.ours.running_mut().pending = false;
         self.ours.enable_notification();
-        if std::mem::take(&mut self.is_dry) {
+        if std::mem::take(&mut self.is_empty) {
             let more = self
                 .theirs
                 .enable_notification(&*self.their_memory)
                 .unwrap();
-            assert_eq!(self.ours.pending, more);
+            assert_eq!(self.ours.is_pending(), more);
         }
     }
 
-    fn begin(&mut self) {
+    fn disable_notification(&mut self) {
         self.ours.disable_notification();
         self.theirs
             .disable_notification(&*self.their_memory)
             .unwrap();
     }
 
-    fn must_be_the_same(&self) {
+    fn assert_same_memory(&self) {
         let all = |memory: &GuestMemory| {
             let mut bytes = vec![0; MEMORY as usize];
             memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
@@ -217,47 +234,47 @@ impl Pair {
 }
 
 #[test]
-fn a_ring_is_what_another_implementation_takes_it_for() {
+fn a_ring_does_the_same_as_crate_virtio_queue() {
     let (mut broken, mut completed, mut interrupts) = (0, 0, 0);
     for seed in 0..3000 {
         println!("seed {seed}");
         let random = &mut Random::new(seed);
         let mut pair = Pair::new(random);
-        'life: for _ in 0..100 {
+        'ring: for _ in 0..100 {
             match random.below(10) {
                 0..3 => pair.offer(random),
-                3 => pair.wish(random),
-                4 => pair.push(random),
-                5 => pair.finish(),
-                6 => pair.rest(),
-                7 => pair.begin(),
+                3 => pair.set_driver_event(random),
+                4 => pair.add_used(random),
+                5 => pair.flush(),
+                6 => pair.enable_notification(),
+                7 => pair.disable_notification(),
                 8 => {
-                    pair.ours.refill();
+                    pair.ours.refill_budget();
                     for _ in 0..random.below(4) {
                         if !pair.pop() {
                             broken += 1;
-                            break 'life;
+                            break 'ring;
                         }
                     }
                 }
                 _ if random.below(30) == 0 => {
-                    // The index jumps.
-                    let least = pair.ours.next_avail.wrapping_add(pair.size + 1);
+                    // The available index jumps.
+                    let least = pair.ours.counters().0.wrapping_add(pair.size + 1);
                     let beyond = random.below(u64::from(u16::MAX - pair.size));
                     pair.put(AVAILABLE + 2, least.wrapping_add(beyond as u16));
                 }
                 _ => {}
             }
-            pair.must_be_the_same();
+            pair.assert_same_memory();
         }
         completed += u64::from(pair.theirs.next_used());
-        interrupts += u64::from(pair.ours.announced != 0);
+        interrupts += u64::from(pair.interrupts > 0);
     }
     assert!(broken > 300 && completed > 10_000 && interrupts > 1000);
 }
 
 #[test]
-fn a_driver_has_no_more_in_work_than_entries() {
+fn a_driver_cannot_have_more_requests_in_flight_than_entries() {
     let random = &mut Random::new(1);
     let mut pair = loop {
         let pair = Pair::new(random);
@@ -266,25 +283,24 @@ fn a_driver_has_no_more_in_work_than_entries() {
         }
     };
     (0..4).for_each(|_| pair.offer(random));
-    pair.ours.refill();
+    pair.ours.refill_budget();
     let chains: Vec<u16> = (0..4)
         .map_while(|_| Some(pair.ours.pop(&pair.memory)?.head))
         .collect();
     assert_eq!(chains.len(), 4);
-    // One of them again, although it is in flight.
+    // The driver makes one of them available again, although it is in flight.
     pair.put(AVAILABLE + 2, pair.available.wrapping_add(1));
     assert!(pair.ours.pop(&pair.memory).is_none());
     assert!(!pair.ours.is_running());
-    // It was broken, so it gets nothing more.
+    // A broken ring completes nothing.
     pair.ours.add_used(chains[0], 0);
-    assert_eq!(pair.ours.next_used, pair.theirs.next_used());
-    pair.must_be_the_same();
+    pair.assert_same_memory();
 }
 
-/// A good request, one that no driver may build, and one that the device refuses: the
-/// first is put back, and so are those behind it, until it is really used.
+/// A valid request, a malformed one, and one that the device refuses: `undo_pop` of the first
+/// puts all of them back, and later each of them is completed once.
 #[test]
-fn what_is_refused_behind_a_request_that_is_put_back_is_completed_once() {
+fn requests_that_are_refused_after_one_that_is_put_back_are_completed_once() {
     let table = table();
     let memory = Arc::clone(table.memory());
     let put = |at: u64, value: u16| memory.write_obj(value, GuestAddress(at)).unwrap();
@@ -305,12 +321,12 @@ fn what_is_refused_behind_a_request_that_is_put_back_is_completed_once() {
             used: USED,
         };
         ring.set_addresses(addresses, &table).unwrap();
-        ring.place(&table).unwrap();
-        let shape = crate::inflight::InflightLayout { queues: 1, size: 4 };
-        let (file, len) = crate::inflight::create(shape, 1, 4).unwrap();
-        let tracked = Arc::new(InflightTable::map(shape, file, 0, len, 1, 4).unwrap());
+        let layout = crate::inflight::InflightLayout { queues: 1, size: 4 };
+        let (file, len) = crate::inflight::create(layout, 1, 4).unwrap();
+        let tracked = Arc::new(InflightTable::map(layout, file, 0, len, 1, 4).unwrap());
         let tracked = inflight.then_some(&tracked);
-        ring.start(eventfd(0, flags).unwrap(), tracked);
+        let split = ring.prepare(&table, tracked).unwrap();
+        ring.start(split, eventfd(0, flags).unwrap(), tracked);
         ring.set_enabled(true);
         for _ in 0..3 {
             ring.disable_notification();
@@ -320,18 +336,18 @@ fn what_is_refused_behind_a_request_that_is_put_back_is_completed_once() {
             ring.refuse(&second);
             ring.undo_pop(&first);
             ring.flush();
-            assert_eq!((ring.next_avail, ring.next_used), (0, 0));
+            assert_eq!(ring.counters(), (0, 0, 0));
         }
         ring.disable_notification();
         let first = ring.pop(&memory).unwrap();
         let second = ring.pop(&memory).unwrap();
         ring.refuse(&second);
         ring.add_used(first.head, 0);
-        // What was before it stays refused.
+        // Requests that were refused before it stay refused.
         let third = ring.pop(&memory).unwrap();
         ring.undo_pop(&third);
         ring.flush();
-        assert_eq!((ring.next_avail, ring.next_used, ring.in_flight), (3, 3, 0));
+        assert_eq!(ring.counters(), (3, 3, 0));
         let used = |at: u64| memory.read_obj::<u32>(GuestAddress(USED + 4 + 8 * at));
         let mut heads = [0, 1, 2].map(|at| used(at).unwrap());
         heads.sort_unstable();

@@ -1,19 +1,18 @@
-//! Why a device process refuses something: one line that names the operation
-//! and, where there is one, the queue.
+//! Why a device process refuses what the front end or the driver asks.
 
 use std::io;
 
 use vm_memory::{GuestAddress, GuestRegionCollectionError};
 
-/// Errors of the protocol side of a device process.
+/// Errors of the vhost-user side of a device process.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The front end named a queue that this device does not have.
     #[error("queue {index} does not exist: this device has {queues}")]
     NoSuchQueue {
-        /// What was asked for.
+        /// The index that was given.
         index: usize,
-        /// How many there are.
+        /// Number of queues.
         queues: usize,
     },
     /// SET_VRING_NUM with a size that no split ring can have.
@@ -21,7 +20,7 @@ pub enum Error {
     RingSize {
         /// Queue index.
         queue: usize,
-        /// What was asked for.
+        /// The size that was given.
         size: u32,
         /// The device's maximum.
         max: u16,
@@ -43,7 +42,7 @@ pub enum Error {
     /// Feature bits that were not offered.
     #[error("feature bits {0:#x} were not offered")]
     Features(u64),
-    /// A memory region that cannot be.
+    /// An invalid memory region.
     #[error("memory region at {address:#x}, {size:#x} bytes: {why}")]
     Region {
         /// Guest-physical address.
@@ -53,67 +52,49 @@ pub enum Error {
         /// What is wrong.
         why: String,
     },
-    /// Regions that overlap or are unsorted.
+    /// Memory regions that overlap.
     #[error("memory table: {0}")]
     Regions(#[from] GuestRegionCollectionError),
-    /// The ring of a queue is corrupt; it stays stopped until it is set up again.
-    #[error("queue {queue}: {why}")]
-    Corrupt {
-        /// Queue index.
-        queue: usize,
-        /// What the guest did.
-        why: String,
-    },
-    /// A descriptor chain that no driver may build (virtio 1.2 section 2.7).
-    #[error("queue {queue}: descriptor chain at {head}: {why}")]
-    Chain {
-        /// Queue index.
-        queue: usize,
-        /// Head descriptor.
-        head: u16,
-        /// What is wrong with it.
-        why: String,
-    },
-    /// A configuration access outside the device's configuration space.
-    #[error("configuration access of {size} bytes at {offset}: out of range")]
+    /// A malformed descriptor chain (virtio 1.2 section 2.7).
+    #[error("{0}")]
+    Chain(String),
+    /// A configuration access outside the device's configuration space, or to a field that
+    /// the driver cannot write.
+    #[error("configuration access of {size} bytes at offset {offset}: there is no such field")]
     ConfigRange {
         /// Offset in bytes.
         offset: u32,
         /// Size in bytes.
         size: usize,
     },
-    /// An inflight table that cannot be, or not for this ring.
+    /// An in-flight table that is invalid or does not fit a ring.
     #[error("inflight table: {0}")]
     InflightTable(String),
-    /// A message that this device cannot serve.
+    /// A message that this device does not support.
     #[error("{0} is not supported")]
     Unsupported(&'static str),
     /// A system call failed.
-    #[error("{what}: {source}")]
+    #[error("{operation}: {source}")]
     Io {
-        /// The operation.
-        what: String,
-        /// The kernel's answer.
+        /// What failed.
+        operation: String,
+        /// The error of the kernel.
         source: io::Error,
     },
 }
 
 impl Error {
-    /// Wraps a failed system call.
-    pub fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
-        let what = what.into();
-        move |source| Error::Io { what, source }
+    /// Wraps the error of a system call; for `map_err`.
+    pub fn io(operation: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
+        let operation = operation.into();
+        move |source| Error::Io { operation, source }
     }
 
     /// A buffer that lies outside guest memory.
-    pub(crate) fn buffer(queue: usize, head: u16, address: GuestAddress, len: u32) -> Error {
-        Error::Chain {
-            queue,
-            head,
-            why: format!(
-                "buffer at {:#x}, {len} bytes, is not in guest memory",
-                address.0
-            ),
-        }
+    pub(crate) fn buffer(address: GuestAddress, len: u32) -> Error {
+        Error::Chain(format!(
+            "its buffer of {len} bytes at {:#x} is not in guest memory",
+            address.0
+        ))
     }
 }

@@ -1,4 +1,4 @@
-//! The memory table: guest memory as the front end shares it.
+//! The memory table: guest memory that the front end shares (SET_MEM_TABLE, ADD_MEM_REG).
 
 use std::fs::File;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use crate::Error;
 /// Guest memory, addressed by guest-physical address.
 pub type GuestMemory = GuestMemoryMmap<()>;
 
-/// Most regions at a time; QEMU's own limit.
+/// The most memory regions; the same limit as in QEMU.
 pub const MAX_REGIONS: usize = 509;
 
 /// One region as SET_MEM_TABLE or ADD_MEM_REG describes it (vhost-user,
@@ -21,9 +21,9 @@ pub struct RegionInfo {
     pub guest: u64,
     /// Size in bytes.
     pub size: u64,
-    /// Address in the front end's process.
+    /// Front-end user address.
     pub user: u64,
-    /// Where the region begins in its file, in bytes.
+    /// Offset of the region in its file, in bytes.
     pub offset: u64,
 }
 
@@ -42,25 +42,25 @@ impl RegionInfo {
             || self.guest.checked_add(self.size).is_none()
             || self.user.checked_add(self.size).is_none()
         {
-            return Err(self.error("empty, or beyond the end of the address space"));
+            return Err(self.error("it is empty, or reaches beyond the address space"));
         }
-        // fstat(2), not statx(2): the sandbox knows only the former.
+        // fstat(2), not statx(2), which the sandbox does not allow.
         let file_size = rustix::fs::fstat(&file)
             .map_err(|e| self.error(format!("fstat: {e}")))?
             .st_size as u64;
-        // Mapping past the end of the file would be a SIGBUS on first use.
+        // An access to a mapping beyond the end of the file would raise SIGBUS.
         if end.is_none_or(|end| end > file_size) {
             return Err(self.error(format!("its file has only {file_size:#x} bytes")));
         }
-        let size = usize::try_from(self.size).map_err(|_| self.error("too large"))?;
+        let size = usize::try_from(self.size).map_err(|_| self.error("it is too large"))?;
         let mapping = MmapRegion::from_file(FileOffset::new(file, self.offset), size)
             .map_err(|e| self.error(format!("mmap: {e}")))?;
         GuestRegionMmap::new(mapping, GuestAddress(self.guest))
-            .ok_or_else(|| self.error("beyond the end of the address space"))
+            .ok_or_else(|| self.error("it reaches beyond the address space"))
     }
 }
 
-/// The regions and how to get from user to guest-physical addresses.
+/// The memory regions, mapped, and their user addresses.
 #[derive(Clone, Default)]
 pub struct MemoryTable {
     infos: Vec<RegionInfo>,
@@ -71,7 +71,7 @@ impl MemoryTable {
     /// Builds a whole table (SET_MEM_TABLE).
     ///
     /// # Errors
-    /// When a region is impossible or two of them overlap.
+    /// A region is invalid, or two of them overlap.
     pub fn new(regions: impl IntoIterator<Item = (RegionInfo, File)>) -> Result<Self, Error> {
         let mut table = MemoryTable::default();
         for (info, file) in regions {
@@ -83,16 +83,16 @@ impl MemoryTable {
     /// Adds one region (ADD_MEM_REG); the table is unchanged on an error.
     ///
     /// # Errors
-    /// When the region is impossible, overlaps another, or is one too many.
+    /// The region is invalid, overlaps another one, or exceeds [`MAX_REGIONS`].
     pub fn add(&mut self, info: RegionInfo, file: File) -> Result<(), Error> {
         if self.infos.len() == MAX_REGIONS {
-            return Err(info.error(format!("more than {MAX_REGIONS} regions")));
+            return Err(info.error(format!("the table already has {MAX_REGIONS} regions")));
         }
         let overlaps = |other: &RegionInfo| {
             info.user < other.user + other.size && other.user < info.user.saturating_add(info.size)
         };
         if self.infos.iter().any(overlaps) {
-            return Err(info.error("its user addresses overlap another region's"));
+            return Err(info.error("its user addresses overlap those of another region"));
         }
         let region = Arc::new(info.map(file)?);
         self.memory = Arc::new(self.memory.insert_region(region)?);
@@ -104,7 +104,7 @@ impl MemoryTable {
     /// address and size.
     ///
     /// # Errors
-    /// When there is no such region.
+    /// The table has no such region.
     pub fn remove(&mut self, guest: u64, user: u64, size: u64) -> Result<(), Error> {
         let index = self
             .infos
@@ -113,7 +113,7 @@ impl MemoryTable {
             .ok_or_else(|| Error::Region {
                 address: guest,
                 size,
-                why: "not in the table".into(),
+                why: "it is not in the table".into(),
             })?;
         let (memory, _) = self.memory.remove_region(GuestAddress(guest), size)?;
         self.memory = Arc::new(memory);
@@ -126,7 +126,7 @@ impl MemoryTable {
         &self.memory
     }
 
-    /// Turns a front-end user address into a guest-physical one.
+    /// Translates a front-end user address to a guest-physical one.
     pub fn to_guest(&self, user: u64) -> Option<GuestAddress> {
         let info = self
             .infos
@@ -143,7 +143,7 @@ mod tests {
     use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
     fn file(size: u64) -> File {
-        // SAFETY: memfd_create returns a new descriptor that nobody else owns.
+        // SAFETY: memfd_create returns a new descriptor, which has no other owner.
         let file = unsafe { File::from_raw_fd(libc::memfd_create(c"test".as_ptr(), 0)) };
         file.set_len(size).unwrap();
         file
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn impossible_regions_are_refused_and_change_nothing() {
+    fn invalid_regions_are_refused_and_change_nothing() {
         let mut table = MemoryTable::new([(region(0, 0x1000, 0), file(0x1000))]).unwrap();
         for bad in [
             region(0x1000, 0, 0x1000),
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn many_regions_come_and_go() {
+    fn regions_are_added_and_removed_in_any_order() {
         let mut table = MemoryTable::default();
         for i in (0..20).rev() {
             let at = i * 0x1000;
