@@ -1,18 +1,16 @@
-//! Why the runner gives up or refuses: one line that names the thing.
+//! The errors of the runner. Each is one line that names what failed.
 
 use std::io;
 use std::path::PathBuf;
-
-use crate::vm::host;
 
 /// Errors of the runner.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// /dev/kvm cannot be opened.
-    #[error("/dev/kvm: {0}; {hint}", hint = host::remedy(.0))]
+    #[error("/dev/kvm: {0}; {remedy}", remedy = kvm_open_remedy(.0))]
     KvmOpen(io::Error),
-    /// Another API version than 12.
-    #[error("/dev/kvm speaks API version {0}, this program needs version 12")]
+    /// The API version is not 12.
+    #[error("/dev/kvm has API version {0}, but version 12 is needed")]
     KvmVersion(i32),
     /// A capability is missing.
     #[error("/dev/kvm lacks {name}: {why}")]
@@ -27,10 +25,10 @@ pub enum Error {
     Kvm {
         /// The operation.
         what: String,
-        /// The kernel's answer.
+        /// The error of the kernel.
         cause: kvm_ioctls::Error,
     },
-    /// Guest RAM cannot be had.
+    /// Guest RAM cannot be created.
     #[error("guest memory of {bytes} bytes: {why}")]
     Memory {
         /// Size asked for.
@@ -46,10 +44,10 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
-    /// Something else about booting.
+    /// Something else in setting up the guest failed.
     #[error("boot: {0}")]
     BootSetup(String),
-    /// A device's process did not do what it must.
+    /// A back end failed or violated the protocol.
     #[error("device {id}: {operation}: {why}")]
     Device {
         /// The device's name.
@@ -59,15 +57,27 @@ pub enum Error {
         /// What went wrong.
         why: String,
     },
-    /// A device's process said no, and goes on.
-    #[error("device {id}: {operation}: refused")]
+    /// A back end or the runner refused what the driver did. The back end stays connected.
+    #[error("device {id}: {operation}: {why}")]
     Refused {
         /// The device's name.
         id: String,
-        /// What was asked.
+        /// What was tried.
         operation: String,
+        /// Why it was refused.
+        why: String,
     },
-    /// The platform process did not do what it must.
+    /// A back end cannot replace another one.
+    #[error("device {id}: {operation}: {why}")]
+    Incompatible {
+        /// The device's name.
+        id: String,
+        /// What was tried.
+        operation: String,
+        /// What does not fit.
+        why: String,
+    },
+    /// The platform process failed or violated the protocol.
     #[error("platform: {operation}: {why}")]
     Platform {
         /// What was tried.
@@ -75,7 +85,7 @@ pub enum Error {
         /// What went wrong.
         why: String,
     },
-    /// A vCPU cannot go on.
+    /// A vCPU cannot continue.
     #[error("vCPU {vcpu}: {why}")]
     Vcpu {
         /// Its number.
@@ -83,15 +93,12 @@ pub enum Error {
         /// What happened.
         why: String,
     },
-    /// A command of the control socket that cannot be.
-    #[error("{0}")]
-    Command(&'static str),
     /// A system call failed.
     #[error("{what}: {cause}")]
     Io {
         /// The operation.
         what: String,
-        /// The kernel's answer.
+        /// The error of the kernel.
         cause: io::Error,
     },
 }
@@ -109,12 +116,45 @@ impl Error {
         move |cause| Error::Io { what, cause }
     }
 
-    /// A device that failed at `operation`.
+    /// A back end that failed at `operation`.
     pub fn device(id: &str, operation: impl Into<String>, why: impl ToString) -> Error {
         Error::Device {
             id: id.to_owned(),
             operation: operation.into(),
             why: why.to_string(),
         }
+    }
+
+    /// A back end that refused `operation`.
+    pub fn refused(id: &str, operation: &str) -> Error {
+        Error::Refused {
+            id: id.to_owned(),
+            operation: operation.to_owned(),
+            why: "refused by the back end".to_owned(),
+        }
+    }
+
+    /// The text without the device's name, for a log line whose span has it.
+    pub fn detail(&self) -> String {
+        match self {
+            Error::Device { operation, why, .. }
+            | Error::Refused { operation, why, .. }
+            | Error::Incompatible { operation, why, .. } => format!("{operation}: {why}"),
+            other => other.to_string(),
+        }
+    }
+}
+
+/// What to do when /dev/kvm cannot be opened for this reason.
+pub fn kvm_open_remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => {
+            "load the module kvm_intel or kvm_amd; if that fails, enable virtualisation in the \
+             firmware, or nested virtualisation where this host is itself a guest"
+        }
+        io::ErrorKind::PermissionDenied => {
+            "this user has no access: join the group of the device, usually kvm"
+        }
+        _ => "its driver does not work: see the kernel's log, and load kvm_intel or kvm_amd",
     }
 }

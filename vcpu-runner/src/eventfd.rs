@@ -1,6 +1,5 @@
-//! Eventfds that other processes hold as well. Whether they block is a property
-//! of the open file, which a hostile process can change at any time, so nothing
-//! here relies on it.
+//! Operations on eventfds that other processes hold as well. O_NONBLOCK belongs to the open
+//! file, so a hostile process can clear it at any time: nothing here relies on it.
 
 use std::io::IoSliceMut;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -9,7 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::ReadWriteFlags;
 use vmm_sys_util::eventfd::EventFd;
 
-/// For calls that take a borrowed descriptor.
+/// The descriptor, for calls that borrow one.
 pub fn borrow(fd: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor stays open for as long as `fd` is borrowed.
     unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) }
@@ -20,24 +19,25 @@ fn is_ready(fd: &EventFd, flags: PollFlags) -> bool {
     poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
-/// Whether something is pending.
+/// Whether an event is pending.
 pub fn is_pending(fd: &EventFd) -> bool {
     is_ready(fd, PollFlags::IN)
 }
 
-/// Makes something pending. A counter that is full is left alone: then it is.
+/// Makes an event pending. A counter that is full is left unchanged: an event is pending
+/// then.
 pub fn signal(fd: &EventFd) {
     if is_ready(fd, PollFlags::OUT) {
-        // A process that fills the counter just now can make this block until
-        // the next signal, which ends it (EINTR).
+        // If a process fills the counter at this moment, this blocks until the next signal
+        // to the thread (EINTR).
         let _ = rustix::io::write(borrow(fd), &1u64.to_ne_bytes());
     }
 }
 
-/// Takes what is pending; false when nothing was.
+/// Consumes a pending event; false when there was none.
 pub fn take(fd: &EventFd) -> bool {
     let mut value = [0; 8];
-    // The current position, as for a file that has none; see preadv2(2).
+    // -1: a file without positions (preadv2(2)).
     let position = u64::MAX;
     rustix::io::preadv2(
         borrow(fd),
@@ -55,7 +55,7 @@ mod tests {
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     #[test]
-    fn nothing_blocks_when_the_other_side_clears_o_nonblock() {
+    fn nothing_blocks_when_another_process_clears_o_nonblock() {
         let fd = EventFd::new(EFD_NONBLOCK).unwrap();
         let flags = fcntl_getfl(borrow(&fd)).unwrap();
         fcntl_setfl(borrow(&fd), flags & !OFlags::NONBLOCK).unwrap();

@@ -1,35 +1,37 @@
-//! The event stream: one JSON object a line (`outrigger_protocol::control`).
+//! The event stream: one JSON object per line (`outrigger_protocol::control`).
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::fd::RawFd;
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use outrigger_cli::fd;
+use outrigger_control_socket::ControlServer;
 use outrigger_protocol::control::MachineEvent;
 
 use crate::Error;
-use crate::control::Watchers;
 
-/// Where events go: nowhere unless `--events` was given or somebody watches.
+/// Sends events to the target of `--events` and to the clients of the control socket that
+/// watch.
 #[derive(Default)]
-pub struct Events {
+pub struct EventStream {
     file: Mutex<Option<File>>,
-    watchers: Option<Watchers>,
+    control: Option<ControlServer>,
 }
 
-impl Events {
-    /// Opens `target`: the number of an inherited descriptor, or a path to
-    /// append to.
+impl EventStream {
+    /// Opens `target`: the number of an inherited descriptor, or a path to append to.
     ///
     /// # Errors
     /// When it cannot be opened.
     pub fn open(target: Option<&str>) -> Result<Self, Error> {
         let Some(target) = target else {
-            return Ok(Events::default());
+            return Ok(EventStream::default());
         };
         let error = Error::io(format!("--events {target}"));
-        let file = match target.parse::<RawFd>() {
+        let descriptor = target.parse::<RawFd>();
+        let file = match descriptor {
             Ok(fd) => File::from(fd::inherit(fd).map_err(error)?),
             Err(_) => OpenOptions::new()
                 .create(true)
@@ -37,49 +39,48 @@ impl Events {
                 .open(target)
                 .map_err(error)?,
         };
-        // A reader that sleeps must not hold the machine up. Standard output and
-        // its like belong to others as well.
-        let own = !matches!(target.parse::<RawFd>(), Ok(0..=2));
-        if own {
+        // A reader that does not read must not block the machine. Standard descriptors are
+        // shared with other processes, which expect them to block.
+        if !matches!(descriptor, Ok(0..=2)) {
             fd::set_nonblocking(&file).map_err(Error::io("--events"))?;
         }
-        Ok(Events {
+        Ok(EventStream {
             file: Mutex::new(Some(file)),
-            watchers: None,
+            control: None,
         })
     }
 
-    /// From now on clients of the control socket may watch.
-    pub fn watched_by(&mut self, watchers: Watchers) {
-        self.watchers = Some(watchers);
+    /// Sends events to the clients of `control` that watch, too.
+    pub fn set_control_server(&mut self, control: ControlServer) {
+        self.control = Some(control);
     }
 
-    /// Waits, at most for `limit`, until all who watch have been sent all of it.
-    pub fn flush(&self, limit: std::time::Duration) {
-        if let Some(watchers) = &self.watchers {
-            watchers.flush(limit);
+    /// Waits, at most for `limit`, until all replies and events are sent to clients.
+    pub fn finish(&self, limit: Duration) {
+        if let Some(control) = &self.control {
+            control.finish(limit);
         }
     }
 
-    /// Reports `event`, here and in the log.
+    /// Sends `event`.
     pub fn emit(&self, event: &MachineEvent) {
-        tracing::debug!("{event:?}");
+        tracing::debug!(?event);
+        if let Some(control) = &self.control {
+            control.broadcast(event);
+        }
+        let mut target = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(file) = &mut *target else { return };
         let Ok(mut line) = serde_json::to_vec(event) else {
             return;
         };
         line.push(b'\n');
-        if let Some(watchers) = &self.watchers {
-            watchers.tell(&line);
-        }
-        let mut target = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(file) = &mut *target else { return };
         match file.write_all(&line) {
             Ok(()) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
-                tracing::warn!("an event was lost: its reader is too slow");
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                tracing::warn!("--events: an event was lost because its reader is too slow");
             }
-            Err(e) => {
-                tracing::warn!("no more events: {e}");
+            Err(error) => {
+                tracing::warn!(%error, "--events: no more events are written");
                 *target = None;
             }
         }

@@ -1,22 +1,24 @@
-//! The hull: runs vCPUs, owns guest RAM, carries the virtio-pci transport and
-//! the front-end half of vhost-user. It emulates no device: what it knows of one
-//! is a number, queue counts and the configuration space that its process serves.
+//! The runner: runs the vCPUs, owns guest RAM, and has the virtio-pci transport and the
+//! vhost-user front ends. It emulates no device. All that it knows of a device is its
+//! number, how many queues it has, and the configuration space that its process serves.
 //!
-//! | room | what happens there |
+//! | module | responsibility |
 //! |---|---|
-//! | [`vm`] | /dev/kvm, guest RAM, interrupts |
-//! | [`boot`] | kernels, registers, ACPI tables |
-//! | [`vcpu`] | a thread a vCPU: exits become actions; pause, reset, stop |
+//! | [`vm`] | KVM: memory slots, interrupts, capabilities |
+//! | [`boot`] | kernels, start registers, ACPI tables |
+//! | [`vcpu`] | one thread for each vCPU: exits become actions; park, reset, stop |
 //! | [`pci`] | configuration space, BARs, MSI-X, the virtio transport |
-//! | [`frontend`] | one vhost-user session a device, with deadlines |
-//! | [`trap`] | accesses that nobody claims, answered by the platform process |
-//! | [`control`] | the control socket; [`overview`] is what it tells of the machine |
+//! | [`frontend`] | one vhost-user connection for each device, with deadlines |
+//! | [`trap`] | accesses that no PCI device handles, emulated by the platform process |
+//! | [`control`], [`events`], [`status`] | the control socket and the event stream |
 //! | [`probe`] | what this host offers |
-//! | [`machine`] | puts it all together and decides what happens next |
+//! | [`options`] | the command line |
+//! | [`machine`] | puts everything together and handles all events |
 
 pub mod boot;
 pub mod clock;
 pub mod control;
+pub mod endpoint;
 pub mod error;
 pub mod eventfd;
 pub mod events;
@@ -24,11 +26,11 @@ pub mod frontend;
 pub mod layout;
 pub mod machine;
 pub mod options;
-pub mod overview;
 pub mod pci;
 pub mod policy;
 pub mod probe;
 pub mod signals;
+pub mod status;
 pub mod trap;
 pub mod vcpu;
 pub mod vm;

@@ -9,7 +9,7 @@ use outrigger_cli::report_error;
 use outrigger_protocol::exit;
 use outrigger_sandbox::SandboxMode;
 use vcpu_runner::Error;
-use vcpu_runner::machine::{End, Machine};
+use vcpu_runner::machine::{Machine, MachineExit};
 use vcpu_runner::options::Options;
 use vcpu_runner::{policy, probe, signals, vcpu};
 
@@ -29,7 +29,7 @@ fn main() -> ExitCode {
         return ExitCode::from(probe::run(options.format.unwrap_or_default()));
     }
     match run(&options) {
-        Ok(End { code, reason }) => {
+        Ok(MachineExit { code, reason }) => {
             if code == exit::POWERED_OFF {
                 tracing::info!("{reason}");
             } else {
@@ -44,29 +44,29 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(options: &Options) -> anyhow::Result<End> {
+fn run(options: &Options) -> anyhow::Result<MachineExit> {
     signals::block();
     signals::raise_file_limit();
-    vcpu::state::install_kick_handler();
+    vcpu::handle::install_kick_handler();
     let control = options.control.as_deref();
-    let removes = may_remove(control, options.sandbox)?;
-    let watch = signals::Watch::start().context("signals")?;
+    let may_remove_socket = restrict_removal(control, options.sandbox)?;
+    let signal_thread = signals::SignalThread::start().context("signals")?;
     let mut machine = Machine::new(options)?;
-    watch.hand_over(machine.stopper());
+    signal_thread.set_stop(machine.stopper());
     if let Some(path) = control {
-        machine.serve_control(path, removes)?;
+        machine.serve_control(path, may_remove_socket)?;
     }
     if options.sandbox == SandboxMode::Off {
-        tracing::warn!("sandbox off: whoever breaks into this process has all its rights");
+        tracing::warn!("sandbox off: code that takes over this process has all its rights");
     }
-    outrigger_sandbox::seal(&policy::policy(removes), options.sandbox)?;
+    outrigger_sandbox::seal(&policy::policy(may_remove_socket), options.sandbox)?;
     Ok(machine.run()?)
 }
 
-/// Sees to it that the control socket is the only file, or at least the only kind
-/// of place, that this process can remove, before there are threads. False: it can
-/// remove none once it is sealed, and the socket stays behind.
-fn may_remove(control: Option<&Path>, sandbox: SandboxMode) -> anyhow::Result<bool> {
+/// Restricts the files that this process can remove to the directory of the control socket.
+/// This must happen before there are threads. False: the sandbox will forbid removing any
+/// file, and the socket stays when the machine ends.
+fn restrict_removal(control: Option<&Path>, sandbox: SandboxMode) -> anyhow::Result<bool> {
     match (control, sandbox) {
         (None, _) => Ok(false),
         (Some(_), SandboxMode::Off) => Ok(true),

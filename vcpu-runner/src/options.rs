@@ -6,11 +6,13 @@ use clap::{Parser, ValueEnum};
 use outrigger_cli::{LogFormat, socket};
 use outrigger_sandbox::SandboxMode;
 
-use crate::boot::flat::{EntrySpec, LoadSpec};
-use crate::frontend::spec::Endpoint;
+use crate::Error;
+use crate::boot::BootSource;
+use crate::boot::flat::{EntrySpec, FlatImages, LoadSpec};
+use crate::boot::kernel::KernelBoot;
+use crate::endpoint::{self, Endpoint};
 use crate::frontend::{DeviceSpec, OnLoss};
 use crate::pci::bus::MAX_DEVICES;
-use crate::trap::parse_endpoint;
 use crate::vm::memory::MemorySpec;
 
 /// Runs the vCPUs of a virtual machine whose devices are other processes.
@@ -85,7 +87,7 @@ pub struct Options {
     pub devices: Vec<DeviceSpec>,
 
     /// Process that answers port and memory accesses which nobody claims
-    #[arg(long, value_name = "socket=PATH|fd=N", value_parser = parse_endpoint)]
+    #[arg(long, value_name = "socket=PATH|fd=N", value_parser = endpoint::parse)]
     pub platform: Option<Endpoint>,
 
     /// Unix socket to create for control commands
@@ -140,17 +142,17 @@ pub enum OnReset {
 }
 
 impl Options {
-    /// What the parser cannot see: options that contradict each other.
+    /// Checks for options that contradict each other, which the parser does not.
     ///
     /// # Errors
     /// One line that names them.
     pub fn check(&self) -> Result<(), String> {
         if self.format.is_some() && !self.probe {
-            return Err("--format goes with --probe only".into());
+            return Err("--format needs --probe".into());
         }
         if self.devices.len() > MAX_DEVICES {
             return Err(format!(
-                "{} devices, but there is room for {MAX_DEVICES}",
+                "{} --device options: the PCI bus has room for {MAX_DEVICES}",
                 self.devices.len()
             ));
         }
@@ -164,9 +166,30 @@ impl Options {
                 .any(|d| d.endpoint == *endpoint)
                 || self.platform.as_ref() == Some(endpoint)
             {
-                return Err(format!("device {}: its socket is used twice", device.id));
+                return Err(format!(
+                    "device {}: another option uses the same socket",
+                    device.id
+                ));
             }
         }
         Ok(())
+    }
+
+    /// Opens the files that the guest boots from.
+    ///
+    /// # Errors
+    /// Names the file that is missing, empty or not a regular file; or says that the command
+    /// line is too long.
+    pub fn boot_source(&self) -> Result<BootSource, Error> {
+        Ok(match &self.kernel {
+            Some(kernel) => {
+                let initrd = self.initrd.as_deref();
+                BootSource::Kernel(KernelBoot::open(kernel, initrd, &self.cmdline)?)
+            }
+            None => {
+                let entry = self.entry.unwrap_or_default();
+                BootSource::Flat(FlatImages::open(&self.loads, entry)?)
+            }
+        })
     }
 }

@@ -1,10 +1,10 @@
-//! What the runner may do once it is set up. It keeps its place in the host (it
-//! must reach sockets by path again), so this is its whole sandbox: no new
-//! privileges, and no system call but these.
+//! The seccomp policy of the runner once it is set up. The runner stays in the namespaces
+//! of the host, because it connects to sockets by path again. Its sandbox is therefore this
+//! policy and no_new_privs.
 
 use outrigger_sandbox::{BASE, Check, Policy, Rule, SOCKET};
 
-// Requests of linux/kvm.h, of which crate kvm-ioctls keeps the numbers private.
+// Requests of linux/kvm.h. Crate kvm-ioctls does not export their numbers.
 const KVM_RUN: u32 = 0xae80;
 const KVM_IRQFD: u32 = 0x4020_ae76;
 const KVM_IOEVENTFD: u32 = 0x4040_ae79;
@@ -24,7 +24,7 @@ const KVM_SET_MP_STATE: u32 = 0x4004_ae99;
 const KVM_SET_VCPU_EVENTS: u32 = 0x4040_aea0;
 const KVM_SET_DEBUGREGS: u32 = 0x4080_aea2;
 
-const OWN: &[Rule] = &[
+const RUNNER: &[Rule] = &[
     Rule::when(
         libc::SYS_ioctl,
         &[Check::OneOf(
@@ -35,7 +35,7 @@ const OWN: &[Rule] = &[
                 KVM_SET_GSI_ROUTING,
                 KVM_IOEVENTFD,
                 KVM_IRQ_LINE,
-                // A reset, and what is printed when a vCPU cannot go on.
+                // For a reset, and for the registers of a vCPU that cannot continue.
                 KVM_SET_IRQCHIP,
                 KVM_SET_PIT2,
                 KVM_GET_REGS,
@@ -52,47 +52,47 @@ const OWN: &[Rule] = &[
             ],
         )],
     ),
-    // The kernel and initrd are read again at a reset, and RAM is cleared.
+    // A reset reads the kernel and initrd again, and clears RAM.
     Rule::any(libc::SYS_pread64),
-    // A queue's region in a table of requests in flight is cleared.
+    // The region of a queue in an in-flight buffer is cleared.
     Rule::any(libc::SYS_pwrite64),
     Rule::any(libc::SYS_lseek),
     Rule::any(libc::SYS_fstat),
     Rule::any(libc::SYS_fallocate),
-    // A device process that comes back is connected to again, by path.
+    // Connecting to a device process again, by path.
     Rule::when(
         libc::SYS_socket,
         &[Check::OneOf(0, &[libc::AF_UNIX as u32])],
     ),
     Rule::any(libc::SYS_connect),
-    // Its back-end channel.
+    // The back-end channel of a new connection.
     Rule::when(
         libc::SYS_socketpair,
         &[Check::OneOf(0, &[libc::AF_UNIX as u32])],
     ),
-    // Eventfds that must not block.
+    // Reading an eventfd without blocking.
     Rule::any(libc::SYS_preadv2),
-    // Control clients.
+    // Clients of the control socket.
     Rule::any(libc::SYS_accept4),
     // The signal thread.
     Rule::any(libc::SYS_rt_sigtimedwait),
 ];
 
-/// The control socket is removed at the end, if it is the same one still. Only for
-/// a process that Landlock keeps from removing files elsewhere.
-const REMOVAL: &[Rule] = &[
+/// Removing the control socket at the end, if it is still the same one. Only for a process
+/// that Landlock keeps from removing files elsewhere.
+const SOCKET_REMOVAL: &[Rule] = &[
     Rule::any(libc::SYS_newfstatat),
     Rule::when(libc::SYS_unlinkat, &[Check::OneOf(2, &[0])]),
 ];
 
-/// The runner's policy; `removes`: it may remove its control socket.
-pub fn policy(removes: bool) -> Policy {
+/// The policy; `may_remove_socket`: the control socket is removed at the end.
+pub fn policy(may_remove_socket: bool) -> Policy {
     Policy {
         process: "vcpu-runner",
-        syscalls: if removes {
-            &[BASE, SOCKET, OWN, REMOVAL]
+        syscalls: if may_remove_socket {
+            &[BASE, SOCKET, RUNNER, SOCKET_REMOVAL]
         } else {
-            &[BASE, SOCKET, OWN]
+            &[BASE, SOCKET, RUNNER]
         },
         keep_network: true,
         max_files: 0,
@@ -102,7 +102,7 @@ pub fn policy(removes: bool) -> Policy {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn the_policy_is_a_filter() {
+    fn the_policy_compiles_to_a_filter() {
         super::policy(false).check().unwrap();
         super::policy(true).check().unwrap();
     }

@@ -1,4 +1,4 @@
-//! SIGTERM and its relatives end the machine in order.
+//! SIGTERM and the other termination signals stop the machine in order.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,35 +8,35 @@ use outrigger_protocol::exit;
 
 const REASON: &str = "stopped by a signal";
 
-/// Blocks the signals that end a program, in this thread and all that it makes.
+/// Blocks the termination signals in this thread and all threads that it creates.
 pub fn block() {
     signals::block(&signals::termination_set());
 }
 
-/// Stops a machine, for the reason given.
-type Stop = Box<dyn Fn(&'static str) + Send>;
+/// Stops the machine for the given reason.
+type StopMachine = Box<dyn Fn(&'static str) + Send>;
 
-/// What the thread that waits for signals does when one comes: until there is a
-/// machine, it ends the process, for the set-up may wait for others for seconds.
+/// The thread that waits for a termination signal. Before the machine is set up, which may
+/// wait for other processes for seconds, a signal ends the process.
 #[derive(Clone)]
-pub struct Watch(Arc<Mutex<Option<Stop>>>);
+pub struct SignalThread(Arc<Mutex<Option<StopMachine>>>);
 
-impl Watch {
+impl SignalThread {
     /// Starts the thread.
     ///
     /// # Errors
-    /// When there are no threads left.
+    /// When the thread cannot be created.
     pub fn start() -> io::Result<Self> {
-        let watch = Watch(Arc::default());
-        let this = watch.clone();
+        let handle = SignalThread(Arc::default());
+        let this = handle.clone();
         std::thread::Builder::new()
             .name("signals".into())
             .spawn(move || {
                 let set = signals::termination_set();
                 loop {
                     signals::wait(&set);
-                    // Held to the end of the process, so that no machine comes up
-                    // meanwhile that leaves something behind.
+                    // The lock is held to the end of the process, so that no machine starts
+                    // meanwhile and leaves something behind.
                     match &*this.lock() {
                         Some(stop) => stop(REASON),
                         None => {
@@ -46,27 +46,27 @@ impl Watch {
                     }
                 }
             })?;
-        Ok(watch)
+        Ok(handle)
     }
 
-    /// There is a machine: from now on `stop` is called.
-    pub fn hand_over(&self, stop: impl Fn(&'static str) + Send + 'static) {
+    /// The machine is set up: from now on a signal calls `stop`.
+    pub fn set_stop(&self, stop: impl Fn(&'static str) + Send + 'static) {
         *self.lock() = Some(Box::new(stop));
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Stop>> {
+    fn lock(&self) -> MutexGuard<'_, Option<StopMachine>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Eventfds and irqfds: two for each queue of up to 32 devices are more than the
-/// usual soft limit of 1024 open files.
+/// Raises the soft limit of open files to the hard limit. Two eventfds for each queue of
+/// up to 32 devices can be more than the usual 1024.
 pub fn raise_file_limit() {
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
     };
-    // SAFETY: both calls work on `limit` alone; a refusal leaves what there was.
+    // SAFETY: both calls access `limit` only. If they fail, the limit stays as it is.
     unsafe {
         if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {
             limit.rlim_cur = limit.rlim_max;

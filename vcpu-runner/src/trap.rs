@@ -1,18 +1,24 @@
-//! The runner's end of the trap channel (layout and rules in
-//! `outrigger_protocol::trap`): vCPU threads put accesses into their slots and
-//! wait for answers; one thread keeps the connection to the platform process and,
-//! when that dies, connects to its successor. The region outlives them all.
+//! The runner's end of the trap channel, over which the platform process emulates the
+//! accesses that no PCI device handles. Layout and rules are in `outrigger_protocol::trap`.
+//!
+//! A vCPU thread puts an access into its slot and waits for the reply. One more thread
+//! keeps the connection to the platform process, and connects again when it is lost. The
+//! shared region outlives every platform process.
+//!
+//! The channel resembles Xen's ioreq page (`public/hvm/ioreq.h`) and that of ACRN (the HSM
+//! ioreq buffer): one slot for each vCPU in a shared page. It differs in that writes are
+//! posted, and that a slot can be answered by the successor of the process that took it.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use memfd::{FileSeal, MemfdOptions};
-use outrigger_cli::socket::socket_path;
 use outrigger_protocol::channel;
 use outrigger_protocol::trap::{
     Access, FromPlatform, MAGIC, MAX_VCPUS, REGION_SIZE, SLOTS_OFFSET, ToPlatform, TrapHeader,
@@ -22,66 +28,57 @@ use rustix::mm::{MapFlags, ProtFlags};
 use rustix::thread::futex;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::frontend::spec::Endpoint;
+use crate::endpoint::Endpoint;
 use crate::layout::IOAPIC_PINS;
-use crate::vcpu::state::Control;
-use crate::vm::irq::{Gsi, Interrupts};
+use crate::vcpu::handle::VcpuHandle;
+use crate::vm::irq::{Gsi, IrqRouting};
 use crate::{Error, eventfd};
 
-/// How long a vCPU looks for an answer before it sleeps, if the platform is awake:
-/// then it answers within microseconds, and being woken costs tens of them. If it
-/// sleeps, looking would only keep its CPU busy.
+/// How long a vCPU polls for a reply before it sleeps, if the platform is awake: that
+/// replies within microseconds, and waking a vCPU takes tens of them. While the platform
+/// sleeps, polling would only keep the CPU from it.
 const SPIN: Duration = Duration::from_micros(50);
-/// How often a lost platform's socket is tried again.
-const RETRY: Duration = Duration::from_millis(5);
-/// How long a platform may take for its handshake and for a reset.
+/// How often the runner tries to connect to a lost platform again.
+const RECONNECT_INTERVAL: Duration = Duration::from_millis(5);
+/// How long a platform may take for its handshake, and for a reset.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// What the platform tells the machine.
+/// What the platform connection tells the machine.
 #[derive(Clone, Debug)]
-pub enum Notice {
-    /// Connected for the first time, or again after so long.
-    Connected(Option<Duration>),
-    /// The connection is gone; `true`: for good.
-    Lost(String, bool),
-    /// The guest switched its power off.
+pub enum PlatformEvent {
+    /// Connected. `outage`: the time since the connection was lost, if it was.
+    Connected {
+        /// See above.
+        outage: Option<Duration>,
+    },
+    /// The connection is lost.
+    Lost {
+        /// Why.
+        reason: String,
+        /// It was an inherited descriptor, so it cannot come back.
+        for_good: bool,
+    },
+    /// The guest powered off.
     PowerOff,
     /// The guest asked for a reset.
     Reset,
-    /// The guest wrote to the exit port.
+    /// The guest wrote this to the exit port.
     Exit(u8),
 }
 
-/// `--platform socket=PATH|fd=N`.
-///
-/// # Errors
-/// What is wrong with the option.
-pub fn parse_endpoint(text: &str) -> Result<Endpoint, String> {
-    match text.split_once('=') {
-        Some(("socket", path)) => Ok(Endpoint::Path(socket_path(path.into())?)),
-        Some(("fd", fd)) => fd
-            .parse::<RawFd>()
-            .ok()
-            .filter(|&fd| fd >= 0)
-            .map(Endpoint::Fd)
-            .ok_or_else(|| format!("fd={fd} is not a number")),
-        _ => Err("socket=PATH or fd=N is missing".into()),
-    }
-}
-
 /// The shared region, mapped.
-struct Region {
+struct SharedRegion {
     fd: OwnedFd,
     start: *mut u8,
 }
 
-// SAFETY: the mapping is never unmapped, and all access to it is through the
-// atomics of `TrapHeader` and `TrapSlot`.
-unsafe impl Send for Region {}
+// SAFETY: the mapping is never unmapped, and all accesses to it are through the atomics of
+// `TrapHeader` and `TrapSlot`.
+unsafe impl Send for SharedRegion {}
 // SAFETY: as above.
-unsafe impl Sync for Region {}
+unsafe impl Sync for SharedRegion {}
 
-impl Region {
+impl SharedRegion {
     fn new() -> Result<Self, Error> {
         let error = |why: String| Error::Platform {
             operation: "shared region",
@@ -100,7 +97,7 @@ impl Region {
             memfd.add_seal(seal).map_err(|e| error(e.to_string()))?;
         }
         let fd = OwnedFd::from(memfd.into_file());
-        // SAFETY: a new shared mapping wherever the kernel likes.
+        // SAFETY: a new shared mapping, at an address that the kernel chooses.
         let start = unsafe {
             rustix::mm::mmap(
                 std::ptr::null_mut(),
@@ -112,54 +109,53 @@ impl Region {
             )
         }
         .map_err(|e| error(e.to_string()))?;
-        Ok(Region {
+        Ok(SharedRegion {
             fd,
             start: start.cast(),
         })
     }
 
     fn header(&self) -> &TrapHeader {
-        // SAFETY: the region begins with a header, page-aligned, and stays mapped.
+        // SAFETY: the region begins with a header, is page-aligned, and stays mapped.
         unsafe { &*self.start.cast::<TrapHeader>() }
     }
 
     /// The slot of `vcpu`, which is less than [`MAX_VCPUS`].
     fn slot(&self, vcpu: usize) -> &TrapSlot {
         debug_assert!(vcpu < MAX_VCPUS);
-        // SAFETY: the slots lie within the region and stay mapped.
+        // SAFETY: the slots lie within the region, are aligned, and stay mapped.
         unsafe { &*self.start.add(SLOTS_OFFSET).cast::<TrapSlot>().add(vcpu) }
     }
 }
 
 /// The channel.
 pub struct TrapChannel {
-    region: Region,
+    region: SharedRegion,
     doorbell: EventFd,
     vcpus: usize,
-    /// No platform will ever come again: accesses are answered as if there were
-    /// none.
-    dead: AtomicBool,
-    state: Mutex<State>,
+    /// The platform is lost for good: accesses are handled as if there were none.
+    closed: AtomicBool,
+    connection: Mutex<PlatformConnection>,
 }
 
 #[derive(Default)]
-struct State {
+struct PlatformConnection {
     stream: Option<UnixStream>,
-    /// Interrupt lines, made when a platform first asked for them.
+    /// Interrupt lines, created when a platform first asks for them.
     lines: BTreeMap<Gsi, EventFd>,
-    /// Whoever waits for a reset to be done.
-    reset: Option<Sender<()>>,
-    /// A reset that the next platform must be told of.
-    reset_owed: bool,
+    /// Confirms to a waiting thread that a reset is done.
+    reset_done: Option<Sender<()>>,
+    /// A reset of which no platform has been told.
+    reset_due: bool,
 }
 
 impl TrapChannel {
     /// A channel for `vcpus` vCPUs, not connected.
     ///
     /// # Errors
-    /// When there is no memory or no descriptor left.
+    /// When the shared region or the doorbell cannot be created.
     pub fn new(vcpus: usize) -> Result<Arc<Self>, Error> {
-        let region = Region::new()?;
+        let region = SharedRegion::new()?;
         let header = region.header();
         header.version.store(VERSION, Ordering::Relaxed);
         header.vcpus.store(vcpus as u32, Ordering::Relaxed);
@@ -168,32 +164,34 @@ impl TrapChannel {
             region,
             doorbell: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::io("eventfd"))?,
             vcpus,
-            dead: AtomicBool::new(false),
-            state: Mutex::default(),
+            closed: AtomicBool::new(false),
+            connection: Mutex::default(),
         }))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, PlatformConnection> {
+        self.connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
-    // vCPU threads ---------------------------------------------------------------
+    // For vCPU threads.
 
-    /// Carries out a read and returns the value; `None` when there is nobody to
-    /// answer, or when the vCPU must give up because of an order.
-    pub fn read(&self, vcpu: usize, control: &Control, access: &Access) -> Option<u64> {
+    /// Carries out a read and returns the value; `None` when the platform is lost for good
+    /// or the vCPU has to give the access up because of a command.
+    pub fn read(&self, vcpu: usize, handle: &VcpuHandle, access: &Access) -> Option<u64> {
         let slot = self.region.slot(vcpu);
-        if !self.wait(slot, control) {
+        if !self.wait(slot, handle) {
             return None;
         }
         self.publish(slot, access);
-        self.wait(slot, control).then(|| slot.answer())
+        self.wait(slot, handle).then(|| slot.answer())
     }
 
-    /// Posts a write. Waits only for the access before it.
-    pub fn write(&self, vcpu: usize, control: &Control, access: &Access) {
+    /// Posts a write. It waits only for the access before it.
+    pub fn write(&self, vcpu: usize, handle: &VcpuHandle, access: &Access) {
         let slot = self.region.slot(vcpu);
-        if self.wait(slot, control) {
+        if self.wait(slot, handle) {
             self.publish(slot, access);
         }
     }
@@ -206,147 +204,165 @@ impl TrapChannel {
         }
     }
 
-    /// Waits for the slot's request to be done, looking first. The vCPU can be told to stand
-    /// still meanwhile and goes on waiting afterwards.
-    fn wait(&self, slot: &TrapSlot, control: &Control) -> bool {
+    /// Waits until the request in `slot` is done: polls first, then sleeps. The vCPU can be
+    /// parked meanwhile, and continues to wait afterwards.
+    fn wait(&self, slot: &TrapSlot, handle: &VcpuHandle) -> bool {
         let start = Instant::now();
         let header = self.region.header();
         while !slot.is_done() {
             if header.asleep.load(Ordering::Relaxed) != 0 || start.elapsed() >= SPIN {
-                return self.sleep(slot, control);
+                return self.sleep(slot, handle);
             }
             std::hint::spin_loop();
         }
         true
     }
 
-    fn sleep(&self, slot: &TrapSlot, control: &Control) -> bool {
+    fn sleep(&self, slot: &TrapSlot, handle: &VcpuHandle) -> bool {
         loop {
             let (word, seen) = slot.prepare_wait();
             if slot.is_done() {
                 slot.finish_wait();
                 return true;
             }
-            if self.dead.load(Ordering::Relaxed) {
+            if self.closed.load(Ordering::Relaxed) {
                 slot.finish_wait();
                 return false;
             }
-            if control.is_interrupted() {
+            if handle.is_command_pending() {
                 slot.finish_wait();
-                if !control.hold() {
+                if !handle.park_in_access() {
                     return false;
                 }
                 continue;
             }
-            // A kick is a signal (EINTR) sent after the order was left, and
-            // whoever orders also changes the word: see `kick`.
+            // A command interrupts this by its signal (EINTR), or, if it came before the
+            // wait, by the change of the word: see `kick`.
             let _ = futex::wait(word, futex::Flags::empty(), seen, None);
             slot.finish_wait();
         }
     }
 
-    /// Wakes a vCPU that waits for an answer, so that it looks at its orders.
+    /// Wakes a vCPU that waits for a reply, so that it looks for commands.
     pub fn kick(&self, vcpu: usize) {
         if let Some(word) = self.region.slot(vcpu).bump() {
-            wake(word);
+            // No thread may be waiting any more.
+            let _ = futex::wake(word, futex::Flags::empty(), 1);
         }
     }
 
-    // The machine ------------------------------------------------------------------
+    // For the machine.
 
-    /// Tells the platform that the machine was reset and waits until its
-    /// registers are back at their start values. A platform that is away is told
-    /// when it comes back.
+    /// Tells the platform that the machine was reset, and waits until its registers have
+    /// their start values. A platform that is lost is told when it comes back.
     pub fn reset(&self) {
         let done = {
-            let mut state = self.lock();
-            state.reset_owed = true;
-            self.send_owed_reset(&mut state)
+            let mut connection = self.lock();
+            connection.reset_due = true;
+            self.send_due_reset(&mut connection)
         };
         if let Some(done) = done
             && done.recv_timeout(DEADLINE).is_err()
         {
-            tracing::warn!("platform: no answer to a reset in {DEADLINE:?}");
+            tracing::warn!(
+                device = "platform",
+                "no answer to a reset within {DEADLINE:?}"
+            );
         }
     }
 
-    fn send_owed_reset(&self, state: &mut State) -> Option<Receiver<()>> {
-        let stream = state.stream.as_ref()?;
-        if !std::mem::take(&mut state.reset_owed) {
+    fn send_due_reset(&self, connection: &mut PlatformConnection) -> Option<Receiver<()>> {
+        let stream = connection.stream.as_ref()?;
+        if !std::mem::take(&mut connection.reset_due) {
             return None;
         }
-        let (done, wait) = bounded(1);
-        // When this fails the connection is gone, and the loss is noticed by the
-        // connection's thread.
+        let (done, confirmation) = bounded(1);
+        // If this fails, the connection is lost, and its thread notices.
         if channel::send(stream, &ToPlatform::Reset, &[]).is_err() {
-            state.reset_owed = true;
+            connection.reset_due = true;
             return None;
         }
-        state.reset = Some(done);
-        Some(wait)
+        connection.reset_done = Some(done);
+        Some(confirmation)
     }
 
-    /// Starts the thread that keeps the connection and waits for the first
-    /// handshake.
+    /// Connects to the platform, performs the handshake, and starts the thread that keeps
+    /// the connection.
     ///
     /// # Errors
-    /// When that fails or takes too long.
+    /// When the first connection or handshake fails or takes too long.
     pub fn start(
         self: &Arc<Self>,
         endpoint: Endpoint,
-        interrupts: Arc<dyn Interrupts>,
-        notices: impl Fn(Notice) + Send + 'static,
+        irq_routing: Arc<dyn IrqRouting>,
+        events: impl Fn(PlatformEvent) + Send + 'static,
     ) -> Result<(), Error> {
         let error = |why: String| Error::Platform {
             operation: "connecting",
             why,
         };
-        let stream = open(&endpoint, Some(Instant::now() + DEADLINE)).map_err(error)?;
-        self.shake_hands(&stream, &*interrupts).map_err(error)?;
+        let stream = connect(&endpoint, Some(Instant::now() + DEADLINE)).map_err(error)?;
+        self.handshake(&stream, &*irq_routing).map_err(error)?;
         let this = Arc::clone(self);
         std::thread::Builder::new()
             .name("platform".into())
-            .spawn(move || {
-                let mut connected = Some(stream);
-                let mut lost_at: Option<Instant> = None;
-                loop {
-                    if let Some(stream) = connected.take() {
-                        notices(Notice::Connected(lost_at.map(|at| at.elapsed())));
-                        let why = this.serve(stream, &notices);
-                        lost_at = Some(Instant::now());
-                        let for_good = matches!(endpoint, Endpoint::Fd(_));
-                        if for_good {
-                            this.give_up();
-                        }
-                        notices(Notice::Lost(why, for_good));
-                        if for_good {
-                            return;
-                        }
-                    }
-                    match open(&endpoint, None)
-                        .and_then(|stream| this.shake_hands(&stream, &*interrupts).map(|()| stream))
-                    {
-                        Ok(stream) => connected = Some(stream),
-                        Err(error) => {
-                            tracing::debug!("platform: {error}");
-                            std::thread::sleep(RETRY);
-                        }
-                    }
-                }
-            })
+            .spawn(move || this.run(stream, &endpoint, &*irq_routing, events))
             .map_err(Error::io("starting the platform thread"))?;
         Ok(())
     }
 
-    /// From now on accesses are answered as if there had never been a platform.
-    fn give_up(&self) {
-        self.dead.store(true, Ordering::Relaxed);
+    /// Keeps the connection, until it is lost for good.
+    fn run(
+        &self,
+        mut stream: UnixStream,
+        endpoint: &Endpoint,
+        irq_routing: &dyn IrqRouting,
+        events: impl Fn(PlatformEvent),
+    ) {
+        let _span = tracing::info_span!("platform", device = "platform").entered();
+        let mut lost_at: Option<Instant> = None;
+        loop {
+            let outage = lost_at.map(|at| at.elapsed());
+            events(PlatformEvent::Connected { outage });
+            let reason = self.receive_messages(&stream, &events);
+            lost_at = Some(Instant::now());
+            let for_good = matches!(endpoint, Endpoint::Fd(_));
+            if for_good {
+                self.close();
+            }
+            events(PlatformEvent::Lost { reason, for_good });
+            if for_good {
+                return;
+            }
+            stream = self.reconnect(endpoint, irq_routing);
+        }
+    }
+
+    fn reconnect(&self, endpoint: &Endpoint, irq_routing: &dyn IrqRouting) -> UnixStream {
+        loop {
+            let connected = connect(endpoint, None)
+                .and_then(|stream| self.handshake(&stream, irq_routing).map(|()| stream));
+            match connected {
+                Ok(stream) => return stream,
+                Err(error) => {
+                    tracing::debug!(error, "connecting to the platform failed");
+                    std::thread::sleep(RECONNECT_INTERVAL);
+                }
+            }
+        }
+    }
+
+    /// The platform is lost for good: ends the waits of all vCPUs.
+    fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
         for vcpu in 0..self.vcpus {
             self.kick(vcpu);
         }
     }
 
-    fn shake_hands(&self, stream: &UnixStream, interrupts: &dyn Interrupts) -> Result<(), String> {
+    /// Sends the region and the doorbell; creates the interrupt lines that the platform
+    /// asks for.
+    fn handshake(&self, stream: &UnixStream, irq_routing: &dyn IrqRouting) -> Result<(), String> {
         let text = |e: std::io::Error| e.to_string();
         stream.set_read_timeout(Some(DEADLINE)).map_err(text)?;
         let hello = ToPlatform::Hello {
@@ -355,75 +371,78 @@ impl TrapChannel {
         };
         let fds = [self.region.fd.as_raw_fd(), self.doorbell.as_raw_fd()];
         channel::send(stream, &hello, &fds).map_err(text)?;
-        let (answer, _) = channel::receive::<FromPlatform>(stream).map_err(text)?;
-        let FromPlatform::Lines { gsis } = answer else {
-            return Err(format!("answered {answer:?} to a greeting"));
+        let (reply, _) = channel::receive::<FromPlatform>(stream).map_err(text)?;
+        let FromPlatform::Lines { gsis } = reply else {
+            return Err(format!("the platform replies to Hello with {reply:?}"));
         };
         if let Some(gsi) = gsis.iter().find(|&&gsi| gsi >= IOAPIC_PINS) {
             return Err(format!(
-                "asks for interrupt line {gsi}, which does not exist"
+                "the platform asks for interrupt line {gsi}, but the last one is {}",
+                IOAPIC_PINS - 1
             ));
         }
         if gsis.len() > IOAPIC_PINS as usize {
-            return Err("asks for too many interrupt lines".into());
+            return Err(format!(
+                "the platform asks for {} interrupt lines, but there are {IOAPIC_PINS}",
+                gsis.len()
+            ));
         }
-        let mut state = self.lock();
+        let mut connection = self.lock();
         for &gsi in &gsis {
-            if let std::collections::btree_map::Entry::Vacant(place) = state.lines.entry(gsi) {
+            if let Entry::Vacant(entry) = connection.lines.entry(gsi) {
                 let fd = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(text)?;
-                interrupts.attach(&fd, gsi).map_err(|e| e.to_string())?;
-                place.insert(fd);
+                irq_routing
+                    .attach_irqfd(&fd, gsi)
+                    .map_err(|e| e.to_string())?;
+                entry.insert(fd);
             }
         }
         let fds: Vec<RawFd> = gsis
             .iter()
-            .map(|gsi| state.lines[gsi].as_raw_fd())
+            .map(|gsi| connection.lines[gsi].as_raw_fd())
             .collect();
         channel::send(stream, &ToPlatform::Lines, &fds).map_err(text)?;
         stream.set_read_timeout(None).map_err(text)?;
-        state.stream = Some(stream.try_clone().map_err(text)?);
-        self.send_owed_reset(&mut state);
+        connection.stream = Some(stream.try_clone().map_err(text)?);
+        self.send_due_reset(&mut connection);
         Ok(())
     }
 
-    /// Takes messages until the connection ends; returns why it did.
-    fn serve(&self, stream: UnixStream, notices: &impl Fn(Notice)) -> String {
-        let why = loop {
-            match channel::receive::<FromPlatform>(&stream) {
-                Ok((FromPlatform::PowerOff, _)) => notices(Notice::PowerOff),
-                Ok((FromPlatform::ResetRequest, _)) => notices(Notice::Reset),
-                Ok((FromPlatform::Exit { code }, _)) => notices(Notice::Exit(code)),
+    /// Receives messages until the connection ends; returns the reason for that.
+    fn receive_messages(&self, stream: &UnixStream, events: &impl Fn(PlatformEvent)) -> String {
+        let reason = loop {
+            match channel::receive::<FromPlatform>(stream) {
+                Ok((FromPlatform::PowerOff, _)) => events(PlatformEvent::PowerOff),
+                Ok((FromPlatform::ResetRequest, _)) => events(PlatformEvent::Reset),
+                Ok((FromPlatform::Exit { code }, _)) => events(PlatformEvent::Exit(code)),
                 Ok((FromPlatform::ResetDone, _)) => {
-                    if let Some(done) = self.lock().reset.take() {
-                        // Nobody waits any more if it took too long.
+                    if let Some(done) = self.lock().reset_done.take() {
+                        // The other end is closed if its thread waited too long.
                         let _ = done.send(());
                     }
                 }
-                Ok((FromPlatform::Lines { .. }, _)) => break "greeted twice".to_string(),
+                Ok((FromPlatform::Lines { .. }, _)) => {
+                    break "it sent Lines a second time".to_string();
+                }
                 Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
                     break "the process has left".to_string();
                 }
                 Err(e) => break e.to_string(),
             }
         };
-        let mut state = self.lock();
-        state.stream = None;
-        if state.reset.take().is_some() {
-            state.reset_owed = true;
+        let mut connection = self.lock();
+        connection.stream = None;
+        if connection.reset_done.take().is_some() {
+            connection.reset_due = true;
         }
-        why
+        reason
     }
 }
 
-fn wake(word: &AtomicU32) {
-    // No sleeper is no error.
-    let _ = futex::wake(word, futex::Flags::empty(), 1);
-}
-
-/// Connects. With a deadline, tries until then; without, once.
-fn open(endpoint: &Endpoint, deadline: Option<Instant>) -> Result<UnixStream, String> {
+/// Connects. With a deadline, it waits for a process to listen; without, it tries once.
+fn connect(endpoint: &Endpoint, deadline: Option<Instant>) -> Result<UnixStream, String> {
     match endpoint {
-        // Opened once: a lost inherited connection is not opened again.
+        // Called once: an inherited connection that is lost does not come back.
         Endpoint::Fd(fd) => outrigger_cli::fd::inherit(*fd)
             .map(UnixStream::from)
             .map_err(|e| format!("fd {fd}: {e}")),

@@ -1,5 +1,5 @@
-//! ACPI tables (ACPI 6.5): just what tells a guest about CPUs, PCI, power-off
-//! and reset. The registers behind the last two are the platform process's.
+//! ACPI tables (ACPI 6.5) for CPUs, PCI, power-off and reset. The platform process emulates
+//! the registers for the last two.
 
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Memory32Fixed, Name, Package, Path,
@@ -25,42 +25,45 @@ use crate::vm::memory::Ram;
 const OEM: [u8; 6] = *b"OUTRIG";
 const OEM_TABLE: [u8; 8] = *b"OUTRIGGR";
 const OEM_REVISION: u32 = 1;
-/// PC-compatible devices and an i8042 are there (ACPI 6.5 table 5.11).
+/// There are legacy devices and an i8042 (ACPI 6.5 table 5.11).
 const BOOT_ARCH: u16 = 0b11;
-/// Written to the reset register, it resets.
+/// The value that resets the machine when it is written to the reset register.
 const RESET_VALUE: u8 = 6;
 const IO_APIC_ID: u8 = 0;
 const PCI_SLOTS: u32 = 32;
 
-/// Bytes of one table.
+/// The bytes of one table.
 #[derive(Default)]
-struct Table(Vec<u8>);
+struct TableBytes(Vec<u8>);
 
-impl AmlSink for Table {
+impl AmlSink for TableBytes {
     fn byte(&mut self, byte: u8) {
         self.0.push(byte);
     }
 }
 
 fn bytes(aml: &dyn Aml) -> Vec<u8> {
-    let mut sink = Table::default();
+    let mut sink = TableBytes::default();
     aml.to_aml_bytes(&mut sink);
     sink.0
 }
 
-/// Hands out addresses in the ACPI area.
-struct Writer<'a> {
+/// Writes tables one after the other into the ACPI area.
+struct TableWriter<'a> {
     ram: &'a Ram,
     next: u64,
 }
 
-impl Writer<'_> {
+impl TableWriter<'_> {
     fn write(&mut self, table: &[u8]) -> Result<u64, Error> {
         let at = self.next;
-        // The FACS wants 64 bytes of alignment, the others less.
+        // The FACS must be aligned to 64 bytes; the others need less.
         self.next = (at + table.len() as u64).next_multiple_of(64);
         if self.next > layout::ACPI + layout::ACPI_SIZE {
-            return Err(Error::BootSetup("ACPI tables: no room left".into()));
+            return Err(Error::BootSetup(format!(
+                "the ACPI tables need more than {} bytes",
+                layout::ACPI_SIZE
+            )));
         }
         self.ram
             .memory()
@@ -70,13 +73,13 @@ impl Writer<'_> {
     }
 }
 
-/// Writes all tables for `cpus` vCPUs; returns where the RSDP is.
+/// Writes all tables for `cpus` vCPUs; returns the address of the RSDP.
 ///
 /// # Errors
-/// When there is no memory to write to.
+/// When the tables do not fit into their area.
 pub fn write(ram: &Ram, cpus: usize) -> Result<u64, Error> {
-    // The RSDP comes first, so that a scan of the BIOS area finds it at once.
-    let mut writer = Writer {
+    // The RSDP comes first, so that a scan of the BIOS area finds it quickly.
+    let mut writer = TableWriter {
         ram,
         next: layout::ACPI + 64,
     };
@@ -189,8 +192,8 @@ fn pci_root() -> Vec<u8> {
     );
     let windows = ResourceTemplate::new(vec![&bus, &config, &window]);
 
-    // Pin A of slot n: I/O APIC input INTX_FIRST + n % INTX_COUNT. One-function
-    // slots use pin A only.
+    // INTA of PCI slot n is I/O APIC input INTX_FIRST + n % INTX_COUNT. Slots with one
+    // function use INTA only.
     let lines: Vec<(u32, u32)> = (0..PCI_SLOTS)
         .map(|slot| (slot << 16 | 0xffff, INTX_FIRST + slot % INTX_COUNT))
         .collect();
@@ -212,7 +215,7 @@ fn pci_root() -> Vec<u8> {
         Path::new("PCI0"),
         root.iter().map(|n| n as &dyn Aml).collect(),
     );
-    // Linux believes in the ECAM only if a motherboard resource covers it.
+    // Linux uses the ECAM only if a motherboard resource covers it.
     let ecam = Memory32Fixed::new(true, layout::ECAM as u32, layout::ECAM_SIZE as u32);
     let resources = ResourceTemplate::new(vec![&ecam]);
     let id = EISAName::new("PNP0C02");
@@ -220,8 +223,8 @@ fn pci_root() -> Vec<u8> {
         Name::new(Path::new("_HID"), &id),
         Name::new(Path::new("_CRS"), &resources),
     );
-    let board = Device::new(Path::new("MBRD"), vec![&hid, &crs]);
-    bytes(&Scope::new(Path::new("_SB_"), vec![&root, &board]))
+    let motherboard = Device::new(Path::new("MBRD"), vec![&hid, &crs]);
+    bytes(&Scope::new(Path::new("_SB_"), vec![&root, &motherboard]))
 }
 
 #[cfg(test)]
@@ -233,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn every_table_is_reachable_and_adds_up() {
+    fn every_table_is_reachable_and_has_a_valid_checksum() {
         let ram = Ram::new("64M".parse().unwrap()).unwrap();
         let rsdp = write(&ram, 3).unwrap();
         assert_eq!(rsdp, layout::ACPI);

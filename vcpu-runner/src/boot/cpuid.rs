@@ -1,25 +1,25 @@
-//! What the guest is told about its CPU: all that KVM can give, with each vCPU's
-//! own number in the places where a CPU finds it.
+//! The CPUID leaves of the vCPUs: all features that KVM supports, and the number and
+//! topology of each vCPU.
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Kvm;
 
 use crate::Error;
 
-/// All that KVM can give.
+/// All that KVM supports.
 ///
 /// # Errors
-/// KVM's.
+/// When KVM_GET_SUPPORTED_CPUID fails.
 pub fn supported(kvm: &Kvm) -> Result<CpuId, Error> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(Error::kvm("KVM_GET_SUPPORTED_CPUID"))
 }
 
-/// `supported` for vCPU `index` of `count`.
+/// The leaves of vCPU `index` of `count`.
 pub fn for_vcpu(supported: &CpuId, index: usize, count: usize) -> CpuId {
     let mut cpuid = supported.clone();
     let (apic_id, count) = (index as u32, count as u32);
-    // Bits of an APIC ID that tell cores of the one package apart.
+    // Bits of an APIC ID that number the cores of a package; there is one package.
     let bits = count.next_power_of_two().trailing_zeros();
     for entry in cpuid.as_mut_slice() {
         match entry.function {
@@ -28,12 +28,12 @@ pub fn for_vcpu(supported: &CpuId, index: usize, count: usize) -> CpuId {
                 entry.ecx |= HYPERVISOR | TSC_DEADLINE;
                 entry.edx = set(entry.edx, HTT, count > 1);
             }
-            // Cores that share this cache, and cores in the package.
+            // Caches: how many cores share this one, and how many are in the package.
             4 => {
                 let sharing = if entry.eax >> 5 & 7 < 3 { 0 } else { count - 1 };
                 entry.eax = (entry.eax & 0x3fff) | sharing << 14 | (count - 1) << 26;
             }
-            // Topology: level 0 is one thread a core, level 1 the package.
+            // Topology: level 0 is a core with one thread, level 1 is the package.
             0xb | 0x1f => {
                 entry.edx = apic_id;
                 match entry.index {

@@ -1,4 +1,4 @@
-//! Files that the guest starts from.
+//! Files that the guest boots from.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -9,14 +9,14 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use crate::Error;
 use crate::vm::memory::Ram;
 
-/// A file that stays open, because a reset boots again, and its name for messages.
+/// An open file and its name for messages.
 pub(super) struct NamedFile {
     path: PathBuf,
     pub file: File,
 }
 
 impl NamedFile {
-    /// Opens a regular file that has something in it.
+    /// Opens a regular file that is not empty.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let error = |why: String| Error::Boot {
             path: path.to_owned(),
@@ -36,7 +36,7 @@ impl NamedFile {
         })
     }
 
-    /// Its size in bytes now.
+    /// Its present size in bytes.
     pub fn size(&self) -> Result<u64, Error> {
         rustix::fs::fstat(&self.file)
             .map(|stat| stat.st_size as u64)
@@ -48,7 +48,7 @@ impl NamedFile {
         self.path.display().to_string()
     }
 
-    /// What is wrong with it.
+    /// An error that names the file.
     pub fn error(&self, why: impl ToString) -> Error {
         Error::Boot {
             path: self.path.clone(),
@@ -56,7 +56,7 @@ impl NamedFile {
         }
     }
 
-    /// Copies its first `size` bytes to `address`. The file's position stays.
+    /// Copies its first `size` bytes to `address`.
     pub fn read_to(&self, ram: &Ram, address: u64, size: u64) -> Result<(), Error> {
         let length = usize::try_from(size).map_err(|e| self.error(e))?;
         let slice = ram

@@ -1,19 +1,20 @@
-//! Flat images: files that are copied to guest memory as they are, and a mode to
-//! start in. Nothing else is in memory, not even ACPI tables: what a test of a
-//! processor or a piece of firmware wants.
+//! Flat images: files that are copied to guest memory as they are, and the mode to start
+//! in. Memory holds nothing else, not even ACPI tables. This is for tests of processors
+//! and for firmware.
 
 use std::ops::Range;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use super::entry::{CpuMode, EntryPoint};
 use super::file::NamedFile;
-use super::{Entry, registers};
+use super::registers;
 use crate::Error;
 use crate::vm::memory::Ram;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
-/// Where a PC's first instruction is: 16 bytes below the end of the BIOS area.
+/// The first instruction of a PC: 16 bytes below the end of the BIOS area.
 const RESET_VECTOR: u64 = 0xf_fff0;
 
 /// `--load FILE@ADDR`.
@@ -34,12 +35,14 @@ impl FromStr for LoadSpec {
                 path: path.into(),
                 address: address(at)?,
             }),
-            _ => Err("FILE@ADDR is expected, such as bios.bin@0xf0000".into()),
+            _ => Err(format!(
+                "{text:?} is not FILE@ADDR, such as bios.bin@0xf0000"
+            )),
         }
     }
 }
 
-/// An address, decimal or, with 0x, hexadecimal.
+/// Parses an address: decimal, or hexadecimal with 0x.
 fn address(text: &str) -> Result<u64, String> {
     let parsed = match text.strip_prefix("0x").or(text.strip_prefix("0X")) {
         Some(digits) => u64::from_str_radix(digits, 16),
@@ -48,22 +51,11 @@ fn address(text: &str) -> Result<u64, String> {
     parsed.map_err(|_| format!("{text:?} is not an address such as 0x100000 or 1048576"))
 }
 
-/// The state of the processor at the first instruction.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// 16-bit real mode.
-    Real,
-    /// 32-bit protected mode, flat segments, no paging.
-    Protected,
-    /// 64-bit long mode, the first 4 GiB mapped to themselves.
-    Long,
-}
-
-impl Mode {
-    const ALL: [(&'static str, Mode); 3] = [
-        ("real", Mode::Real),
-        ("protected", Mode::Protected),
-        ("long", Mode::Long),
+impl CpuMode {
+    const ALL: [(&'static str, CpuMode); 3] = [
+        ("real", CpuMode::Real),
+        ("protected", CpuMode::Protected),
+        ("long", CpuMode::Long),
     ];
 
     fn name(self) -> &'static str {
@@ -72,16 +64,16 @@ impl Mode {
 
     fn default_address(self) -> u64 {
         match self {
-            Mode::Real => RESET_VECTOR,
-            Mode::Protected | Mode::Long => MIB,
+            CpuMode::Real => RESET_VECTOR,
+            CpuMode::Protected | CpuMode::Long => MIB,
         }
     }
 
     /// First address that cannot be jumped to in this mode.
     fn end(self) -> u64 {
         match self {
-            Mode::Real => MIB,
-            Mode::Protected | Mode::Long => 4 * GIB,
+            CpuMode::Real => MIB,
+            CpuMode::Protected | CpuMode::Long => 4 * GIB,
         }
     }
 }
@@ -90,16 +82,16 @@ impl Mode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EntrySpec {
     /// The mode.
-    pub mode: Mode,
+    pub mode: CpuMode,
     /// Guest-physical address of the first instruction.
     pub address: u64,
 }
 
 impl Default for EntrySpec {
-    /// As a PC starts.
+    /// The first instruction of a PC.
     fn default() -> Self {
         EntrySpec {
-            mode: Mode::Real,
+            mode: CpuMode::Real,
             address: RESET_VECTOR,
         }
     }
@@ -113,15 +105,15 @@ impl FromStr for EntrySpec {
             Some((name, at)) => (name, Some(address(at)?)),
             None => (text, None),
         };
-        let mode = Mode::ALL
+        let mode = CpuMode::ALL
             .iter()
             .find(|m| m.0 == name)
-            .ok_or_else(|| format!("{name:?} is none of real, protected, long"))?
+            .ok_or_else(|| format!("{name:?} is not one of real, protected, long"))?
             .1;
         let address = at.unwrap_or(mode.default_address());
         if address >= mode.end() {
             return Err(format!(
-                "{name} mode reaches no address beyond {:#x}",
+                "{name} mode cannot start at {address:#x}: its last address is {:#x}",
                 mode.end() - 1
             ));
         }
@@ -129,34 +121,34 @@ impl FromStr for EntrySpec {
     }
 }
 
-/// Flat images and where to start in them.
-pub struct Flat {
+/// Flat images and the entry point.
+pub struct FlatImages {
     images: Vec<(NamedFile, u64)>,
     entry: EntrySpec,
 }
 
-impl Flat {
+impl FlatImages {
     /// Opens the files.
     ///
     /// # Errors
-    /// Names the file that is missing, empty or no file.
+    /// Names the file that is missing, empty or not a regular file.
     pub fn open(loads: &[LoadSpec], entry: EntrySpec) -> Result<Self, Error> {
         let images = loads
             .iter()
             .map(|load| Ok((NamedFile::open(&load.path)?, load.address)))
             .collect::<Result<_, Error>>()?;
-        Ok(Flat { images, entry })
+        Ok(FlatImages { images, entry })
     }
 
     /// Copies the images to `ram`.
     ///
     /// # Errors
-    /// Names the image that lies outside of `ram` or on top of something else,
-    /// or the entry if no image is there.
-    pub(super) fn load(&self, ram: &Ram) -> Result<Entry, Error> {
+    /// Names the image that lies outside of `ram` or overlaps something else, or says that
+    /// no image contains the entry point.
+    pub(super) fn load(&self, ram: &Ram) -> Result<EntryPoint, Error> {
         let EntrySpec { mode, address } = self.entry;
-        let entry = Entry::Flat(mode, address);
-        let mut taken: Vec<(Range<u64>, String)> = registers::tables(entry)
+        let entry = EntryPoint::Flat(mode, address);
+        let mut occupied: Vec<(Range<u64>, String)> = registers::tables(entry)
             .iter()
             .map(|table| {
                 (
@@ -165,30 +157,30 @@ impl Flat {
                 )
             })
             .collect();
-        let mut covered = false;
+        let mut contains_entry = false;
         for (image, start) in &self.images {
             let size = image.size()?;
-            let place = *start..start.saturating_add(size);
-            if !within(&place, ram) {
+            let range = *start..start.saturating_add(size);
+            if !within(&range, ram) {
                 return Err(image.error(format!(
                     "its {size} bytes at {start:#x} are not all in memory: {}",
                     describe(ram)
                 )));
             }
-            if let Some((other, what)) = taken.iter().find(|(other, _)| overlap(other, &place)) {
+            if let Some((other, what)) = occupied.iter().find(|(other, _)| overlap(other, &range)) {
                 return Err(image.error(format!(
-                    "its place at {:#x}-{:#x} overlaps {what} at {:#x}-{:#x}",
-                    place.start,
-                    place.end - 1,
+                    "its range {:#x}-{:#x} overlaps {what} at {:#x}-{:#x}",
+                    range.start,
+                    range.end - 1,
                     other.start,
                     other.end - 1
                 )));
             }
             image.read_to(ram, *start, size)?;
-            covered |= place.contains(&address);
-            taken.push((place, image.name()));
+            contains_entry |= range.contains(&address);
+            occupied.push((range, image.name()));
         }
-        if !covered {
+        if !contains_entry {
             return Err(Error::BootSetup(format!(
                 "--entry {}: no --load image is at its address {address:#x}",
                 mode.name()
@@ -198,10 +190,10 @@ impl Flat {
     }
 }
 
-fn within(place: &Range<u64>, ram: &Ram) -> bool {
+fn within(range: &Range<u64>, ram: &Ram) -> bool {
     ram.ranges()
         .iter()
-        .any(|&(start, size)| start <= place.start && place.end <= start + size)
+        .any(|&(start, size)| start <= range.start && range.end <= start + size)
 }
 
 fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
@@ -214,7 +206,7 @@ fn describe(ram: &Ram) -> String {
         .iter()
         .map(|(start, size)| format!("{start:#x}-{:#x}", start + size - 1))
         .collect();
-    format!("there is {}", ranges.join(" and "))
+    format!("RAM is at {}", ranges.join(" and "))
 }
 
 #[cfg(test)]
@@ -240,11 +232,11 @@ mod tests {
             assert!(bad.parse::<LoadSpec>().is_err(), "{bad}");
         }
         for (text, mode, address) in [
-            ("real", Mode::Real, RESET_VECTOR),
-            ("protected", Mode::Protected, MIB),
-            ("long", Mode::Long, MIB),
-            ("real=0x7c00", Mode::Real, 0x7c00),
-            ("long=4096", Mode::Long, 4096),
+            ("real", CpuMode::Real, RESET_VECTOR),
+            ("protected", CpuMode::Protected, MIB),
+            ("long", CpuMode::Long, MIB),
+            ("real=0x7c00", CpuMode::Real, 0x7c00),
+            ("long=4096", CpuMode::Long, 4096),
         ] {
             assert_eq!(text.parse(), Ok(EntrySpec { mode, address }));
         }
@@ -254,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn images_are_copied_and_what_cannot_be_is_named() {
+    fn images_are_copied_and_a_wrong_one_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let ram = Ram::new("16M".parse().unwrap()).unwrap();
         let file = |name: &str, content: &[u8]| {
@@ -268,12 +260,12 @@ mod tests {
                 .iter()
                 .map(|(path, at)| format!("{path}@{at:#x}").parse().unwrap())
                 .collect();
-            Flat::open(&loads, entry.parse().unwrap())
+            FlatImages::open(&loads, entry.parse().unwrap())
                 .and_then(|flat| flat.load(&ram))
                 .map_err(|e| e.to_string())
         };
         let entry = load(&[(&one, 0xf_fff0), (&two, MIB)], "real").unwrap();
-        assert_eq!(entry, Entry::Flat(Mode::Real, RESET_VECTOR));
+        assert_eq!(entry, EntryPoint::Flat(CpuMode::Real, RESET_VECTOR));
         let mut got = [0; 5];
         let at = GuestAddress(0xf_fff0);
         ram.memory().read_slice(&mut got, at).unwrap();

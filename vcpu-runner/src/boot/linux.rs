@@ -1,10 +1,10 @@
-//! The zero page of Linux' boot protocol (Documentation/arch/x86/boot.rst and
-//! zero-page.rst in the kernel).
+//! The zero page of the Linux boot protocol (Documentation/arch/x86/boot.rst and
+//! zero-page.rst of the kernel).
 
 use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::kernel::{Initrd, memory_map};
+use super::memory_map::{Initrd, memory_map};
 use crate::Error;
 use crate::layout;
 use crate::vm::memory::Ram;
@@ -13,12 +13,12 @@ const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
-/// A boot loader without a number of its own.
+/// `type_of_loader` of a boot loader without an assigned number.
 const LOADER_UNDEFINED: u8 = 0xff;
 const MINIMUM_ALIGNMENT: u32 = 0x100_0000;
 
-/// Writes the zero page to [`layout::BOOT_INFO`]. A kernel without a setup
-/// header (an ELF file) gets a minimal one.
+/// Writes the zero page to [`layout::BOOT_INFO`]. A kernel without a setup header (an ELF
+/// file) gets a minimal one.
 pub(super) fn write_zero_page(
     ram: &Ram,
     header: Option<setup_header>,
@@ -40,7 +40,7 @@ pub(super) fn write_zero_page(
     params.hdr.cmd_line_ptr = layout::CMDLINE as u32;
     params.hdr.cmdline_size = cmdline_len as u32;
     if let Some(initrd) = initrd {
-        // Both fit: the initrd lies below 3 GiB.
+        // Both fit into 32 bits: the initrd lies below 3 GiB.
         params.hdr.ramdisk_image = initrd.address as u32;
         params.hdr.ramdisk_size = initrd.size as u32;
     }

@@ -4,7 +4,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use linux_loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 
-use super::kernel::{Initrd, memory_map};
+use super::memory_map::{Initrd, memory_map};
 use crate::Error;
 use crate::layout::{BOOT_INFO, CMDLINE};
 use crate::vm::memory::Ram;

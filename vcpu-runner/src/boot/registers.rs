@@ -1,12 +1,11 @@
-//! The first vCPU's registers, and the tables that they refer to.
+//! The registers of the first vCPU, and the descriptor and page tables that they refer to.
 
 use std::ops::Range;
 
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::Entry;
-use super::flat::Mode;
+use super::entry::{CpuMode, EntryPoint};
 use crate::Error;
 use crate::layout::{BOOT_GDT, BOOT_INFO, BOOT_PAGE_TABLES, BOOT_STACK};
 use crate::vm::memory::Ram;
@@ -26,21 +25,21 @@ const PAGE: u64 = 0x1000;
 /// Five descriptors.
 const GDT_SIZE: u64 = 40;
 
-/// Selectors of Linux' boot protocol.
+/// Selectors, as the boot protocol of Linux requires.
 const CODE: u16 = 0x10;
 const DATA: u16 = 0x18;
 const TASK: u16 = 0x20;
 
-/// General registers for `entry`.
-pub fn general(entry: Entry) -> kvm_regs {
+/// The general registers for `entry`.
+pub fn general(entry: EntryPoint) -> kvm_regs {
     match entry {
-        Entry::Pvh(rip) => kvm_regs {
+        EntryPoint::Pvh(rip) => kvm_regs {
             rip,
             rbx: BOOT_INFO,
             rflags: RFLAGS,
             ..Default::default()
         },
-        Entry::Linux64(rip) => kvm_regs {
+        EntryPoint::Linux64(rip) => kvm_regs {
             rip,
             rsi: BOOT_INFO,
             rsp: BOOT_STACK,
@@ -48,13 +47,13 @@ pub fn general(entry: Entry) -> kvm_regs {
             rflags: RFLAGS,
             ..Default::default()
         },
-        // CS and IP as for any address: the 64 KiB that it lies in, and where.
-        Entry::Flat(Mode::Real, address) => kvm_regs {
+        // IP is the offset in the 64 KiB that the address lies in; CS is set in `real_mode`.
+        EntryPoint::Flat(CpuMode::Real, address) => kvm_regs {
             rip: address & 0xffff,
             rflags: RFLAGS,
             ..Default::default()
         },
-        Entry::Flat(Mode::Protected | Mode::Long, rip) => kvm_regs {
+        EntryPoint::Flat(CpuMode::Protected | CpuMode::Long, rip) => kvm_regs {
             rip,
             rsp: BOOT_STACK,
             rflags: RFLAGS,
@@ -63,28 +62,31 @@ pub fn general(entry: Entry) -> kvm_regs {
     }
 }
 
-/// Real mode: the state after a reset, with CS where an address below 1 MiB is.
+/// Real mode: the state after reset, with CS at the 64 KiB that `address` lies in.
 fn real_mode(address: u64, sregs: &mut kvm_sregs) {
     sregs.cs.base = address & !0xffff;
     sregs.cs.selector = (sregs.cs.base >> 4) as u16;
 }
 
-fn is_long(entry: Entry) -> bool {
-    matches!(entry, Entry::Linux64(_) | Entry::Flat(Mode::Long, _))
+fn is_long(entry: EntryPoint) -> bool {
+    matches!(
+        entry,
+        EntryPoint::Linux64(_) | EntryPoint::Flat(CpuMode::Long, _)
+    )
 }
 
-/// Where [`special`] writes its tables for `entry`.
-pub fn tables(entry: Entry) -> &'static [Range<u64>] {
+/// Where [`special`] writes tables for `entry`.
+pub fn tables(entry: EntryPoint) -> &'static [Range<u64>] {
     const GDT: Range<u64> = BOOT_GDT..BOOT_GDT + GDT_SIZE;
     const PAGING: Range<u64> = BOOT_PAGE_TABLES..BOOT_PAGE_TABLES + 6 * PAGE;
     match entry {
-        Entry::Flat(Mode::Real, _) => &[],
+        EntryPoint::Flat(CpuMode::Real, _) => &[],
         _ if is_long(entry) => &[GDT, PAGING],
         _ => &[GDT],
     }
 }
 
-/// Flat segment over all of memory.
+/// A flat segment that covers the whole address space.
 fn segment(selector: u16, type_: u8, long: bool) -> kvm_segment {
     kvm_segment {
         base: 0,
@@ -121,13 +123,13 @@ fn descriptor(segment: &kvm_segment) -> u64 {
         | (segment.base >> 24 & 0xff) << 56
 }
 
-/// Turns the reset state `sregs` into that for `entry` and writes the GDT, and
-/// page tables where paging is on, to memory.
+/// Changes `sregs` from the state after reset to that for `entry`. Writes the GDT and, for
+/// long mode, page tables to memory.
 ///
 /// # Errors
-/// When there is no memory to write to.
-pub fn special(entry: Entry, ram: &Ram, sregs: &mut kvm_sregs) -> Result<(), Error> {
-    if let Entry::Flat(Mode::Real, address) = entry {
+/// When the tables lie outside guest memory.
+pub fn special(entry: EntryPoint, ram: &Ram, sregs: &mut kvm_sregs) -> Result<(), Error> {
+    if let EntryPoint::Flat(CpuMode::Real, address) = entry {
         real_mode(address, sregs);
         return Ok(());
     }
@@ -171,7 +173,7 @@ pub fn special(entry: Entry, ram: &Ram, sregs: &mut kvm_sregs) -> Result<(), Err
     Ok(())
 }
 
-/// Maps the first 4 GiB to themselves in 2 MiB pages.
+/// Identity-maps the first 4 GiB with 2 MiB pages.
 fn write_page_tables(ram: &Ram) -> Result<(), vm_memory::GuestMemoryError> {
     let memory = ram.memory();
     let write = |table: u64, index: u64, value: u64| {
@@ -195,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn descriptors_are_encoded_as_the_processor_reads_them() {
+    fn segment_descriptors_are_encoded() {
         assert_eq!(
             descriptor(&segment(CODE, 0xb, false)),
             0x00cf_9b00_0000_ffff
@@ -208,14 +210,14 @@ mod tests {
     }
 
     #[test]
-    fn long_mode_is_on_for_the_64_bit_protocol_only() {
+    fn long_mode_is_on_only_where_the_entry_asks_for_it() {
         let ram = Ram::new("16M".parse().unwrap()).unwrap();
         let mut sregs = kvm_sregs::default();
-        special(Entry::Pvh(0x10_0000), &ram, &mut sregs).unwrap();
+        special(EntryPoint::Pvh(0x10_0000), &ram, &mut sregs).unwrap();
         assert_eq!((sregs.cr0 & CR0_PG, sregs.efer, sregs.cs.l), (0, 0, 0));
-        special(Entry::Linux64(0x10_0000), &ram, &mut sregs).unwrap();
+        special(EntryPoint::Linux64(0x10_0000), &ram, &mut sregs).unwrap();
         assert_eq!((sregs.efer, sregs.cs.l), (EFER_LME | EFER_LMA, 1));
-        special(Entry::Flat(Mode::Long, 0x10_0000), &ram, &mut sregs).unwrap();
+        special(EntryPoint::Flat(CpuMode::Long, 0x10_0000), &ram, &mut sregs).unwrap();
         assert_eq!((sregs.efer, sregs.cs.l), (EFER_LME | EFER_LMA, 1));
         let last: u64 = ram
             .memory()
@@ -228,7 +230,7 @@ mod tests {
     fn real_mode_begins_in_the_segment_of_its_address() {
         let ram = Ram::new("16M".parse().unwrap()).unwrap();
         for (address, selector, ip) in [(0xf_fff0, 0xf000, 0xfff0), (0x7c00, 0, 0x7c00)] {
-            let entry = Entry::Flat(Mode::Real, address);
+            let entry = EntryPoint::Flat(CpuMode::Real, address);
             let mut sregs = kvm_sregs::default();
             special(entry, &ram, &mut sregs).unwrap();
             assert_eq!(sregs.cs.selector, selector);

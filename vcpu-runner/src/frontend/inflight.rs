@@ -1,36 +1,47 @@
-//! The table of what a device's process has in work (vhost-user, "Inflight I/O
-//! tracking"). The process makes it and writes to it; the runner keeps it for the
-//! process's successor, and looks into it only to say how much that has to do again.
+//! The in-flight buffer of a back end (vhost-user, "Inflight I/O tracking"). The back end
+//! creates it and writes to it. The runner keeps it for the back end's successor, and
+//! reads it only to report how many requests that resubmits.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 
 use vhost::vhost_user::message::VhostUserInflight;
 
 use crate::Error;
 
-/// Length of `QueueRegionSplit` before its entries, and of an entry, in bytes.
-const HEADER: usize = 16;
-const ENTRY: usize = 16;
-/// Largest table that is read: 256 queues of 1024 entries.
-const LONGEST: u64 = 8 << 20;
+/// Length of `QueueRegionSplit` before its entries (features, version, desc_num,
+/// last_batch_head, used_idx), in bytes.
+const HEADER_LENGTH: usize = 16;
+/// Offsets in it.
+const DESC_NUM: usize = 10;
+const LAST_BATCH_HEAD: usize = 12;
+const USED_IDX: usize = 14;
+/// Length of a `DescStateSplit` in bytes.
+const ENTRY_LENGTH: usize = 16;
+/// Offsets in it.
+const INFLIGHT: usize = 0;
+const NEXT: usize = 6;
 
-/// A table.
-pub struct Inflight {
-    /// Its shape, as GET_INFLIGHT_FD told it.
-    pub shape: VhostUserInflight,
-    /// Its memory. Never mapped here: who can write to it can also truncate it.
+/// Largest buffer that is read: 256 queues of 1024 entries, and some room.
+const MAX_LENGTH: u64 = 8 << 20;
+
+/// An in-flight buffer.
+pub struct InflightBuffer {
+    /// Its layout, as GET_INFLIGHT_FD returned it.
+    pub layout: VhostUserInflight,
+    /// Its memory. It is never mapped here: the back end could truncate it.
     pub file: File,
 }
 
-impl Inflight {
-    /// The same table once more.
+impl InflightBuffer {
+    /// A second descriptor of the same buffer.
     ///
     /// # Errors
-    /// When there are no descriptors left.
+    /// When the process has no file descriptors left.
     pub fn try_clone(&self) -> Result<Self, Error> {
-        Ok(Inflight {
-            shape: self.shape,
+        Ok(InflightBuffer {
+            layout: self.layout,
             file: self
                 .file
                 .try_clone()
@@ -38,62 +49,67 @@ impl Inflight {
         })
     }
 
-    /// Requests of queue `index` that were taken and not completed when the process
-    /// died; `used` is the index in the used ring. 0 when the table makes no sense.
+    /// How many requests of queue `index` are in flight; `used` is the index in the used
+    /// ring. 0 when the buffer is malformed.
     pub fn count(&self, index: usize, used: u16) -> u64 {
-        self.region(index)
+        self.read_region(index)
             .map_or(0, |region| count(&region, used) as u64)
     }
 
-    /// Nothing is in flight in queue `index`, which is as if it had never been used.
-    pub fn forget(&self, index: usize) {
-        if let Some((start, length)) = self.place(index)
-            && let Err(error) = self.file.write_all_at(&vec![0; length], start)
-        {
-            tracing::warn!("queue {index}: inflight table: {error}");
+    /// Makes the region of queue `index` look as if the queue had never been used.
+    ///
+    /// # Errors
+    /// When the buffer cannot be written.
+    pub fn clear_queue(&self, index: usize) -> io::Result<()> {
+        match self.region(index) {
+            Some((start, length)) => self.file.write_all_at(&vec![0; length], start),
+            None => Ok(()),
         }
     }
 
-    /// Where the region of queue `index` is: offset and length.
-    fn place(&self, index: usize) -> Option<(u64, usize)> {
-        let queues = u64::from(self.shape.num_queues);
-        let length = self.shape.mmap_size.checked_div(queues)?;
-        if self.shape.mmap_size > LONGEST || index as u64 >= queues {
+    /// Offset and length of the region of queue `index`.
+    fn region(&self, index: usize) -> Option<(u64, usize)> {
+        let queues = u64::from(self.layout.num_queues);
+        let length = self.layout.mmap_size.checked_div(queues)?;
+        if self.layout.mmap_size > MAX_LENGTH || index as u64 >= queues {
             return None;
         }
-        let start = self.shape.mmap_offset.checked_add(length * index as u64)?;
+        let start = self.layout.mmap_offset.checked_add(length * index as u64)?;
         Some((start, length as usize))
     }
 
-    fn region(&self, index: usize) -> Option<Vec<u8>> {
-        let (start, length) = self.place(index)?;
+    fn read_region(&self, index: usize) -> Option<Vec<u8>> {
+        let (start, length) = self.region(index)?;
         let mut region = vec![0; length];
         self.file.read_exact_at(&mut region, start).ok()?;
         Some(region)
     }
 }
 
-fn half(bytes: &[u8], at: usize) -> usize {
-    usize::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]))
+fn read_u16(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }
 
-/// Counts what is marked in a queue's region, less the last batch, which was
-/// published before its marks were taken away.
+/// Counts the entries of a queue's region that are marked, without the last batch: the
+/// back end stores the used index before it clears the marks of a batch.
 fn count(region: &[u8], used: u16) -> usize {
-    if region.len() < HEADER {
+    if region.len() < HEADER_LENGTH {
         return 0;
     }
-    let entries = half(region, 10).min((region.len() - HEADER) / ENTRY);
-    let at = |entry: usize| HEADER + entry * ENTRY;
-    let mut marked: Vec<bool> = (0..entries).map(|entry| region[at(entry)] != 0).collect();
-    let recorded = half(region, 14) as u16;
-    let mut entry = half(region, 12);
-    for _ in 0..usize::from(used.wrapping_sub(recorded)).min(entries) {
+    let room = (region.len() - HEADER_LENGTH) / ENTRY_LENGTH;
+    let entries = usize::from(read_u16(region, DESC_NUM)).min(room);
+    let offset = |entry: usize| HEADER_LENGTH + entry * ENTRY_LENGTH;
+    let mut marked: Vec<bool> = (0..entries)
+        .map(|entry| region[offset(entry) + INFLIGHT] != 0)
+        .collect();
+    let published = used.wrapping_sub(read_u16(region, USED_IDX));
+    let mut entry = usize::from(read_u16(region, LAST_BATCH_HEAD));
+    for _ in 0..usize::from(published).min(entries) {
         let Some(mark) = marked.get_mut(entry) else {
             break;
         };
         *mark = false;
-        entry = half(region, at(entry) + 6);
+        entry = usize::from(read_u16(region, offset(entry) + NEXT));
     }
     marked.iter().filter(|&&mark| mark).count()
 }
@@ -102,35 +118,35 @@ fn count(region: &[u8], used: u16) -> usize {
 mod tests {
     use super::*;
 
-    fn region(marked: &[usize], recorded: u16, last: u16, next: &[(usize, u16)]) -> Vec<u8> {
-        let mut region = vec![0; HEADER + 8 * ENTRY];
-        region[10] = 8;
-        region[12..14].copy_from_slice(&last.to_le_bytes());
-        region[14..16].copy_from_slice(&recorded.to_le_bytes());
+    fn region(marked: &[usize], used_idx: u16, head: u16, next: &[(usize, u16)]) -> Vec<u8> {
+        let mut region = vec![0; HEADER_LENGTH + 8 * ENTRY_LENGTH];
+        region[DESC_NUM] = 8;
+        region[LAST_BATCH_HEAD..][..2].copy_from_slice(&head.to_le_bytes());
+        region[USED_IDX..][..2].copy_from_slice(&used_idx.to_le_bytes());
         for &entry in marked {
-            region[HEADER + entry * ENTRY] = 1;
+            region[HEADER_LENGTH + entry * ENTRY_LENGTH] = 1;
         }
         for &(entry, next) in next {
-            let at = HEADER + entry * ENTRY + 6;
+            let at = HEADER_LENGTH + entry * ENTRY_LENGTH + NEXT;
             region[at..at + 2].copy_from_slice(&next.to_le_bytes());
         }
         region
     }
 
     #[test]
-    fn the_last_batch_does_not_count() {
+    fn the_last_published_batch_is_not_counted() {
         assert_eq!(count(&region(&[1, 2, 5], 7, 0, &[]), 7), 3);
-        // 5 and 2 were published: the used index is two ahead of the table's.
+        // 5 and 2 were published: the used index is two ahead of `used_idx`.
         let table = region(&[1, 2, 5], 7, 5, &[(5, 2)]);
         assert_eq!(count(&table, 9), 1);
     }
 
     #[test]
-    fn nonsense_is_survived() {
+    fn a_malformed_region_does_no_harm() {
         assert_eq!(count(&[], 3), 0);
-        assert_eq!(count(&[0xff; HEADER], 3), 0);
-        assert_eq!(count(&[0xff; HEADER + ENTRY], 3), 1);
-        // A list that goes round.
+        assert_eq!(count(&[0xff; HEADER_LENGTH], 3), 0);
+        assert_eq!(count(&[0xff; HEADER_LENGTH + ENTRY_LENGTH], 3), 1);
+        // A list with a loop.
         let table = region(&[3, 4], 0, 3, &[(3, 3)]);
         assert_eq!(count(&table, 0x8000), 1);
     }

@@ -3,31 +3,31 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use super::spec::Endpoint;
+use crate::endpoint::Endpoint;
 
-/// What becomes of a device whose process is lost.
+/// What happens when the back end of a device is lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnLoss {
-    /// Its requests wait for another process, as long as it takes.
+    /// The driver's requests wait for another back end, without a limit.
     Wait,
-    /// If none has come by then, the device tells its driver that it needs a reset
+    /// If no other one has come after this time, the device sets DEVICE_NEEDS_RESET
     /// (virtio 1.2 section 2.1.2).
     Error(Duration),
-    /// If none has come by then, the machine ends with code 5.
+    /// If no other one has come after this time, the runner exits with code 5.
     Stop(Duration),
 }
 
 impl OnLoss {
-    /// What goes for a device at `endpoint` if nothing is said: to a path another
-    /// process may come, to an inherited connection none can.
-    pub fn usual(endpoint: &Endpoint) -> Self {
+    /// The default for a device at `endpoint`. Another process may listen at a path; an
+    /// inherited connection cannot come back.
+    pub fn default_for(endpoint: &Endpoint) -> Self {
         match endpoint {
             Endpoint::Path(_) => OnLoss::Wait,
             Endpoint::Fd(_) => OnLoss::Stop(Duration::ZERO),
         }
     }
 
-    /// How long to wait before something else happens; for ever if `None`.
+    /// How long to wait for another back end; `None`: without a limit.
     pub fn limit(self) -> Option<Duration> {
         match self {
             OnLoss::Wait => None,
@@ -49,16 +49,18 @@ impl FromStr for OnLoss {
             Some(Ok(seconds)) => Duration::from_secs(seconds.into()),
             Some(Err(_)) => {
                 return Err(format!(
-                    "{text:?}: after the colon goes a number of seconds"
+                    "{text:?}: what follows the colon is not a number of seconds"
                 ));
             }
         };
         match word {
             "wait" if seconds.is_none() => Ok(OnLoss::Wait),
-            "wait" => Err("wait has no limit; error and stop may have one".into()),
+            "wait" => Err(format!(
+                "{text:?}: wait takes no time limit; error and stop do"
+            )),
             "error" => Ok(OnLoss::Error(limit)),
             "stop" => Ok(OnLoss::Stop(limit)),
-            _ => Err(format!("{word:?} is none of wait, error, stop")),
+            _ => Err(format!("{word:?} is not one of wait, error, stop")),
         }
     }
 }
@@ -68,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_and_limits() {
+    fn options_are_parsed() {
         let parse = str::parse::<OnLoss>;
         assert_eq!(parse("wait"), Ok(OnLoss::Wait));
         assert_eq!(parse("error"), Ok(OnLoss::Error(Duration::ZERO)));

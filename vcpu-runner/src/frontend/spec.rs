@@ -1,19 +1,10 @@
 //! `--device ID,type=…,socket=…|fd=…[,queues=…][,queue-size=…]`.
 
-use std::os::fd::RawFd;
-use std::path::PathBuf;
 use std::str::FromStr;
 
 use outrigger_cli::socket::socket_path;
 
-/// Where a device's process is reached.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Endpoint {
-    /// A unix socket to connect to.
-    Path(PathBuf),
-    /// An inherited, connected socket.
-    Fd(RawFd),
-}
+use crate::endpoint::Endpoint;
 
 /// One `--device` option.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,37 +13,37 @@ pub struct DeviceSpec {
     pub id: String,
     /// Virtio device number (virtio 1.2 section 5).
     pub virtio_id: u16,
-    /// Where its process is.
+    /// Where its back end is reached.
     pub endpoint: Endpoint,
-    /// How many queues the guest sees; all that the process has if not given.
+    /// How many queues the guest sees; by default all that the back end has.
     pub queues: Option<usize>,
-    /// Largest ring that the guest is offered: a power of two. Processes cannot
-    /// be asked for theirs.
+    /// Largest vring that the driver may choose, a power of two. The protocol has no
+    /// message to ask a back end for its limit.
     pub queue_size: u16,
 }
 
-/// Rings of this size suit every process that is known.
-const QUEUE_SIZE: u16 = 256;
+/// The default of `queue-size`: all known back ends accept it.
+const DEFAULT_QUEUE_SIZE: u16 = 256;
 /// Largest split ring (virtio 1.2 section 2.7).
 const MAX_QUEUE_SIZE: u16 = 1 << 15;
 
-/// Names of common device types, their numbers, and how many queues a process
-/// without multi-queue support has.
-const TYPES: [(&str, u16, usize); 3] = [("net", 1, 2), ("block", 2, 1), ("console", 3, 2)];
+/// Names of device types, their numbers, and how many queues a back end without
+/// VHOST_USER_PROTOCOL_F_MQ has.
+const DEVICE_TYPES: [(&str, u16, usize); 3] = [("net", 1, 2), ("block", 2, 1), ("console", 3, 2)];
 
-/// Of these types each request is completed sooner or later, without anything else
-/// happening first (a frame that comes, a key that is pressed).
-const COMPLETE_ALL: [u16; 1] = [2];
+/// Device types of which every request completes by itself, without an event from
+/// outside (a frame that arrives, a key that is pressed).
+const SELF_COMPLETING_TYPES: [u16; 1] = [2];
 
 impl DeviceSpec {
-    /// Whether a process that takes no more requests comes to an end of those it has.
+    /// Whether a back end completes all its requests when no new ones are added.
     pub fn completes_all(&self) -> bool {
-        COMPLETE_ALL.contains(&self.virtio_id)
+        SELF_COMPLETING_TYPES.contains(&self.virtio_id)
     }
 
-    /// How many queues a process has that cannot tell.
+    /// How many queues a back end has that cannot be asked (no GET_QUEUE_NUM).
     pub fn default_queues(&self) -> usize {
-        TYPES
+        DEVICE_TYPES
             .iter()
             .find(|t| t.1 == self.virtio_id)
             .map_or(1, |t| t.2)
@@ -66,7 +57,9 @@ impl FromStr for DeviceSpec {
         let mut parts = text.split(',');
         let id = parts.next().unwrap_or_default().to_owned();
         if id.is_empty() || id.contains('=') {
-            return Err("it begins with the device's name: ID,type=…".into());
+            return Err(format!(
+                "{text:?} does not begin with the device's name: ID,type=…"
+            ));
         }
         let (mut virtio_id, mut endpoint) = (None, None);
         let (mut queues, mut queue_size) = (None, None);
@@ -86,11 +79,14 @@ impl FromStr for DeviceSpec {
                 "queue-size" => queue_size.replace(ring_size(value)?).is_some(),
                 _ => {
                     let known = "type, socket, fd, queues, queue-size";
-                    return Err(format!("{key:?} is none of {known}"));
+                    return Err(format!("{key:?} is not one of {known}"));
                 }
             };
             if given_before {
-                return Err(format!("{key} is given twice, or socket and fd both"));
+                return Err(match key {
+                    "socket" | "fd" => "give either socket= or fd=, once".into(),
+                    _ => format!("{key}= is given twice"),
+                });
             }
         }
         Ok(DeviceSpec {
@@ -98,20 +94,20 @@ impl FromStr for DeviceSpec {
             virtio_id: virtio_id.ok_or("type= is missing")?,
             endpoint: endpoint.ok_or("socket= or fd= is missing")?,
             queues,
-            queue_size: queue_size.unwrap_or(QUEUE_SIZE),
+            queue_size: queue_size.unwrap_or(DEFAULT_QUEUE_SIZE),
         })
     }
 }
 
 fn device_type(text: &str) -> Result<u16, String> {
-    if let Some(known) = TYPES.iter().find(|t| t.0 == text) {
+    if let Some(known) = DEVICE_TYPES.iter().find(|t| t.0 == text) {
         return Ok(known.1);
     }
     match text.parse() {
-        // PCI device IDs end at 0x107f, so numbers end at 63.
+        // PCI device IDs of virtio devices end at 0x107f, which is number 63.
         Ok(number @ 1..=63) => Ok(number),
         _ => Err(format!(
-            "{text:?} is no device type: net, block, console, or a number from 1 to 63"
+            "type={text} is not net, block, console or a number from 1 to 63"
         )),
     }
 }
@@ -119,8 +115,9 @@ fn device_type(text: &str) -> Result<u16, String> {
 fn ring_size(text: &str) -> Result<u16, String> {
     let size: u16 = number("queue-size", text)?;
     if !size.is_power_of_two() || size > MAX_QUEUE_SIZE {
-        let why = format!("queue-size={size} is no power of two up to {MAX_QUEUE_SIZE}");
-        return Err(why);
+        return Err(format!(
+            "queue-size={size} is not a power of two up to {MAX_QUEUE_SIZE}"
+        ));
     }
     Ok(size)
 }

@@ -1,136 +1,59 @@
-//! The states of a device's slot, and what leads from one to the next:
-//!
-//! ```text
-//! Absent ─Connect→ Connecting ─Connected→ Running ⇄ Paused
-//!                    ↑     │                 │  ↘      │
-//!                    │     └──────Lose──→ Lost   Drain │
-//!                    └──────Connect────────┘      ↓    ↓
-//!                                              Draining ─Drained→ Running
-//! ```
-//!
-//! From every state in which there is a process, Lose leads to Lost.
-
-use std::sync::atomic::{AtomicU8, Ordering};
+//! The device state that `status` shows. It decides nothing: it is derived from what
+//! the device task owns, each time that the task publishes its status.
 
 use outrigger_protocol::control::DeviceState;
 
-/// What happens to a slot.
+/// What the device task has to do with a back end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// A process is there; hands are shaken.
-    Connect,
-    /// The process serves.
+pub enum LinkState {
+    /// A back end serves the device.
     Connected,
-    /// The rings are stopped, with the machine.
-    Pause,
-    /// They go on.
-    Resume,
-    /// The rings are stopped for another process.
-    Drain,
-    /// They go on: on another process, or on the old one again.
-    Drained,
-    /// The process is gone, or given up.
-    Lose,
+    /// A back end serves the device, and a swap is about to stop it.
+    Draining,
+    /// The back end is lost, and no other one has answered.
+    Lost,
+    /// Another back end has answered; the handshake is in progress.
+    Handshake,
 }
 
-/// The state after `step`; `None` where that cannot happen.
-pub fn after(state: DeviceState, step: Step) -> Option<DeviceState> {
-    use DeviceState::{Absent, Connecting, Draining, Lost, Paused, Running};
-    match (state, step) {
-        (Absent | Lost, Step::Connect) => Some(Connecting),
-        (Connecting, Step::Connected) => Some(Running),
-        (Running, Step::Pause) => Some(Paused),
-        (Paused, Step::Resume) => Some(Running),
-        (Running | Paused, Step::Drain) => Some(Draining),
-        (Draining, Step::Drained) => Some(Running),
-        (Connecting | Running | Paused | Draining, Step::Lose) => Some(Lost),
-        _ => None,
-    }
-}
-
-/// Turns states into a byte and back.
-const STATES: [DeviceState; 6] = [
-    DeviceState::Absent,
-    DeviceState::Connecting,
-    DeviceState::Running,
-    DeviceState::Paused,
-    DeviceState::Draining,
-    DeviceState::Lost,
-];
-
-/// A slot's state: one thread changes it, any may look.
-#[derive(Default)]
-pub struct StateCell(AtomicU8);
-
-impl StateCell {
-    /// The state.
-    pub fn get(&self) -> DeviceState {
-        STATES[usize::from(self.0.load(Ordering::Acquire))]
-    }
-
-    /// Takes `step`. One that the state does not allow is a mistake of ours, which
-    /// is logged and changes nothing.
-    pub fn take(&self, step: Step) {
-        let state = self.get();
-        let Some(next) = after(state, step) else {
-            tracing::error!("a slot that is {state:?} cannot {step:?}");
-            return;
-        };
-        let code = STATES.iter().position(|&s| s == next).unwrap_or(0);
-        self.0.store(code as u8, Ordering::Release);
+/// The state to show for a device whose machine is `paused` or not.
+pub fn displayed_state(link: LinkState, paused: bool) -> DeviceState {
+    match link {
+        LinkState::Connected if paused => DeviceState::Paused,
+        LinkState::Connected => DeviceState::Running,
+        LinkState::Draining => DeviceState::Draining,
+        LinkState::Lost => DeviceState::Lost,
+        LinkState::Handshake => DeviceState::Connecting,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use DeviceState::{Absent, Connecting, Draining, Lost, Paused, Running};
-
-    const STEPS: [Step; 7] = [
-        Step::Connect,
-        Step::Connected,
-        Step::Pause,
-        Step::Resume,
-        Step::Drain,
-        Step::Drained,
-        Step::Lose,
-    ];
 
     #[test]
-    fn each_transition_is_the_one_of_the_plan_and_there_are_no_others() {
-        let plan = [
-            (Absent, Step::Connect, Connecting),
-            (Lost, Step::Connect, Connecting),
-            (Connecting, Step::Connected, Running),
-            (Connecting, Step::Lose, Lost),
-            (Running, Step::Pause, Paused),
-            (Running, Step::Drain, Draining),
-            (Running, Step::Lose, Lost),
-            (Paused, Step::Resume, Running),
-            (Paused, Step::Drain, Draining),
-            (Paused, Step::Lose, Lost),
-            (Draining, Step::Drained, Running),
-            (Draining, Step::Lose, Lost),
+    fn the_displayed_state_follows_the_link_and_the_pause() {
+        let table = [
+            (
+                LinkState::Connected,
+                DeviceState::Running,
+                DeviceState::Paused,
+            ),
+            (
+                LinkState::Draining,
+                DeviceState::Draining,
+                DeviceState::Draining,
+            ),
+            (LinkState::Lost, DeviceState::Lost, DeviceState::Lost),
+            (
+                LinkState::Handshake,
+                DeviceState::Connecting,
+                DeviceState::Connecting,
+            ),
         ];
-        for state in STATES {
-            for step in STEPS {
-                let planned = plan.iter().find(|p| (p.0, p.1) == (state, step));
-                assert_eq!(
-                    after(state, step),
-                    planned.map(|p| p.2),
-                    "{state:?} {step:?}"
-                );
-            }
+        for (link, running, paused) in table {
+            assert_eq!(displayed_state(link, false), running, "{link:?}");
+            assert_eq!(displayed_state(link, true), paused, "{link:?}");
         }
-    }
-
-    #[test]
-    fn what_cannot_happen_changes_nothing() {
-        let cell = StateCell::default();
-        cell.take(Step::Resume);
-        assert_eq!(cell.get(), Absent);
-        cell.take(Step::Connect);
-        cell.take(Step::Connected);
-        assert_eq!(cell.get(), Running);
     }
 }

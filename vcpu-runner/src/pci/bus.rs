@@ -1,27 +1,27 @@
-//! Bus 0: finds the function for an access, through ECAM or through the pair of
+//! PCI bus 0: finds the function for an access, through ECAM or through the pair of
 //! ports of configuration mechanism 1 (PCI Local Bus 3.0 section 3.2.2.3).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::layout;
-use crate::pci::Function;
-use crate::pci::config::{ConfigSpace, Identity};
+use crate::pci::PciFunction;
+use crate::pci::config::{PciConfigSpace, PciIdentity};
 
-/// Most devices beside the host bridge.
+/// Largest number of devices, without the host bridge.
 pub const MAX_DEVICES: usize = 32;
-/// Enable bit of the address port.
+/// The enable bit of the address port.
 const ENABLE: u32 = 1 << 31;
 const FUNCTIONS: usize = 256;
 
 /// The bus.
-pub struct Bus {
-    functions: [Option<Arc<dyn Function>>; FUNCTIONS],
+pub struct PciBus {
+    functions: [Option<Arc<dyn PciFunction>>; FUNCTIONS],
     address: AtomicU32,
 }
 
-/// Device and function number (slot * 8 + function) of device `index`: slots 1
-/// to 31, and the last one beside the host bridge.
+/// Device and function number (PCI slot * 8 + function) of device `index`. The devices
+/// get slots 1 to 31; the last one is function 1 of the host bridge's slot.
 pub fn devfn(index: usize) -> u8 {
     if index < 31 {
         (index as u8 + 1) << 3
@@ -30,10 +30,15 @@ pub fn devfn(index: usize) -> u8 {
     }
 }
 
-impl Bus {
-    /// A bus with a host bridge and `devices` at [`devfn`] of their index. The
-    /// caller sees to it that there are no more than [`MAX_DEVICES`].
-    pub fn new(devices: impl IntoIterator<Item = Arc<dyn Function>>) -> Self {
+/// PCI slot of device `index`.
+pub fn slot(index: usize) -> u8 {
+    devfn(index) >> 3
+}
+
+impl PciBus {
+    /// A bus with a host bridge and with `devices`, of which there are no more than
+    /// [`MAX_DEVICES`], at [`devfn`] of their index.
+    pub fn new(devices: impl IntoIterator<Item = Arc<dyn PciFunction>>) -> Self {
         let mut functions = [const { None }; FUNCTIONS];
         let mut count = 0;
         for (index, device) in devices.into_iter().take(MAX_DEVICES).enumerate() {
@@ -41,13 +46,13 @@ impl Bus {
             count = index + 1;
         }
         functions[0] = Some(Arc::new(HostBridge::new(count == MAX_DEVICES)));
-        Bus {
+        PciBus {
             functions,
             address: AtomicU32::new(0),
         }
     }
 
-    /// Power-on state.
+    /// Resets the bus and all functions.
     pub fn reset(&self) {
         self.address.store(0, Ordering::Relaxed);
         for function in self.functions.iter().flatten() {
@@ -58,7 +63,7 @@ impl Bus {
     fn read_config(&self, devfn: usize, offset: usize, data: &mut [u8]) {
         match self.functions.get(devfn) {
             Some(Some(function)) => function.read_config(offset, data),
-            // Nobody answers: all lines stay high.
+            // No device drives the bus, so all bits read as 1.
             _ => data.fill(0xff),
         }
     }
@@ -69,13 +74,13 @@ impl Bus {
         }
     }
 
-    /// A port read; false when the port is not the bus's.
+    /// Reads a port; false when it is not one of the bus.
     pub fn read_port(&self, port: u16, data: &mut [u8]) -> bool {
         match config_port(port, data.len()) {
-            Some(Port::Address) => {
+            Some(ConfigPort::Address) => {
                 data.copy_from_slice(&self.address.load(Ordering::Relaxed).to_le_bytes());
             }
-            Some(Port::Data(byte)) => match self.selected(byte) {
+            Some(ConfigPort::Data(byte)) => match self.selected(byte) {
                 Some((devfn, offset)) => self.read_config(devfn, offset, data),
                 None => data.fill(0xff),
             },
@@ -84,14 +89,14 @@ impl Bus {
         true
     }
 
-    /// A port write; false when the port is not the bus's.
+    /// Writes a port; false when it is not one of the bus.
     pub fn write_port(&self, port: u16, data: &[u8]) -> bool {
         match config_port(port, data.len()) {
-            Some(Port::Address) => {
+            Some(ConfigPort::Address) => {
                 let address = u32::from_le_bytes([data[0], data[1], data[2], data[3]]);
                 self.address.store(address, Ordering::Relaxed);
             }
-            Some(Port::Data(byte)) => {
+            Some(ConfigPort::Data(byte)) => {
                 if let Some((devfn, offset)) = self.selected(byte) {
                     self.write_config(devfn, offset, data);
                 }
@@ -101,7 +106,7 @@ impl Bus {
         true
     }
 
-    /// What the address port points at: function and offset.
+    /// The function and offset that the address port selects.
     fn selected(&self, byte: usize) -> Option<(usize, usize)> {
         let address = self.address.load(Ordering::Relaxed);
         let bus = address >> 16 & 0xff;
@@ -111,7 +116,7 @@ impl Bus {
         ))
     }
 
-    /// A memory read; false when no function and no configuration space is there.
+    /// Reads memory; false when the address belongs to no function and not to the ECAM.
     pub fn read_memory(&self, address: u64, data: &mut [u8]) -> bool {
         if let Some((devfn, offset)) = ecam(address) {
             self.read_config(devfn, offset, data);
@@ -126,7 +131,7 @@ impl Bus {
         }
     }
 
-    /// A memory write; false when no function and no configuration space is there.
+    /// Writes memory; false when the address belongs to no function and not to the ECAM.
     pub fn write_memory(&self, address: u64, data: &[u8]) -> bool {
         if let Some((devfn, offset)) = ecam(address) {
             self.write_config(devfn, offset, data);
@@ -141,7 +146,7 @@ impl Bus {
         }
     }
 
-    fn decode(&self, address: u64, len: usize) -> Option<(&dyn Function, u64)> {
+    fn decode(&self, address: u64, len: usize) -> Option<(&dyn PciFunction, u64)> {
         self.functions.iter().flatten().find_map(|function| {
             let bar = function.bar()?;
             let fits = bar.contains(&address) && len as u64 <= bar.end - address;
@@ -150,20 +155,20 @@ impl Bus {
     }
 }
 
-enum Port {
+enum ConfigPort {
     Address,
     /// A data port and which of its four bytes comes first.
     Data(usize),
 }
 
-/// The address port takes 32-bit accesses only; narrower ones at its numbers
-/// belong to others (0xcf9 is the reset register).
-fn config_port(port: u16, len: usize) -> Option<Port> {
+/// The address port takes 32-bit accesses only. Narrower ones at its port numbers are for
+/// other devices (0xcf9 is the reset control register).
+fn config_port(port: u16, len: usize) -> Option<ConfigPort> {
     if port == layout::PCI_CONFIG_ADDRESS && len == 4 {
-        return Some(Port::Address);
+        return Some(ConfigPort::Address);
     }
     let byte = usize::from(port.checked_sub(layout::PCI_CONFIG_DATA)?);
-    (byte + len <= 4).then_some(Port::Data(byte))
+    (byte + len <= 4).then_some(ConfigPort::Data(byte))
 }
 
 fn ecam(address: u64) -> Option<(usize, usize)> {
@@ -173,14 +178,14 @@ fn ecam(address: u64) -> Option<(usize, usize)> {
     Some(((offset >> 12) as usize, (offset & 0xfff) as usize))
 }
 
-/// The bridge between CPU and bus; it only shows that there is a bus.
-struct HostBridge(ConfigSpace);
+/// The host bridge. Guests read its identity only.
+struct HostBridge(PciConfigSpace);
 
 impl HostBridge {
     fn new(multi_function: bool) -> Self {
-        // Red Hat's "generic PCIe host bridge".
-        HostBridge(ConfigSpace::new(
-            &Identity {
+        // Red Hat's "QEMU PCIe Host bridge".
+        HostBridge(PciConfigSpace::new(
+            &PciIdentity {
                 vendor: 0x1b36,
                 device: 0x0008,
                 revision: 0,
@@ -193,7 +198,7 @@ impl HostBridge {
     }
 }
 
-impl Function for HostBridge {
+impl PciFunction for HostBridge {
     fn read_config(&self, offset: usize, data: &mut [u8]) {
         self.0.read(offset, data);
     }
@@ -213,8 +218,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_bridge_is_found_both_ways_and_empty_slots_read_as_ones() {
-        let bus = Bus::new([]);
+    fn the_bridge_is_found_by_ecam_and_ports_and_empty_slots_read_as_ones() {
+        let bus = PciBus::new([]);
         let mut id = [0; 4];
         assert!(bus.read_memory(layout::ECAM, &mut id));
         assert_eq!(id, [0x36, 0x1b, 0x08, 0x00]);
@@ -233,8 +238,8 @@ mod tests {
     }
 
     #[test]
-    fn other_ports_are_not_the_buses() {
-        let bus = Bus::new([]);
+    fn other_ports_do_not_belong_to_the_bus() {
+        let bus = PciBus::new([]);
         assert!(!bus.write_port(0xcf9, &[6]));
         assert!(!bus.read_port(0xcf8, &mut [0]));
         assert!(!bus.read_port(0x3f8, &mut [0]));

@@ -1,7 +1,7 @@
-//! Configuration space: 256 bytes of registers, of which some bits can be
-//! written (PCI Local Bus 3.0 section 6.1).
+//! PCI configuration space: 256 bytes of registers, of which the guest can write some
+//! bits (PCI Local Bus 3.0 section 6.1).
 
-/// Size in bytes; the rest of a function's 4 KiB of ECAM reads as zeros.
+/// Size in bytes. The rest of the 4 KiB that a function has in the ECAM reads as zeros.
 pub const SIZE: usize = 256;
 
 /// Offsets of the registers in the header of type 0.
@@ -36,24 +36,24 @@ pub mod register {
 
 /// Bits of the command register.
 pub mod command {
-    /// Answer to memory accesses.
+    /// Memory space: the BAR is decoded.
     pub const MEMORY: u16 = 1 << 1;
-    /// Act as bus master.
+    /// Bus master.
     pub const BUS_MASTER: u16 = 1 << 2;
-    /// Do not use the INTx pin.
+    /// Interrupt disable: INTx is not asserted.
     pub const INTX_DISABLE: u16 = 1 << 10;
 }
 
-/// Interrupt pending, in the status register.
+/// Interrupt status, in the status register.
 pub const STATUS_INTERRUPT: u16 = 1 << 3;
-/// There is a capability list, in the status register.
+/// Capabilities list, in the status register.
 const STATUS_CAPABILITIES: u16 = 1 << 4;
-/// Where capabilities begin.
+/// Offset of the first capability.
 const FIRST_CAPABILITY: usize = 0x40;
 
-/// What a function is.
+/// The registers that identify a function.
 #[derive(Clone, Copy, Debug)]
-pub struct Identity {
+pub struct PciIdentity {
     /// Vendor ID.
     pub vendor: u16,
     /// Device ID.
@@ -68,23 +68,23 @@ pub struct Identity {
     pub subsystem: u16,
 }
 
-/// Registers and which of their bits the guest can write.
+/// The registers, and which of their bits the guest can write.
 #[derive(Clone)]
-pub struct ConfigSpace {
+pub struct PciConfigSpace {
     bytes: [u8; SIZE],
     writable: [u8; SIZE],
     next_capability: usize,
-    last_link: usize,
+    last_pointer: usize,
 }
 
-impl ConfigSpace {
-    /// A header of type 0.
-    pub fn new(identity: &Identity, multi_function: bool) -> Self {
-        let mut space = ConfigSpace {
+impl PciConfigSpace {
+    /// A space with a header of type 0.
+    pub fn new(identity: &PciIdentity, multi_function: bool) -> Self {
+        let mut space = PciConfigSpace {
             bytes: [0; SIZE],
             writable: [0; SIZE],
             next_capability: FIRST_CAPABILITY,
-            last_link: register::CAPABILITIES,
+            last_pointer: register::CAPABILITIES,
         };
         space.set(register::VENDOR, &identity.vendor.to_le_bytes());
         space.set(register::DEVICE, &identity.device.to_le_bytes());
@@ -99,33 +99,33 @@ impl ConfigSpace {
         space
     }
 
-    /// Sets bytes regardless of what the guest may write.
+    /// Sets bytes, whether the guest can write them or not.
     pub fn set(&mut self, offset: usize, bytes: &[u8]) {
         self.bytes[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
 
-    /// Lets the guest write the bits of `mask` from `offset` on.
-    pub fn allow(&mut self, offset: usize, mask: &[u8]) {
+    /// Makes the bits of `mask` writable, from `offset` on.
+    pub fn set_writable(&mut self, offset: usize, mask: &[u8]) {
         self.writable[offset..offset + mask.len()].copy_from_slice(mask);
     }
 
-    /// A 32-bit memory BAR 0 of `size` bytes, a power of two, at `address`.
-    /// The bits below the size cannot be written, which is how it is sized.
+    /// Makes BAR 0 a 32-bit memory BAR of `size` bytes, a power of two, at `address`. The
+    /// guest finds the size by the bits that it cannot write.
     pub fn set_bar0(&mut self, address: u32, size: u32) {
         self.set(register::BAR0, &address.to_le_bytes());
-        self.allow(register::BAR0, &(!(size - 1)).to_le_bytes());
+        self.set_writable(register::BAR0, &(!(size - 1)).to_le_bytes());
     }
 
-    /// Appends a capability whose first two bytes (ID and link) are filled in
-    /// here; returns its offset.
+    /// Appends a capability and returns its offset. `body` follows the two bytes ID and
+    /// next pointer.
     pub fn add_capability(&mut self, id: u8, body: &[u8]) -> usize {
         let at = self.next_capability;
-        self.set(self.last_link, &[at as u8]);
+        self.set(self.last_pointer, &[at as u8]);
         self.set(at, &[id, 0]);
         self.set(at + 2, body);
         let status = self.word(register::STATUS) | STATUS_CAPABILITIES;
         self.set(register::STATUS, &status.to_le_bytes());
-        self.last_link = at + 1;
+        self.last_pointer = at + 1;
         self.next_capability = (at + 2 + body.len()).next_multiple_of(4);
         at
     }
@@ -140,14 +140,14 @@ impl ConfigSpace {
         u32::from(self.word(offset)) | u32::from(self.word(offset + 2)) << 16
     }
 
-    /// A guest's read; what lies beyond reads as zeros.
+    /// Reads as the guest does; bytes beyond the end are 0.
     pub fn read(&self, offset: usize, data: &mut [u8]) {
         for (at, byte) in (offset..).zip(data) {
             *byte = self.bytes.get(at).copied().unwrap_or(0);
         }
     }
 
-    /// A guest's write; only writable bits change.
+    /// Writes as the guest does: only writable bits change.
     pub fn write(&mut self, offset: usize, data: &[u8]) {
         for (at, &byte) in (offset..).zip(data) {
             if at < SIZE {
@@ -162,8 +162,8 @@ impl ConfigSpace {
 mod tests {
     use super::*;
 
-    fn space() -> ConfigSpace {
-        let identity = Identity {
+    fn space() -> PciConfigSpace {
+        let identity = PciIdentity {
             vendor: 0x1af4,
             device: 0x1042,
             revision: 1,
@@ -171,11 +171,11 @@ mod tests {
             subsystem_vendor: 0x1af4,
             subsystem: 0x1100,
         };
-        ConfigSpace::new(&identity, false)
+        PciConfigSpace::new(&identity, false)
     }
 
     #[test]
-    fn a_bar_is_sized_by_writing_ones_and_keeps_what_is_written() {
+    fn a_bar_shows_its_size_and_keeps_its_address() {
         let mut space = space();
         space.set_bar0(0xc001_0000, 0x1_0000);
         assert_eq!(space.long(register::BAR0), 0xc001_0000);
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn identity_cannot_be_written_and_capabilities_are_linked() {
+    fn the_identity_is_read_only_and_capabilities_are_linked() {
         let mut space = space();
         space.write(0, &[0; 4]);
         assert_eq!(space.word(register::VENDOR), 0x1af4);

@@ -1,5 +1,5 @@
-//! PCI: a bus of functions with configuration space and one BAR each, and the
-//! virtio transport over it (virtio 1.2 section 4.1).
+//! PCI: a bus whose functions have a configuration space and one BAR each, and virtio
+//! over PCI (virtio 1.2 section 4.1).
 
 pub mod bus;
 pub mod config;
@@ -9,17 +9,15 @@ pub mod virtio;
 
 use std::ops::Range;
 
-/// A function on the bus. Accesses are 1 to 8 bytes long, as the guest makes
-/// them; a function never fails one.
-pub trait Function: Send + Sync {
+/// A PCI function. Accesses have 1 to 8 bytes, whatever the guest does, and never fail.
+pub trait PciFunction: Send + Sync {
     /// Reads configuration space.
     fn read_config(&self, offset: usize, data: &mut [u8]);
 
     /// Writes configuration space.
     fn write_config(&self, offset: usize, data: &[u8]);
 
-    /// The guest-physical addresses that the BAR answers at now; `None` while
-    /// decoding is off.
+    /// The guest-physical addresses of the BAR; `None` while memory decoding is off.
     fn bar(&self) -> Option<Range<u64>>;
 
     /// Reads from the BAR.
@@ -28,6 +26,7 @@ pub trait Function: Send + Sync {
     /// Writes to the BAR.
     fn write_bar(&self, offset: u64, data: &[u8]);
 
-    /// Back to the state at power-on; the BAR goes where firmware would put it.
+    /// Resets the function to its state at power-on. The BAR gets the address that
+    /// firmware would assign.
     fn reset(&self);
 }

@@ -1,8 +1,8 @@
-//! MSI-X: a table of vectors, each with a message and a mask (PCI Local Bus 3.0
-//! section 6.8.2). What is pending is not kept here: a masked vector's event
-//! stays in its eventfd.
+//! MSI-X: a table of vectors, each with a message and a mask bit (PCI Local Bus 3.0
+//! section 6.8.2). Pending bits are not kept here: the event of a masked vector stays in
+//! its eventfd.
 
-use crate::vm::irq::Message;
+use crate::vm::irq::MsiMessage;
 
 /// Bytes of one table entry.
 pub const ENTRY_SIZE: usize = 16;
@@ -12,35 +12,35 @@ const ENABLE: u16 = 1 << 15;
 const FUNCTION_MASK: u16 = 1 << 14;
 /// Mask bit in an entry's vector control.
 const VECTOR_MASK: u32 = 1;
-/// The bits of message control that software can write.
+/// The bits of message control that the guest can write.
 pub const WRITABLE_CONTROL: u16 = ENABLE | FUNCTION_MASK;
 
 #[derive(Clone, Copy)]
-struct Entry {
+struct MsixEntry {
     words: [u32; 4],
 }
 
-/// Entries are masked after a reset.
-const RESET_ENTRY: Entry = Entry {
+/// An entry is masked after reset.
+const RESET_ENTRY: MsixEntry = MsixEntry {
     words: [0, 0, 0, VECTOR_MASK],
 };
 
-/// The table and the control register.
-pub struct Table {
-    entries: Vec<Entry>,
+/// The table and the message control register.
+pub struct MsixTable {
+    entries: Vec<MsixEntry>,
     control: u16,
 }
 
-impl Table {
+impl MsixTable {
     /// A table of `vectors` entries, after reset.
     pub fn new(vectors: usize) -> Self {
-        Table {
+        MsixTable {
             entries: vec![RESET_ENTRY; vectors],
             control: 0,
         }
     }
 
-    /// Takes over the message control register.
+    /// Sets the message control register.
     pub fn set_control(&mut self, control: u16) {
         self.control = control;
     }
@@ -50,12 +50,11 @@ impl Table {
         self.control & ENABLE != 0
     }
 
-    /// What `vector` sends if it may: `None` for a masked vector and one that
-    /// does not exist.
-    pub fn message(&self, vector: u16) -> Option<Message> {
+    /// The message of `vector`; `None` if it is masked or does not exist.
+    pub fn message(&self, vector: u16) -> Option<MsiMessage> {
         let entry = self.entries.get(usize::from(vector))?;
         let masked = self.control & FUNCTION_MASK != 0 || entry.words[3] & VECTOR_MASK != 0;
-        (self.is_enabled() && !masked).then_some(Message {
+        (self.is_enabled() && !masked).then_some(MsiMessage {
             address: u64::from(entry.words[1]) << 32 | u64::from(entry.words[0]),
             data: entry.words[2],
         })
@@ -71,8 +70,8 @@ impl Table {
         }
     }
 
-    /// Writes the table at `offset`; other than 4 or 8 aligned bytes are ignored
-    /// (undefined by the specification). Returns the vector that changed.
+    /// Writes the table at `offset` and returns the vector that changed. A write other
+    /// than 4 or 8 aligned bytes, which the specification leaves undefined, is ignored.
     pub fn write(&mut self, offset: usize, data: &[u8]) -> Option<u16> {
         if !offset.is_multiple_of(4) || !data.len().is_multiple_of(4) {
             return None;
@@ -89,7 +88,7 @@ impl Table {
         Some((offset / ENTRY_SIZE) as u16)
     }
 
-    /// Back to the state after reset.
+    /// Resets the table.
     pub fn reset(&mut self) {
         self.entries.fill(RESET_ENTRY);
         self.control = 0;
@@ -102,14 +101,14 @@ mod tests {
 
     #[test]
     fn a_vector_sends_only_when_nothing_masks_it() {
-        let mut table = Table::new(2);
+        let mut table = MsixTable::new(2);
         assert_eq!(table.write(0, &0xfee0_0000_u64.to_le_bytes()), Some(0));
         assert_eq!(table.write(8, &(0x41_u64).to_le_bytes()), Some(0));
         assert_eq!(table.message(0), None, "not enabled");
         table.set_control(ENABLE | FUNCTION_MASK);
         assert_eq!(table.message(0), None, "function masked");
         table.set_control(ENABLE);
-        let message = Message {
+        let message = MsiMessage {
             address: 0xfee0_0000,
             data: 0x41,
         };

@@ -1,5 +1,5 @@
-//! What files of proc(5) and sysfs say. Each reader takes the root directory, so
-//! that a test can give it another host.
+//! What the files of proc(5) and sysfs say about this host. Each function takes the root
+//! directory, so that a test can pass another one.
 
 use std::fs::File;
 use std::path::Path;
@@ -15,21 +15,22 @@ fn number(root: &Path, path: &str) -> Option<u64> {
     read(root, path)?.parse().ok()
 }
 
-/// The processor and what KVM works with.
+/// The processor and how KVM runs guests on it.
 #[derive(Debug, Serialize)]
-pub struct Cpu {
-    /// As /proc/cpuinfo names it.
+pub struct HostCpu {
+    /// The model name of /proc/cpuinfo.
     pub model: String,
+    /// Number of logical CPUs.
     pub count: usize,
-    /// `vmx`, `svm`, `pvm` (KVM-PVM, which needs neither), or `none`.
+    /// `vmx`, `svm`, `pvm` (KVM-PVM, which needs neither of them), or `none`.
     pub virtualisation: &'static str,
     /// This host is itself a guest.
     pub is_guest: bool,
-    /// Modules of KVM that are loaded or built in.
+    /// The modules of KVM that are loaded or built in.
     pub modules: Vec<&'static str>,
 }
 
-impl Cpu {
+impl HostCpu {
     pub fn read(root: &Path) -> Self {
         let info = read(root, "proc/cpuinfo").unwrap_or_default();
         let values = |key: &'static str| {
@@ -58,7 +59,7 @@ impl Cpu {
         } else {
             "none"
         };
-        Cpu {
+        HostCpu {
             model: values("model name").next().unwrap_or_default().to_owned(),
             count: values("processor").count(),
             virtualisation,
@@ -68,28 +69,28 @@ impl Cpu {
     }
 }
 
-/// Memory, all in bytes.
+/// Memory, in bytes.
 #[derive(Debug, Serialize)]
-pub struct Memory {
+pub struct HostMemory {
     pub total: u64,
     pub available: u64,
-    pub huge_pages: Vec<HugePages>,
-    /// The setting for anonymous memory: always, madvise or never.
+    pub huge_pages: Vec<HugePagePool>,
+    /// Transparent huge pages for anonymous memory: always, madvise or never.
     pub transparent_huge_pages: Option<String>,
-    /// The setting for shared memory, which guest RAM is: `hugepages=thp` needs
-    /// always, within_size or advise.
+    /// The same for shared memory such as guest RAM: `hugepages=thp` needs always,
+    /// within_size or advise.
     pub transparent_huge_pages_shared: Option<String>,
 }
 
 /// A pool of huge pages.
 #[derive(Debug, Serialize)]
-pub struct HugePages {
+pub struct HugePagePool {
     pub size: u64,
     pub total: u64,
     pub free: u64,
 }
 
-impl Memory {
+impl HostMemory {
     pub fn read(root: &Path) -> Self {
         let info = read(root, "proc/meminfo").unwrap_or_default();
         let bytes = |key: &str| {
@@ -99,46 +100,46 @@ impl Memory {
         };
         let pools = [2048, 1_048_576].into_iter().filter_map(|kibibytes: u64| {
             let pool = format!("sys/kernel/mm/hugepages/hugepages-{kibibytes}kB");
-            Some(HugePages {
+            Some(HugePagePool {
                 size: kibibytes * 1024,
                 total: number(root, &format!("{pool}/nr_hugepages"))?,
                 free: number(root, &format!("{pool}/free_hugepages"))?,
             })
         });
-        let chosen = |file: &str| {
+        let selected = |file: &str| {
             let text = read(root, &format!("sys/kernel/mm/transparent_hugepage/{file}"))?;
             let (_, rest) = text.split_once('[')?;
             Some(rest.split_once(']')?.0.to_owned())
         };
-        Memory {
+        HostMemory {
             total: bytes("MemTotal"),
             available: bytes("MemAvailable"),
             huge_pages: pools.collect(),
-            transparent_huge_pages: chosen("enabled"),
-            transparent_huge_pages_shared: chosen("shmem_enabled"),
+            transparent_huge_pages: selected("enabled"),
+            transparent_huge_pages_shared: selected("shmem_enabled"),
         }
     }
 }
 
-/// What device processes can confine themselves with, and reach networks by.
+/// What device processes need to confine themselves and to reach networks.
 #[derive(Debug, Serialize)]
-pub struct Sandbox {
-    /// This user may make user namespaces, as far as the settings tell.
+pub struct SandboxSupport {
+    /// This user may create user namespaces, as far as the settings show.
     pub user_namespaces: bool,
     pub max_user_namespaces: Option<u64>,
-    /// Debian's setting: 0 forbids them to ordinary users.
+    /// Debian's setting: 0 forbids them to unprivileged users.
     pub unprivileged_userns_clone: Option<u64>,
-    /// Ubuntu's setting: 1 takes most rights from those of ordinary users.
+    /// Ubuntu's setting: 1 removes most rights in those of unprivileged users.
     pub apparmor_restrict_unprivileged_userns: Option<u64>,
-    /// 0 without Landlock.
+    /// 0: no Landlock.
     pub landlock_abi: u32,
-    /// Filters that end a process are there.
+    /// seccomp filters can kill a process.
     pub seccomp: bool,
-    /// /dev/net/tun can be opened: `null`, or why not.
+    /// Why /dev/net/tun cannot be opened; `null` if it can.
     pub tun_error: Option<String>,
 }
 
-impl Sandbox {
+impl SandboxSupport {
     pub fn read(root: &Path) -> Self {
         let sysctl = |name: &str| number(root, &format!("proc/sys/{name}"));
         let max = sysctl("user/max_user_namespaces");
@@ -151,7 +152,7 @@ impl Sandbox {
             .read(true)
             .write(true)
             .open(root.join("dev/net/tun"));
-        Sandbox {
+        SandboxSupport {
             user_namespaces: max.is_some_and(|max| max > 0) && allowed,
             max_user_namespaces: max,
             unprivileged_userns_clone: clone,
@@ -166,12 +167,18 @@ impl Sandbox {
 /// LANDLOCK_CREATE_RULESET_VERSION of linux/landlock.h.
 const VERSION_QUERY: libc::c_uint = 1;
 
-/// landlock_create_ruleset(2) tells the ABI when it is asked for no rule set.
+/// landlock_create_ruleset(2) returns the ABI version if it is called with this flag.
 fn landlock_abi() -> u32 {
-    let nothing = std::ptr::null::<libc::c_void>();
-    // SAFETY: with this flag the call takes no memory and makes no descriptor.
-    let abi =
-        unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, nothing, 0, VERSION_QUERY) };
+    let no_attributes = std::ptr::null::<libc::c_void>();
+    // SAFETY: with this flag the call reads no memory and creates no descriptor.
+    let abi = unsafe {
+        libc::syscall(
+            libc::SYS_landlock_create_ruleset,
+            no_attributes,
+            0,
+            VERSION_QUERY,
+        )
+    };
     u32::try_from(abi).unwrap_or(0)
 }
 
@@ -190,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kind_of_virtualisation_is_told() {
+    fn the_kind_of_virtualisation_is_detected() {
         for (flags, module, expected) in [
             ("fpu vmx sse", "kvm_intel", "vmx"),
             ("fpu svm", "kvm_amd", "svm"),
@@ -202,7 +209,7 @@ mod tests {
             );
             let parameter = format!("sys/module/{module}/parameters/x");
             let root = host(&[("proc/cpuinfo", &info), (&parameter, "")]);
-            let cpu = Cpu::read(root.path());
+            let cpu = HostCpu::read(root.path());
             assert_eq!((cpu.virtualisation, cpu.count), (expected, 2));
             assert_eq!(cpu.is_guest, flags.contains("hypervisor"));
             assert_eq!(cpu.model, "A: B");
@@ -210,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_and_its_pages_are_told() {
+    fn memory_and_huge_pages_are_read() {
         let pool = "sys/kernel/mm/hugepages/hugepages-2048kB";
         let thp = "sys/kernel/mm/transparent_hugepage";
         let root = host(&[
@@ -222,7 +229,7 @@ mod tests {
             (&format!("{pool}/free_hugepages"), "32\n"),
             (&format!("{thp}/enabled"), "always [madvise] never\n"),
         ]);
-        let memory = Memory::read(root.path());
+        let memory = HostMemory::read(root.path());
         assert_eq!((memory.total, memory.available), (1_024_000, 512_000));
         let pools: Vec<_> = memory
             .huge_pages
@@ -235,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_sandbox_can_use_is_told() {
+    fn sandbox_support_is_read() {
         let root = host(&[
             ("proc/sys/user/max_user_namespaces", "0"),
             (
@@ -243,7 +250,7 @@ mod tests {
                 "kill_process trap allow",
             ),
         ]);
-        let sandbox = Sandbox::read(root.path());
+        let sandbox = SandboxSupport::read(root.path());
         assert!(sandbox.seccomp && !sandbox.user_namespaces);
         assert!(sandbox.tun_error.unwrap().contains("No such file"));
     }

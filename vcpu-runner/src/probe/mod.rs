@@ -1,6 +1,6 @@
-//! `--probe`: what this host offers to guests and to the sandbox, and what to do
-//! where guests cannot run. `host` reads files of proc(5) and sysfs; the report
-//! is documented in docs/probe.md.
+//! `--probe` reports what this host offers to guests and to the sandbox, and what to do if
+//! guests cannot run here. `host` reads the files of proc(5) and sysfs. docs/probe.md
+//! documents the report.
 
 mod host;
 mod text;
@@ -13,81 +13,83 @@ use outrigger_protocol::exit;
 use serde::Serialize;
 
 use crate::Error;
+use crate::error::kvm_open_remedy;
 use crate::options::Format;
-use crate::vm::host as kvm_host;
-use crate::vm::host::{DEVICE, NEEDS, Need, USES};
+use crate::vm::capabilities::{
+    DEVICE, KvmCapability, OPTIONAL_CAPABILITIES, REQUIRED_CAPABILITIES,
+};
 
-/// Everything that `--probe` tells; in JSON, one object with these keys.
+/// The report; in JSON, one object with these keys.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct HostReport {
     /// Whether the runner can run guests here.
     runs_guests: bool,
-    /// Why not.
+    /// Why not, and what to do.
     problem: Option<Problem>,
-    cpu: host::Cpu,
+    cpu: host::HostCpu,
     kvm: Option<KvmReport>,
-    memory: host::Memory,
-    sandbox: host::Sandbox,
+    memory: host::HostMemory,
+    sandbox: host::SandboxSupport,
 }
 
-/// What is in the way.
+/// Why guests cannot run here.
 #[derive(Debug, Serialize)]
 struct Problem {
     what: String,
     remedy: String,
 }
 
-/// What an open /dev/kvm says.
+/// What an open /dev/kvm reports.
 #[derive(Debug, Serialize)]
 struct KvmReport {
     api_version: i32,
     recommended_vcpus: usize,
     max_vcpus: usize,
     max_vcpu_id: usize,
-    capabilities: Vec<Capability>,
+    capabilities: Vec<CapabilityReport>,
 }
 
 #[derive(Debug, Serialize)]
-struct Capability {
+struct CapabilityReport {
     name: &'static str,
     /// Guests cannot run without it.
     needed: bool,
-    /// What KVM_CHECK_EXTENSION answers; 0 is absent.
+    /// The value of KVM_CHECK_EXTENSION; 0: absent.
     value: i32,
     purpose: &'static str,
 }
 
-impl Report {
-    /// Asks this host.
+impl HostReport {
+    /// Collects the report.
     fn gather() -> Self {
         let opened = Kvm::new().map_err(|e| std::io::Error::from_raw_os_error(e.errno()));
         let opened = opened.map_err(Error::KvmOpen);
         let checked = match &opened {
-            Ok(kvm) => kvm_host::check(kvm).err(),
+            Ok(kvm) => crate::vm::capabilities::check(kvm).err(),
             Err(_) => None,
         };
         let problem = opened.as_ref().err().or(checked.as_ref()).map(problem);
-        Report {
+        HostReport {
             runs_guests: problem.is_none(),
             problem,
-            cpu: host::Cpu::read(Path::new("/")),
+            cpu: host::HostCpu::read(Path::new("/")),
             kvm: opened.ok().map(|kvm| KvmReport::read(&kvm)),
-            memory: host::Memory::read(Path::new("/")),
-            sandbox: host::Sandbox::read(Path::new("/")),
+            memory: host::HostMemory::read(Path::new("/")),
+            sandbox: host::SandboxSupport::read(Path::new("/")),
         }
     }
 }
 
 fn problem(error: &Error) -> Problem {
     let (what, remedy) = match error {
-        Error::KvmOpen(e) => (format!("{DEVICE}: {e}"), kvm_host::remedy(e).to_owned()),
+        Error::KvmOpen(e) => (format!("{DEVICE}: {e}"), kvm_open_remedy(e).to_owned()),
         Error::KvmVersion(_) => (
             error.to_string(),
-            "another program answers as /dev/kvm, or the kernel is from before 2007".to_owned(),
+            "use a kernel from 2007 or later; or another driver provides /dev/kvm".to_owned(),
         ),
         other => (
             other.to_string(),
-            "use a newer kernel, or one that was built with it".to_owned(),
+            "use a newer kernel, or one that is built with this capability".to_owned(),
         ),
     };
     Problem { what, remedy }
@@ -96,29 +98,29 @@ fn problem(error: &Error) -> Problem {
 impl KvmReport {
     fn read(kvm: &Kvm) -> Self {
         let capability = |needed: bool| {
-            move |need: &Need| Capability {
-                name: need.name,
+            move |capability: &KvmCapability| CapabilityReport {
+                name: capability.name,
                 needed,
-                value: kvm.check_extension_int(need.cap),
-                purpose: need.why,
+                value: kvm.check_extension_int(capability.cap),
+                purpose: capability.why,
             }
         };
-        let needs = NEEDS.iter().map(capability(true));
-        let uses = USES.iter().map(capability(false));
+        let required = REQUIRED_CAPABILITIES.iter().map(capability(true));
+        let optional = OPTIONAL_CAPABILITIES.iter().map(capability(false));
         KvmReport {
             api_version: kvm.get_api_version(),
             recommended_vcpus: kvm.get_nr_vcpus(),
             max_vcpus: kvm.get_max_vcpus(),
             max_vcpu_id: kvm.get_max_vcpu_id(),
-            capabilities: needs.chain(uses).collect(),
+            capabilities: required.chain(optional).collect(),
         }
     }
 }
 
-/// Prints the report on standard output; returns the exit code.
+/// Prints the report to standard output; returns the exit code.
 pub fn run(format: Format) -> u8 {
     use std::io::Write as _;
-    let report = Report::gather();
+    let report = HostReport::gather();
     let text = match format {
         Format::Text => text::render(&report),
         Format::Json => serde_json::to_string(&report).unwrap_or_default() + "\n",
@@ -144,8 +146,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn whatever_is_in_the_way_comes_with_a_remedy() {
-        let need = &NEEDS[0];
+    fn each_problem_has_a_remedy() {
+        let need = &REQUIRED_CAPABILITIES[0];
         let missing = Error::KvmCapability {
             name: need.name,
             why: need.why,
@@ -165,14 +167,14 @@ mod tests {
     }
 
     #[test]
-    fn the_text_names_what_is_missing() {
-        let mut report = Report::gather();
+    fn the_text_names_a_missing_capability() {
+        let mut report = HostReport::gather();
         report.kvm = Some(KvmReport {
             api_version: 12,
             recommended_vcpus: 1,
             max_vcpus: 2,
             max_vcpu_id: 3,
-            capabilities: vec![Capability {
+            capabilities: vec![CapabilityReport {
                 name: "KVM_CAP_X",
                 needed: true,
                 value: 0,

@@ -1,11 +1,11 @@
-//! The report for people.
+//! The report as text.
 
-use super::Report;
+use super::HostReport;
 
 const MIB: u64 = 1 << 20;
 
-/// All of `report`, a line a fact.
-pub(super) fn render(report: &Report) -> String {
+/// Renders `report`, one line for each fact.
+pub(super) fn render(report: &HostReport) -> String {
     let mut lines = Vec::new();
     let mut line = |name: &str, text: String| lines.push(format!("{name:<14}{text}"));
     let yes = |yes: bool| if yes { "yes" } else { "no" };

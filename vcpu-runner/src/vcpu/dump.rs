@@ -1,5 +1,5 @@
-//! A vCPU's registers for people to read, always in the same layout: before the
-//! run when asked for, and when the vCPU cannot go on.
+//! Prints the registers of a vCPU, always in the same layout: before the guest runs, if
+//! asked for, and when the vCPU cannot continue.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -10,14 +10,14 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::vm::memory::Ram;
 
-/// How many bytes of code are shown: one more than the longest instruction has.
+/// How many bytes of code are printed: one more than the longest instruction has.
 const CODE_LENGTH: u64 = 16;
 const PAGE: u64 = 0x1000;
 const CR0_PE: u64 = 1;
 const EFER_LMA: u64 = 1 << 10;
 
 /// Prints the registers of vCPU `index` and the code at its instruction pointer to
-/// stderr, in one piece: blocks of several vCPUs do not mix.
+/// stderr, in one write, so that the output of several vCPUs does not mix.
 pub fn print(fd: &VcpuFd, index: usize, ram: &Ram, title: &str) {
     let mut text = format!("vCPU {index}: {title}\n");
     match (fd.get_regs(), fd.get_sregs()) {
@@ -30,13 +30,13 @@ pub fn print(fd: &VcpuFd, index: usize, ram: &Ram, title: &str) {
             };
             text += &code(address, translate, ram);
         }
-        (Err(e), _) | (_, Err(e)) => text += &format!("  its registers cannot be read: {e}\n"),
+        (Err(e), _) | (_, Err(e)) => text += &format!("  the registers cannot be read: {e}\n"),
     }
-    // Nobody may read it.
+    // stderr may be closed.
     let _ = std::io::stderr().lock().write_all(text.as_bytes());
 }
 
-/// The block of registers.
+/// All registers as text.
 fn registers(regs: &kvm_regs, sregs: &kvm_sregs) -> String {
     let mut text = String::new();
     let general = [
@@ -134,7 +134,7 @@ fn code(address: u64, translate: impl Fn(u64) -> Option<u64>, ram: &Ram) -> Stri
     let mut why = None;
     while bytes.len() < CODE_LENGTH as usize && why.is_none() {
         let at = address.wrapping_add(bytes.len() as u64);
-        // A page is mapped as a whole.
+        // The mapping can change at each page boundary.
         let count = (CODE_LENGTH - bytes.len() as u64).min(PAGE - at % PAGE);
         let mut part = vec![0; count as usize];
         match translate(at) {
@@ -143,7 +143,7 @@ fn code(address: u64, translate: impl Fn(u64) -> Option<u64>, ram: &Ram) -> Stri
                 Ok(()) => bytes.extend(part),
                 Err(_) => {
                     why = Some(format!(
-                        "{at:#x} is mapped to {physical:#x}, which is no RAM"
+                        "{at:#x} is mapped to {physical:#x}, which is not RAM"
                     ))
                 }
             },
@@ -167,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_register_has_its_place() {
+    fn every_register_is_printed_once() {
         let mut regs = kvm_regs {
             rax: 0xa,
             r15: 0xf,
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn the_instruction_is_found_in_every_mode() {
+    fn the_instruction_address_is_right_in_every_mode() {
         let mut regs = kvm_regs::default();
         let mut sregs = kvm_sregs::default();
         (regs.rip, sregs.cs.base) = (0xfff0, 0xf_0000);
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn code_is_read_page_by_page_as_far_as_it_can_be() {
+    fn code_is_read_page_by_page_up_to_the_first_unmapped_page() {
         let ram = Ram::new("16M".parse().unwrap()).unwrap();
         ram.memory()
             .write_slice(&[0x0f, 0x0b], GuestAddress(0x2ffe))
@@ -220,7 +220,7 @@ mod tests {
         ram.memory()
             .write_slice(&[0xcc], GuestAddress(0x7000))
             .unwrap();
-        // Two linear pages, far apart in memory.
+        // Two adjacent linear pages that are far apart in memory.
         let both = |at: u64| {
             Some(if at < 0x5000 {
                 at - 0x2000
@@ -243,7 +243,7 @@ mod tests {
         );
         let text = code(0x9000, |_| Some(0xfee0_0000), &ram);
         assert!(
-            text.contains("mapped to 0xfee00000, which is no RAM"),
+            text.contains("mapped to 0xfee00000, which is not RAM"),
             "{text}"
         );
     }

@@ -1,5 +1,5 @@
-//! What KVM_RUN came back with, as what is to be done (KVM API documentation,
-//! section 5, "The kvm_run structure").
+//! Translates a KVM exit into the action that it asks for (KVM API documentation, section
+//! 5, "The kvm_run structure").
 
 use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_EXCEPTION, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR,
@@ -10,16 +10,16 @@ use kvm_bindings::{
     KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
 };
 
-/// What is to be done.
+/// The action that an exit asks for.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Exit<'a> {
+pub enum VcpuExit<'a> {
     /// Fill `data` from `port`, `size` bytes at a time.
     PortRead {
         /// Port number.
         port: u16,
         /// 1, 2 or 4 bytes.
         size: usize,
-        /// Room for one item or, from a string instruction, several.
+        /// One item or, for a string instruction, several.
         data: &'a mut [u8],
     },
     /// Write `data` to `port`, `size` bytes at a time.
@@ -31,21 +31,21 @@ pub enum Exit<'a> {
         /// One item or several.
         data: &'a [u8],
     },
-    /// Fill `data` from memory that is not RAM.
+    /// Fill `data` from an address that is not RAM.
     MemoryRead {
         /// Guest-physical address.
         address: u64,
         /// 1 to 8 bytes.
         data: &'a mut [u8],
     },
-    /// Write `data` to memory that is not RAM.
+    /// Write `data` to an address that is not RAM.
     MemoryWrite {
         /// Guest-physical address.
         address: u64,
         /// 1 to 8 bytes.
         data: &'a [u8],
     },
-    /// Nothing; run again.
+    /// None: run again.
     Again,
     /// A triple fault.
     Shutdown,
@@ -53,44 +53,44 @@ pub enum Exit<'a> {
     PowerOff,
     /// Reset.
     Reset,
-    /// This vCPU cannot go on, and why.
+    /// This vCPU cannot continue, and why.
     Fatal(String),
 }
 
-/// Reads the exit out of a vCPU's run area.
-pub fn decode(run: &mut kvm_run) -> Exit<'_> {
+/// Decodes the exit in `run`.
+pub fn decode(run: &mut kvm_run) -> VcpuExit<'_> {
     match run.exit_reason {
         KVM_EXIT_IO => port(run),
         KVM_EXIT_MMIO => memory(run),
-        KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN | KVM_EXIT_HLT => Exit::Again,
-        KVM_EXIT_SHUTDOWN => Exit::Shutdown,
+        KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN | KVM_EXIT_HLT => VcpuExit::Again,
+        KVM_EXIT_SHUTDOWN => VcpuExit::Shutdown,
         KVM_EXIT_SYSTEM_EVENT => {
-            // SAFETY: the reason says that this member is the valid one.
+            // SAFETY: the exit reason says that this member is the valid one.
             let event = unsafe { run.__bindgen_anon_1.system_event.type_ };
             match event {
-                KVM_SYSTEM_EVENT_SHUTDOWN => Exit::PowerOff,
-                KVM_SYSTEM_EVENT_RESET => Exit::Reset,
-                KVM_SYSTEM_EVENT_CRASH => Exit::Fatal("the guest crashed".into()),
-                other => Exit::Fatal(format!("unknown system event {other}")),
+                KVM_SYSTEM_EVENT_SHUTDOWN => VcpuExit::PowerOff,
+                KVM_SYSTEM_EVENT_RESET => VcpuExit::Reset,
+                KVM_SYSTEM_EVENT_CRASH => VcpuExit::Fatal("the guest crashed".into()),
+                other => VcpuExit::Fatal(format!("unknown system event {other}")),
             }
         }
         KVM_EXIT_FAIL_ENTRY => {
             // SAFETY: as above.
             let entry = unsafe { run.__bindgen_anon_1.fail_entry };
-            Exit::Fatal(format!(
+            VcpuExit::Fatal(format!(
                 "the hardware refuses to enter the guest, reason {:#x} on CPU {}: the host's \
-                 processor does not allow this state of the registers",
+                 processor does not accept the values of the guest's registers",
                 entry.hardware_entry_failure_reason, entry.cpu
             ))
         }
         KVM_EXIT_INTERNAL_ERROR => {
             // SAFETY: as above.
-            Exit::Fatal(internal_error(
+            VcpuExit::Fatal(internal_error(
                 unsafe { run.__bindgen_anon_1.internal }.suberror,
             ))
         }
-        KVM_EXIT_EXCEPTION | KVM_EXIT_DEBUG => Exit::Fatal("unexpected debug exit".into()),
-        other => Exit::Fatal(format!("unknown exit reason {other}")),
+        KVM_EXIT_EXCEPTION | KVM_EXIT_DEBUG => VcpuExit::Fatal("unexpected debug exit".into()),
+        other => VcpuExit::Fatal(format!("unknown exit reason {other}")),
     }
 }
 
@@ -101,7 +101,9 @@ fn internal_error(suberror: u32) -> String {
             "the instruction emulator of this host's KVM does not know the instruction at rip, \
              and on a host with KVM-PVM all guest kernel code goes through it"
         }
-        KVM_INTERNAL_ERROR_SIMUL_EX => "exceptions came while others were being delivered",
+        KVM_INTERNAL_ERROR_SIMUL_EX => {
+            "an exception occurred while another one was being delivered"
+        }
         KVM_INTERNAL_ERROR_DELIVERY_EV => {
             "this host's KVM cannot deliver an interrupt or exception whose handler or stack is \
              no ordinary memory"
@@ -114,7 +116,7 @@ fn internal_error(suberror: u32) -> String {
     format!("KVM internal error, suberror {suberror}: {why}")
 }
 
-fn port(run: &mut kvm_run) -> Exit<'_> {
+fn port(run: &mut kvm_run) -> VcpuExit<'_> {
     // SAFETY: the caller saw KVM_EXIT_IO, so this member is the valid one.
     let io = unsafe { run.__bindgen_anon_1.io };
     let size = usize::from(io.size);
@@ -124,13 +126,13 @@ fn port(run: &mut kvm_run) -> Exit<'_> {
     // structure, and never more than a page of it.
     let data = unsafe { std::slice::from_raw_parts_mut(area.add(io.data_offset as usize), len) };
     if u32::from(io.direction) == KVM_EXIT_IO_IN {
-        Exit::PortRead {
+        VcpuExit::PortRead {
             port: io.port,
             size,
             data,
         }
     } else {
-        Exit::PortWrite {
+        VcpuExit::PortWrite {
             port: io.port,
             size,
             data,
@@ -138,15 +140,15 @@ fn port(run: &mut kvm_run) -> Exit<'_> {
     }
 }
 
-fn memory(run: &mut kvm_run) -> Exit<'_> {
+fn memory(run: &mut kvm_run) -> VcpuExit<'_> {
     // SAFETY: the caller saw KVM_EXIT_MMIO, so this member is the valid one.
     let mmio = unsafe { &mut run.__bindgen_anon_1.mmio };
     let len = (mmio.len as usize).min(mmio.data.len());
     let (address, data) = (mmio.phys_addr, &mut mmio.data[..len]);
     if mmio.is_write != 0 {
-        Exit::MemoryWrite { address, data }
+        VcpuExit::MemoryWrite { address, data }
     } else {
-        Exit::MemoryRead { address, data }
+        VcpuExit::MemoryRead { address, data }
     }
 }
 
@@ -168,17 +170,17 @@ mod tests {
         run.__bindgen_anon_1.mmio.len = 1;
         run.__bindgen_anon_1.mmio.is_write = 1;
         run.__bindgen_anon_1.mmio.data = [7, 0, 0, 0, 0, 0, 0, 0];
-        let expected = Exit::MemoryWrite {
+        let expected = VcpuExit::MemoryWrite {
             address: 0xc000_0014,
             data: &[7],
         };
         assert_eq!(decode(&mut run), expected);
         run.__bindgen_anon_1.mmio.is_write = 0;
-        assert!(matches!(decode(&mut run), Exit::MemoryRead { data, .. } if data.len() == 1));
+        assert!(matches!(decode(&mut run), VcpuExit::MemoryRead { data, .. } if data.len() == 1));
     }
 
     #[test]
-    fn port_accesses_are_decoded_with_all_their_items() {
+    fn port_accesses_are_decoded_with_all_items() {
         #[repr(C)]
         struct Area {
             run: kvm_run,
@@ -192,11 +194,11 @@ mod tests {
         let io = unsafe { &mut area.run.__bindgen_anon_1.io };
         (io.port, io.size, io.count, io.direction) = (0x3f8, 2, 3, 1);
         io.data_offset = std::mem::offset_of!(Area, data) as u64;
-        // The slice reaches beyond `run`, as it does in KVM's mapping.
+        // The slice extends beyond `run`, as it does in KVM's mapping.
         let pointer = &raw mut area;
         // SAFETY: the area outlives the reference and nothing else uses it.
         let run = unsafe { &mut *pointer.cast::<kvm_run>() };
-        let expected = Exit::PortWrite {
+        let expected = VcpuExit::PortWrite {
             port: 0x3f8,
             size: 2,
             data: &[1, 2, 3, 4, 5, 6],
@@ -205,23 +207,23 @@ mod tests {
     }
 
     #[test]
-    fn ends_are_told_apart() {
-        assert_eq!(decode(&mut run(KVM_EXIT_INTR)), Exit::Again);
-        assert_eq!(decode(&mut run(KVM_EXIT_SHUTDOWN)), Exit::Shutdown);
+    fn exits_that_end_the_run_are_distinguished() {
+        assert_eq!(decode(&mut run(KVM_EXIT_INTR)), VcpuExit::Again);
+        assert_eq!(decode(&mut run(KVM_EXIT_SHUTDOWN)), VcpuExit::Shutdown);
         let mut event = run(KVM_EXIT_SYSTEM_EVENT);
         event.__bindgen_anon_1.system_event.type_ = KVM_SYSTEM_EVENT_RESET;
-        assert_eq!(decode(&mut event), Exit::Reset);
-        assert!(matches!(decode(&mut run(12345)), Exit::Fatal(_)));
+        assert_eq!(decode(&mut event), VcpuExit::Reset);
+        assert!(matches!(decode(&mut run(12345)), VcpuExit::Fatal(_)));
         assert!(matches!(
             decode(&mut run(KVM_EXIT_INTERNAL_ERROR)),
-            Exit::Fatal(_)
+            VcpuExit::Fatal(_)
         ));
     }
 
     #[test]
-    fn what_kvm_cannot_do_is_said_in_words() {
+    fn kvm_failures_are_explained() {
         let text = |run: &mut kvm_run| match decode(run) {
-            Exit::Fatal(why) => why,
+            VcpuExit::Fatal(why) => why,
             other => panic!("{other:?}"),
         };
         for (suberror, words) in [(1, "emulator"), (3, "deliver"), (99, "suberror 99")] {

@@ -1,49 +1,50 @@
-//! A thread a vCPU. [`exit`] turns what KVM returns into an action, pure and
-//! tested by itself; [`state`] is who may run and who stands still; this file
-//! joins them.
+//! One thread for each vCPU. [`exit`] translates what KVM_RUN returns into an action, as
+//! a pure function; [`handle`] decides whether the thread runs the guest or is parked; this
+//! file connects them. [`io_dispatch`] uses the trap channel, which in turn uses [`handle`]
+//! alone: a vCPU that waits for the platform must still see its commands.
 
 pub mod dump;
 pub mod exit;
-pub mod io;
+pub mod handle;
+pub mod io_dispatch;
 pub mod registers;
-pub mod state;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
 
-use self::exit::Exit;
-use self::io::Io;
-use self::registers::Initial;
-use self::state::{Control, Order};
+use self::exit::VcpuExit;
+use self::handle::{VcpuCommand, VcpuHandle};
+use self::io_dispatch::IoDispatch;
+use self::registers::PowerOnState;
 use crate::Error;
-use crate::boot::Entry;
+use crate::boot::EntryPoint;
 use crate::vm::Vm;
 use crate::vm::memory::Ram;
 
-/// What a vCPU tells the machine; it then stands still until it is reset.
+/// What a vCPU reports to the machine. It is parked afterwards.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Report {
-    /// The guest asked for a reset by way of the CPU (a KVM system event).
+pub enum VcpuEvent {
+    /// The guest asked for a reset (KVM_SYSTEM_EVENT_RESET).
     Reset,
-    /// The guest asked for power-off by way of the CPU.
+    /// The guest asked for power-off (KVM_SYSTEM_EVENT_SHUTDOWN).
     PowerOff,
-    /// A triple fault of this vCPU: no exception handler was left to call.
+    /// A triple fault of this vCPU.
     TripleFault(usize),
-    /// KVM cannot go on.
+    /// This vCPU cannot continue, and why.
     Fatal(String),
 }
 
 /// What all vCPUs share.
-pub struct Shared {
+pub struct VcpuShared {
     /// Guest RAM.
     pub ram: Arc<Ram>,
-    /// Where the first vCPU starts; changes with a reset.
-    pub entry: Mutex<Entry>,
-    /// Where accesses go.
-    pub io: Io,
-    /// Print the registers before the run.
+    /// Where the first vCPU starts. Each reset sets it again.
+    pub entry: Mutex<EntryPoint>,
+    /// Handles accesses.
+    pub io: IoDispatch,
+    /// Print the registers before the guest runs.
     pub show_registers: bool,
 }
 
@@ -51,136 +52,135 @@ pub struct Shared {
 pub struct Vcpu {
     index: usize,
     fd: VcpuFd,
-    initial: Initial,
-    shared: Arc<Shared>,
-    control: Arc<Control>,
-    report: Box<dyn Fn(Report) + Send>,
+    power_on: PowerOnState,
+    shared: Arc<VcpuShared>,
+    handle: Arc<VcpuHandle>,
+    events: Box<dyn Fn(VcpuEvent) + Send>,
 }
 
 impl Vcpu {
-    /// Creates vCPU `index`.
+    /// Creates vCPU number `index`.
     ///
     /// # Errors
-    /// KVM's.
+    /// When a KVM ioctl fails.
     pub fn new(
         vm: &Vm,
         index: usize,
         cpuid: &CpuId,
-        shared: Arc<Shared>,
-        report: impl Fn(Report) + Send + 'static,
+        shared: Arc<VcpuShared>,
+        events: impl Fn(VcpuEvent) + Send + 'static,
     ) -> Result<Self, Error> {
         let mut fd = vm.create_vcpu(index)?;
         fd.set_cpuid2(cpuid)
             .map_err(Error::kvm(format!("vCPU {index}: KVM_SET_CPUID2")))?;
-        let initial = Initial::capture(vm, &fd, index)?;
-        let control = Arc::new(Control::new(&raw mut fd.get_kvm_run().immediate_exit));
+        let power_on = PowerOnState::capture(vm, &fd, index)?;
+        let handle = Arc::new(VcpuHandle::new(&raw mut fd.get_kvm_run().immediate_exit));
         Ok(Vcpu {
             index,
             fd,
-            initial,
+            power_on,
             shared,
-            control,
-            report: Box::new(report),
+            handle,
+            events: Box::new(events),
         })
     }
 
-    /// Starts the thread; the vCPU stands still until it is told to run.
+    /// Starts the thread, parked.
     ///
     /// # Errors
-    /// When there are no threads left.
-    pub fn start(mut self) -> Result<Arc<Control>, Error> {
-        let control = Arc::clone(&self.control);
+    /// When the thread cannot be created.
+    pub fn start(mut self) -> Result<Arc<VcpuHandle>, Error> {
+        let handle = Arc::clone(&self.handle);
         std::thread::Builder::new()
             .name(format!("vcpu-{}", self.index))
             .spawn(move || {
-                self.control.enter_thread();
+                self.handle.attach_thread();
                 if let Err(error) = self.run() {
-                    (self.report)(Report::Fatal(error.to_string()));
+                    (self.events)(VcpuEvent::Fatal(error.to_string()));
                 }
-                self.control.leave_thread();
             })
-            .map_err(Error::io("starting a vCPU's thread"))?;
-        Ok(control)
+            .map_err(Error::io("starting the thread of a vCPU"))?;
+        Ok(handle)
     }
 
     fn run(&mut self) -> Result<(), Error> {
         loop {
-            if self.control.wants_attention() {
+            if self.handle.prepare_entry() {
                 self.complete_exit()?;
-                match self.control.park() {
-                    Order::Stop => return Ok(()),
-                    Order::Reset => self.reset()?,
-                    Order::Run | Order::Park => {}
+                match self.handle.next_command() {
+                    VcpuCommand::Stop => return Ok(()),
+                    VcpuCommand::Reset => self.reset()?,
+                    VcpuCommand::Run | VcpuCommand::Park => {}
                 }
                 continue;
             }
-            if let Some(report) = self.step()? {
-                (self.report)(report);
-                self.control.halt();
+            if let Some(event) = self.run_guest()? {
+                (self.events)(event);
+                self.handle.park_self();
             }
         }
     }
 
-    /// Runs the guest until something happens, and deals with it.
-    fn step(&mut self) -> Result<Option<Report>, Error> {
+    /// Runs the guest until it exits, and handles the exit.
+    fn run_guest(&mut self) -> Result<Option<VcpuEvent>, Error> {
         match self.fd.run() {
             Ok(_) => {}
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Ok(None),
             Err(e) => return Ok(Some(self.fatal(format!("KVM_RUN: {e}")))),
         }
-        self.deal_with_exit()
+        self.handle_exit()
     }
 
-    fn deal_with_exit(&mut self) -> Result<Option<Report>, Error> {
-        let (index, control, io) = (self.index, &*self.control, &self.shared.io);
+    fn handle_exit(&mut self) -> Result<Option<VcpuEvent>, Error> {
+        let (index, handle, io) = (self.index, &*self.handle, &self.shared.io);
         Ok(match exit::decode(self.fd.get_kvm_run()) {
-            Exit::PortRead { port, size, data } => {
+            VcpuExit::PortRead { port, size, data } => {
                 for item in data.chunks_exact_mut(size) {
-                    io.read_port(index, control, port, item);
+                    io.read_port(index, handle, port, item);
                 }
                 None
             }
-            Exit::PortWrite { port, size, data } => {
+            VcpuExit::PortWrite { port, size, data } => {
                 for item in data.chunks_exact(size) {
-                    io.write_port(index, control, port, item);
+                    io.write_port(index, handle, port, item);
                 }
                 None
             }
-            Exit::MemoryRead { address, data } => {
-                io.read_memory(index, control, address, data);
+            VcpuExit::MemoryRead { address, data } => {
+                io.read_memory(index, handle, address, data);
                 None
             }
-            Exit::MemoryWrite { address, data } => {
-                io.write_memory(index, control, address, data);
+            VcpuExit::MemoryWrite { address, data } => {
+                io.write_memory(index, handle, address, data);
                 None
             }
-            Exit::Again => None,
-            Exit::Shutdown => {
+            VcpuExit::Again => None,
+            VcpuExit::Shutdown => {
                 self.dump("triple fault");
-                Some(Report::TripleFault(index))
+                Some(VcpuEvent::TripleFault(index))
             }
-            Exit::PowerOff => Some(Report::PowerOff),
-            Exit::Reset => Some(Report::Reset),
-            Exit::Fatal(why) => Some(self.fatal(why)),
+            VcpuExit::PowerOff => Some(VcpuEvent::PowerOff),
+            VcpuExit::Reset => Some(VcpuEvent::Reset),
+            VcpuExit::Fatal(why) => Some(self.fatal(why)),
         })
     }
 
-    /// KVM finishes a port or memory read only when it is entered again. Before
-    /// registers are looked at or replaced, it must have done so.
+    /// Completes a port or memory read: KVM stores its result when it is entered again,
+    /// which must happen before registers are read or replaced.
     fn complete_exit(&mut self) -> Result<(), Error> {
         loop {
-            self.fd.set_kvm_immediate_exit(1);
+            self.handle.set_immediate_exit(true);
             match self.fd.run() {
                 Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Ok(()),
                 Err(e) => {
-                    (self.report)(self.fatal(format!("KVM_RUN: {e}")));
+                    (self.events)(self.fatal(format!("KVM_RUN: {e}")));
                     return Ok(());
                 }
-                // A string instruction goes on with its next item.
+                // A string instruction continues with its next item.
                 Ok(_) => {}
             }
-            if let Some(report) = self.deal_with_exit()? {
-                (self.report)(report);
+            if let Some(event) = self.handle_exit()? {
+                (self.events)(event);
                 return Ok(());
             }
         }
@@ -192,7 +192,7 @@ impl Vcpu {
             .entry
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        self.initial
+        self.power_on
             .apply(&self.fd, self.index, entry, &self.shared.ram)?;
         if self.shared.show_registers {
             self.dump("before the run");
@@ -200,13 +200,20 @@ impl Vcpu {
         Ok(())
     }
 
-    /// This vCPU cannot go on.
-    fn fatal(&self, why: String) -> Report {
+    /// Prints the registers of a vCPU that cannot continue.
+    fn fatal(&self, why: String) -> VcpuEvent {
         self.dump("cannot go on");
-        Report::Fatal(format!("vCPU {}: {why}", self.index))
+        VcpuEvent::Fatal(format!("vCPU {}: {why}", self.index))
     }
 
     fn dump(&self, title: &str) {
         dump::print(&self.fd, self.index, &self.shared.ram, title);
+    }
+}
+
+impl Drop for Vcpu {
+    /// Before `fd` unmaps `kvm_run`, to which the handle has a pointer.
+    fn drop(&mut self) {
+        self.handle.detach_thread();
     }
 }

@@ -1,4 +1,4 @@
-//! A vCPU's registers at power-on, kept so that a reset can bring them back.
+//! The registers of a vCPU at power-on, which a reset restores.
 
 use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
@@ -7,7 +7,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, VcpuFd};
 
 use crate::Error;
-use crate::boot::{Entry, registers};
+use crate::boot::{EntryPoint, registers};
 use crate::vm::Vm;
 use crate::vm::memory::Ram;
 
@@ -18,12 +18,12 @@ const MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 1 << 11 | 6);
 /// Local vector table entries of the local APIC, offsets in bytes.
 const LVT_LINT0: usize = 0x350;
 const LVT_LINT1: usize = 0x360;
-/// Delivery modes: as the interrupt controller says (ExtINT), and NMI.
+/// Delivery modes: ExtINT (the vector comes from the PIC) and NMI.
 const EXTINT: u32 = 7 << 8;
 const NMI: u32 = 4 << 8;
 
-/// Everything that a reset restores.
-pub struct Initial {
+/// All state that a reset restores.
+pub struct PowerOnState {
     sregs: kvm_sregs,
     fpu: kvm_fpu,
     lapic: kvm_lapic_state,
@@ -33,20 +33,20 @@ pub struct Initial {
     msrs: Vec<kvm_msr_entry>,
 }
 
-impl Initial {
-    /// Takes the registers of a vCPU that has never run.
+impl PowerOnState {
+    /// Reads the registers of a vCPU that has never run.
     ///
     /// # Errors
-    /// KVM's.
+    /// When a KVM ioctl fails.
     pub fn capture(vm: &Vm, fd: &VcpuFd, index: usize) -> Result<Self, Error> {
         let what = |ioctl: &str| Error::kvm(format!("vCPU {index}: {ioctl}"));
         let mut lapic = fd.get_lapic().map_err(what("KVM_GET_LAPIC"))?;
-        // What firmware would have done: interrupts of the old controller reach
-        // the first CPU until the guest sets up its own.
+        // What firmware does: interrupts of the PIC reach the first CPU until the guest sets
+        // up its local APIC.
         set_lapic_register(&mut lapic, LVT_LINT0, EXTINT);
         set_lapic_register(&mut lapic, LVT_LINT1, NMI);
         let debug = vm.kvm().check_extension(Cap::Debugregs);
-        Ok(Initial {
+        Ok(PowerOnState {
             sregs: fd.get_sregs().map_err(what("KVM_GET_SREGS"))?,
             fpu: fd.get_fpu().map_err(what("KVM_GET_FPU"))?,
             lapic,
@@ -57,12 +57,18 @@ impl Initial {
         })
     }
 
-    /// Sets all registers for a start at `entry` (the first vCPU) or for waiting
-    /// to be started by it (the others).
+    /// Sets all registers. The first vCPU starts at `entry`; the others wait until it
+    /// starts them.
     ///
     /// # Errors
-    /// KVM's.
-    pub fn apply(&self, fd: &VcpuFd, index: usize, entry: Entry, ram: &Ram) -> Result<(), Error> {
+    /// When a KVM ioctl fails, or the tables at `entry` cannot be written.
+    pub fn apply(
+        &self,
+        fd: &VcpuFd,
+        index: usize,
+        entry: EntryPoint,
+        ram: &Ram,
+    ) -> Result<(), Error> {
         let what = |ioctl: &str| Error::kvm(format!("vCPU {index}: {ioctl}"));
         let mut sregs = self.sregs;
         let mut regs = kvm_regs {
@@ -96,7 +102,7 @@ fn set_lapic_register(lapic: &mut kvm_lapic_state, offset: usize, value: u32) {
     }
 }
 
-/// All MSRs that KVM saves, and the two that firmware sets.
+/// All MSRs that KVM can save, and the two that firmware sets.
 fn read_msrs(vm: &Vm, fd: &VcpuFd) -> Result<Vec<kvm_msr_entry>, Error> {
     let list = vm
         .kvm()
@@ -112,7 +118,7 @@ fn read_msrs(vm: &Vm, fd: &VcpuFd) -> Result<Vec<kvm_msr_entry>, Error> {
         .collect();
     let mut values = Vec::with_capacity(entries.len() + 2);
     let mut rest = &entries[..];
-    // KVM stops at the first MSR that it cannot read; go on behind it.
+    // KVM stops at the first MSR that it cannot read: continue behind it.
     while !rest.is_empty() {
         let Ok(mut msrs) = Msrs::from_entries(rest) else {
             break;
@@ -132,8 +138,8 @@ fn read_msrs(vm: &Vm, fd: &VcpuFd) -> Result<Vec<kvm_msr_entry>, Error> {
     Ok(values)
 }
 
-/// Writes what can be written: hosts differ in which MSRs they let a program set,
-/// and none of them is worth refusing a host for.
+/// Writes the MSRs that this host lets a program set. Hosts differ in that, and the guest
+/// runs without the others.
 fn write_msrs(fd: &VcpuFd, mut rest: &[kvm_msr_entry]) {
     while !rest.is_empty() {
         let Ok(msrs) = Msrs::from_entries(rest) else {
@@ -141,7 +147,10 @@ fn write_msrs(fd: &VcpuFd, mut rest: &[kvm_msr_entry]) {
         };
         let count = fd.set_msrs(&msrs).unwrap_or(0);
         if let Some(msr) = rest.get(count) {
-            tracing::debug!("MSR {:#x} cannot be set", msr.index);
+            tracing::debug!(
+                msr = format_args!("{:#x}", msr.index),
+                "the host does not set an MSR"
+            );
         }
         rest = rest.get(count + 1..).unwrap_or_default();
     }

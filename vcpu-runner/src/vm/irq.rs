@@ -1,4 +1,5 @@
-//! Interrupts and doorbells: who may raise which, and by which descriptor.
+//! Interrupt routes, irqfds and ioeventfds: which eventfd raises which interrupt, and which
+//! guest address signals which eventfd.
 
 use std::collections::BTreeMap;
 use std::sync::PoisonError;
@@ -14,80 +15,81 @@ use crate::Error;
 use crate::layout::IOAPIC_PINS;
 use crate::vm::Vm;
 
-/// Number of an interrupt as KVM routes it.
+/// Global system interrupt: the number of an interrupt in KVM's routing table.
 pub type Gsi = u32;
 
-/// Most routes that KVM keeps (KVM_MAX_IRQ_ROUTES).
+/// Size of the routing table (KVM_MAX_IRQ_ROUTES).
 const MAX_ROUTES: u32 = 4096;
 
-/// A message-signalled interrupt: what a device would write, and where.
+/// A message-signalled interrupt: the data that a device writes, and the address.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Message {
-    /// Address, low and high halves together.
+pub struct MsiMessage {
+    /// Address.
     pub address: u64,
     /// Data.
     pub data: u32,
 }
 
-/// What the PCI side needs of a hypervisor; tests bring one of their own.
-pub trait Interrupts: Send + Sync {
-    /// A new GSI that carries `message`.
+/// What PCI devices and the platform need of KVM. Tests have another implementation.
+pub trait IrqRouting: Send + Sync {
+    /// Adds a route for `message`; returns its GSI.
     ///
     /// # Errors
-    /// When there are no more.
-    fn add_route(&self, message: Message) -> Result<Gsi, Error>;
+    /// When the routing table is full, or KVM_SET_GSI_ROUTING fails.
+    fn add_route(&self, message: MsiMessage) -> Result<Gsi, Error>;
 
-    /// Changes what `gsi` carries.
+    /// Changes the message of `gsi`.
     ///
     /// # Errors
-    /// KVM's.
-    fn set_route(&self, gsi: Gsi, message: Message) -> Result<(), Error>;
+    /// When KVM_SET_GSI_ROUTING fails.
+    fn set_route(&self, gsi: Gsi, message: MsiMessage) -> Result<(), Error>;
 
-    /// From now on each write to `fd`, and one that is pending, raises `gsi`.
+    /// Makes each event of `fd`, including a pending one, raise `gsi`.
     ///
     /// # Errors
-    /// KVM's.
-    fn attach(&self, fd: &EventFd, gsi: Gsi) -> Result<(), Error>;
+    /// When KVM_IRQFD fails.
+    fn attach_irqfd(&self, fd: &EventFd, gsi: Gsi) -> Result<(), Error>;
 
-    /// Ends [`Interrupts::attach`].
+    /// Undoes [`IrqRouting::attach_irqfd`].
     ///
     /// # Errors
-    /// KVM's.
-    fn detach(&self, fd: &EventFd, gsi: Gsi) -> Result<(), Error>;
+    /// When KVM_IRQFD fails.
+    fn detach_irqfd(&self, fd: &EventFd, gsi: Gsi) -> Result<(), Error>;
 
     /// Sets the level of an I/O APIC input.
     ///
     /// # Errors
-    /// KVM's.
+    /// When KVM_IRQ_LINE fails.
     fn set_line(&self, gsi: Gsi, level: bool) -> Result<(), Error>;
 
-    /// From now on a guest's write to `address`, of any size, rings `fd`.
+    /// Makes each write of the guest to `address`, of any size, signal `fd`.
     ///
     /// # Errors
-    /// KVM's.
-    fn add_doorbell(&self, fd: &EventFd, address: u64) -> Result<(), Error>;
+    /// When KVM_IOEVENTFD fails.
+    fn add_ioeventfd(&self, fd: &EventFd, address: u64) -> Result<(), Error>;
 
-    /// Ends [`Interrupts::add_doorbell`].
+    /// Undoes [`IrqRouting::add_ioeventfd`].
     ///
     /// # Errors
-    /// KVM's.
-    fn remove_doorbell(&self, fd: &EventFd, address: u64) -> Result<(), Error>;
+    /// When KVM_IOEVENTFD fails.
+    fn remove_ioeventfd(&self, fd: &EventFd, address: u64) -> Result<(), Error>;
 }
 
-/// The routing table beyond the fixed lines.
+/// The routes of message-signalled interrupts. Those of the I/O APIC and PIC pins are
+/// fixed.
 #[derive(Clone, Default)]
-pub struct Routes(BTreeMap<Gsi, Message>);
+pub struct MsiRoutes(BTreeMap<Gsi, MsiMessage>);
 
-impl Routes {
+impl MsiRoutes {
     fn entries(&self) -> Vec<kvm_irq_routing_entry> {
         let mut entries = Vec::new();
         for pin in 0..IOAPIC_PINS {
             match pin {
-                0..8 => entries.push(line(pin, KVM_IRQCHIP_PIC_MASTER, pin)),
-                8..16 => entries.push(line(pin, KVM_IRQCHIP_PIC_SLAVE, pin - 8)),
+                0..8 => entries.push(pin_route(pin, KVM_IRQCHIP_PIC_MASTER, pin)),
+                8..16 => entries.push(pin_route(pin, KVM_IRQCHIP_PIC_SLAVE, pin - 8)),
                 _ => {}
             }
-            entries.push(line(pin, KVM_IRQCHIP_IOAPIC, pin));
+            entries.push(pin_route(pin, KVM_IRQCHIP_IOAPIC, pin));
         }
         entries.extend(self.0.iter().map(|(&gsi, message)| {
             let mut entry = kvm_irq_routing_entry {
@@ -104,7 +106,7 @@ impl Routes {
     }
 }
 
-fn line(gsi: Gsi, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
+fn pin_route(gsi: Gsi, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
     let mut entry = kvm_irq_routing_entry {
         gsi,
         type_: KVM_IRQ_ROUTING_IRQCHIP,
@@ -116,53 +118,53 @@ fn line(gsi: Gsi, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
 }
 
 impl Vm {
-    fn change_routes(&self, change: impl FnOnce(&mut Routes)) -> Result<(), Error> {
+    fn update_routes(&self, update: impl FnOnce(&mut MsiRoutes)) -> Result<(), Error> {
         let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut changed = routes.clone();
-        change(&mut changed);
-        let table = KvmIrqRouting::from_entries(&changed.entries())
+        let mut updated = routes.clone();
+        update(&mut updated);
+        let table = KvmIrqRouting::from_entries(&updated.entries())
             .map_err(|e| Error::BootSetup(format!("interrupt routes: {e:?}")))?;
         self.fd()
             .set_gsi_routing(&table)
             .map_err(Error::kvm("KVM_SET_GSI_ROUTING"))?;
-        *routes = changed;
+        *routes = updated;
         Ok(())
     }
 }
 
-impl Interrupts for Vm {
-    fn add_route(&self, message: Message) -> Result<Gsi, Error> {
+impl IrqRouting for Vm {
+    fn add_route(&self, message: MsiMessage) -> Result<Gsi, Error> {
         let mut gsi = IOAPIC_PINS;
         let mut full = false;
-        self.change_routes(|routes| {
+        self.update_routes(|routes| {
             if let Some((&last, _)) = routes.0.last_key_value() {
                 gsi = last + 1;
             }
-            // The fixed lines take 16 entries more than their GSIs.
+            // The fixed routes take 16 entries more than GSIs: GSIs 0 to 15 have two each.
             full = gsi + 16 >= MAX_ROUTES;
             if !full {
                 routes.0.insert(gsi, message);
             }
         })?;
         if full {
-            return Err(Error::BootSetup("no interrupt routes left".into()));
+            return Err(Error::BootSetup("all interrupt routes are in use".into()));
         }
         Ok(gsi)
     }
 
-    fn set_route(&self, gsi: Gsi, message: Message) -> Result<(), Error> {
-        self.change_routes(|routes| {
+    fn set_route(&self, gsi: Gsi, message: MsiMessage) -> Result<(), Error> {
+        self.update_routes(|routes| {
             routes.0.insert(gsi, message);
         })
     }
 
-    fn attach(&self, fd: &EventFd, gsi: Gsi) -> Result<(), Error> {
+    fn attach_irqfd(&self, fd: &EventFd, gsi: Gsi) -> Result<(), Error> {
         self.fd()
             .register_irqfd(fd, gsi)
             .map_err(Error::kvm(format!("KVM_IRQFD for GSI {gsi}")))
     }
 
-    fn detach(&self, fd: &EventFd, gsi: Gsi) -> Result<(), Error> {
+    fn detach_irqfd(&self, fd: &EventFd, gsi: Gsi) -> Result<(), Error> {
         self.fd()
             .unregister_irqfd(fd, gsi)
             .map_err(Error::kvm(format!("KVM_IRQFD for GSI {gsi}")))
@@ -174,13 +176,13 @@ impl Interrupts for Vm {
             .map_err(Error::kvm(format!("KVM_IRQ_LINE for GSI {gsi}")))
     }
 
-    fn add_doorbell(&self, fd: &EventFd, address: u64) -> Result<(), Error> {
+    fn add_ioeventfd(&self, fd: &EventFd, address: u64) -> Result<(), Error> {
         self.fd()
             .register_ioevent(fd, &IoEventAddress::Mmio(address), NoDatamatch)
             .map_err(Error::kvm(format!("KVM_IOEVENTFD at {address:#x}")))
     }
 
-    fn remove_doorbell(&self, fd: &EventFd, address: u64) -> Result<(), Error> {
+    fn remove_ioeventfd(&self, fd: &EventFd, address: u64) -> Result<(), Error> {
         self.fd()
             .unregister_ioevent(fd, &IoEventAddress::Mmio(address), NoDatamatch)
             .map_err(Error::kvm(format!("KVM_IOEVENTFD at {address:#x}")))

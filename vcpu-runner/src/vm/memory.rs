@@ -1,5 +1,5 @@
-//! Guest RAM: sealed memfds that the runner maps and every device process maps
-//! again. Nothing is allocated before the guest touches it.
+//! Guest RAM: sealed memfds that the runner and all device processes map. Its pages are
+//! allocated when the guest first accesses them.
 
 use std::os::fd::AsRawFd;
 use std::str::FromStr;
@@ -21,16 +21,16 @@ use crate::layout::{HIGH_RAM, LOW_RAM_END};
 pub type GuestMemory = GuestMemoryMmap<()>;
 
 const MIB: u64 = 1 << 20;
-/// The least RAM that leaves room for boot structures and a small kernel.
+/// The smallest RAM that has room for the boot structures and a small kernel.
 const MINIMUM: u64 = 8 * MIB;
 
-/// Pages behind guest RAM.
+/// The kind of pages of guest RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Pages {
     /// Ordinary pages.
     #[default]
     Small,
-    /// Ordinary pages that the kernel may join (transparent huge pages).
+    /// Ordinary pages that the kernel may combine (transparent huge pages).
     Transparent,
     /// From the pool of 2 MiB pages.
     Huge2M,
@@ -58,17 +58,17 @@ pub struct MemorySpec {
 }
 
 impl MemorySpec {
-    /// Refuses more than this host has, swap included: nothing is allocated before
-    /// the guest touches it, so that a size beyond all reason would be found late.
+    /// Checks the size against the memory and swap of this host. Pages are allocated late,
+    /// so nothing else would notice a size that is far too large.
     ///
     /// # Errors
-    /// Says how much the host has.
+    /// Says how much memory the host has.
     pub fn check_host(self) -> Result<(), Error> {
         let host = host_memory();
         if self.size > host {
             return Err(Error::Memory {
                 bytes: self.size,
-                why: format!("this host has {host} bytes, swap included"),
+                why: format!("this host has only {host} bytes, including swap"),
             });
         }
         Ok(())
@@ -90,15 +90,21 @@ impl FromStr for MemorySpec {
                 _ => return Err(format!("{part:?} is not hugepages=2M|1G|thp")),
             };
             if pages.replace(value).is_some() {
-                return Err("hugepages is given twice".into());
+                return Err("hugepages= is given twice".into());
             }
         }
         let pages = pages.unwrap_or_default();
         if size < MINIMUM {
-            return Err(format!("less than {} MiB", MINIMUM / MIB));
+            return Err(format!(
+                "{size} bytes are less than the minimum of {} MiB",
+                MINIMUM / MIB
+            ));
         }
         if size % pages.size() != 0 {
-            return Err(format!("no multiple of {} bytes", pages.size()));
+            return Err(format!(
+                "{size} bytes are not a multiple of the page size of {} bytes",
+                pages.size()
+            ));
         }
         Ok(MemorySpec { size, pages })
     }
@@ -111,10 +117,10 @@ pub struct Ram {
 }
 
 impl Ram {
-    /// Creates and maps RAM: up to 3 GiB below the hole, the rest beyond 4 GiB.
+    /// Creates and maps RAM: up to 3 GiB below the device hole, the rest from 4 GiB on.
     ///
     /// # Errors
-    /// When the host will not map so much, or has not enough huge pages.
+    /// When the host does not map that much, or has too few free huge pages.
     pub fn new(spec: MemorySpec) -> Result<Self, Error> {
         let error = |why: String| Error::Memory {
             bytes: spec.size,
@@ -146,12 +152,12 @@ impl Ram {
         self.size
     }
 
-    /// End of the RAM below the hole.
+    /// End of the RAM below the device hole.
     pub fn low_end(&self) -> u64 {
         self.size.min(LOW_RAM_END)
     }
 
-    /// All RAM as the guest's memory map: start and size in bytes.
+    /// Start and size of each range of RAM, in bytes.
     pub fn ranges(&self) -> Vec<(u64, u64)> {
         self.memory
             .iter()
@@ -177,10 +183,10 @@ impl Ram {
             .collect()
     }
 
-    /// Makes all RAM read as zeros and gives its pages back, for a reset.
+    /// Fills all RAM with zeros and frees its pages, for a reset.
     ///
     /// # Errors
-    /// fallocate(2)'s.
+    /// When fallocate(2) fails.
     pub fn clear(&self) -> Result<(), Error> {
         for region in self.memory.iter() {
             let Some(file) = region.file_offset() else {
@@ -218,13 +224,13 @@ fn region(start: u64, size: u64, pages: Pages) -> Result<GuestRegionMmap<()>, St
         .as_file()
         .set_len(size)
         .map_err(|e| format!("ftruncate: {e}"))?;
-    // A file that shrinks under a mapping is a SIGBUS in every process.
+    // If the file could shrink, every process that maps it could get SIGBUS.
     for seal in [FileSeal::SealShrink, FileSeal::SealGrow, FileSeal::SealSeal] {
         memfd.add_seal(seal).map_err(|e| format!("seal: {e}"))?;
     }
     let length = usize::try_from(size).map_err(|_| "too large".to_string())?;
-    // Huge pages are reserved now: a pool that runs dry later is a SIGBUS. Others
-    // are allocated when they are touched.
+    // Huge pages are reserved now: if the pool is empty later, the process gets SIGBUS.
+    // Other pages are allocated at the first access.
     let reserve = if hugetlb.is_some() {
         0
     } else {
@@ -257,7 +263,7 @@ mod tests {
     use vm_memory::Bytes;
 
     #[test]
-    fn sizes_are_parsed() {
+    fn options_are_parsed() {
         let spec = |text: &str| text.parse::<MemorySpec>();
         assert_eq!(spec("512M").unwrap().size, 512 * MIB);
         assert_eq!(spec("6G,hugepages=thp").unwrap().pages, Pages::Transparent);
@@ -277,7 +283,7 @@ mod tests {
     }
 
     #[test]
-    fn ram_has_a_hole_below_four_gibibytes_and_costs_nothing_untouched() {
+    fn ram_has_a_hole_below_4_gib_and_is_cleared_by_a_reset() {
         let ram = Ram::new("6G".parse().unwrap()).unwrap();
         assert_eq!(
             ram.ranges(),

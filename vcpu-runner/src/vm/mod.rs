@@ -1,8 +1,8 @@
-//! The virtual machine as KVM has it.
+//! The virtual machine in KVM: its memory slots, interrupt controllers and vCPUs.
 
-pub mod chips;
-pub mod host;
+pub mod capabilities;
 pub mod irq;
+pub mod irqchip;
 pub mod memory;
 
 use std::sync::{Arc, Mutex};
@@ -13,24 +13,24 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::Error;
 use crate::layout;
-use crate::vm::irq::Routes;
+use crate::vm::irq::MsiRoutes;
 use crate::vm::memory::Ram;
 
-/// A VM with its RAM and interrupt controllers; no vCPUs yet.
+/// A VM with its RAM and interrupt controllers.
 pub struct Vm {
     kvm: Kvm,
     fd: Arc<VmFd>,
-    routes: Mutex<Routes>,
+    routes: Mutex<MsiRoutes>,
 }
 
 impl Vm {
-    /// Creates the VM, gives it `ram` and KVM's own interrupt controllers.
+    /// Creates the VM with `ram` and with the interrupt controllers and the timer of KVM.
     ///
-    /// Memory slots come before the interrupt controllers: on some hosts adding
-    /// a slot afterwards takes ten times as long.
+    /// The memory slots come first: on some hosts adding a slot takes ten times as long once
+    /// there are interrupt controllers.
     ///
     /// # Errors
-    /// Whatever KVM refuses.
+    /// When a KVM ioctl fails.
     pub fn new(kvm: Kvm, ram: &Ram) -> Result<Self, Error> {
         let fd = loop {
             match kvm.create_vm() {
@@ -65,26 +65,26 @@ impl Vm {
         Ok(Vm {
             kvm,
             fd: Arc::new(fd),
-            routes: Mutex::new(Routes::default()),
+            routes: Mutex::new(MsiRoutes::default()),
         })
     }
 
     /// Creates vCPU number `index`.
     ///
     /// # Errors
-    /// KVM's.
+    /// When KVM_CREATE_VCPU fails.
     pub fn create_vcpu(&self, index: usize) -> Result<VcpuFd, Error> {
         self.fd
             .create_vcpu(index as u64)
             .map_err(Error::kvm(format!("vCPU {index}: KVM_CREATE_VCPU")))
     }
 
-    /// The system-wide KVM handle.
+    /// The descriptor of /dev/kvm.
     pub fn kvm(&self) -> &Kvm {
         &self.kvm
     }
 
-    /// The VM's own handle.
+    /// The descriptor of the VM.
     pub fn fd(&self) -> &VmFd {
         &self.fd
     }

@@ -1,9 +1,11 @@
-//! A virtio device on PCI: capabilities, the structures behind its BAR, its
-//! doorbells and interrupts. What kind of device it is makes no difference here.
+//! A virtio device on PCI: its capabilities, the structures behind its BAR, its
+//! doorbells and its interrupts. The type of the device makes no difference here.
 
-pub mod backend;
-pub mod common;
-mod notify;
+mod bar;
+pub mod common_config;
+mod interrupts;
+mod pci_config;
+pub mod request;
 #[cfg(test)]
 mod tests;
 
@@ -12,88 +14,65 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use self::backend::{Backend, Request};
-use self::common::{Common, Effect};
-use self::notify::Notifiers;
-use super::Function;
-use super::config::{self, ConfigSpace, Identity, register};
-use super::intx::{Intx, Sink};
-use super::msix::{self, Table};
-use crate::layout;
+use self::bar::{
+    BAR_SIZE, COMMON, DEVICE, ISR, MSIX_PENDING, MSIX_TABLE, NOTIFY, NOTIFY_MULTIPLIER,
+};
+pub use self::bar::{CONFIG_LENGTH, MAX_QUEUES};
+use self::common_config::{CommonConfig, ConfigEffect};
+use self::interrupts::DeviceInterrupts;
+use self::pci_config::VirtioConfigSpace;
+use self::request::{TransportRequest, TransportRequestHandler};
+use super::PciFunction;
+use super::config::{self, register};
+use super::intx::{Intx, IntxHandler};
+use super::msix::MsixTable;
 use crate::pci::bus;
-use crate::vm::irq::Interrupts;
+use crate::vm::irq::IrqRouting;
 use crate::{Error, eventfd};
 
-/// Vendor ID of virtio devices (section 4.1.2).
-const VENDOR: u16 = 0x1af4;
-/// Device ID of a modern device, less its virtio number.
-const DEVICE_BASE: u16 = 0x1040;
-/// A class of its own: the runner does not know what it is.
-const CLASS: u32 = 0xff_00_00;
-
-/// Size of the BAR in bytes.
-pub const BAR_SIZE: u32 = 0x1_0000;
-/// Structures in the BAR: common configuration,
-pub const COMMON: u64 = 0;
-/// ISR status,
-pub const ISR: u64 = 0x1000;
-/// device-specific configuration,
-pub const DEVICE: u64 = 0x2000;
-/// doorbells, 4 bytes apart,
-pub const NOTIFY: u64 = 0x3000;
-/// MSI-X table,
-pub const MSIX_TABLE: u64 = 0x4000;
-/// MSI-X pending bits.
-pub const MSIX_PENDING: u64 = 0x8000;
-/// Distance of two queues' doorbells in bytes.
-pub const NOTIFY_MULTIPLIER: u32 = 4;
-/// Most queues that fit this layout.
-pub const MAX_QUEUES: usize = 256;
-/// Length of the device-specific configuration in bytes.
-pub const CONFIG_LENGTH: usize = 256;
-
-const CAP_VENDOR: u8 = 0x09;
-const CAP_MSIX: u8 = 0x11;
-/// Offsets in the PCI configuration access capability (section 4.1.4.9).
-const WINDOW_OFFSET: usize = 8;
-const WINDOW_LENGTH: usize = 12;
-const WINDOW_DATA: usize = 16;
-
-/// What the device's process told about it.
+/// What a back end says that a device is.
 #[derive(Clone, Debug)]
 pub struct DeviceInfo {
     /// The device's name.
     pub id: String,
     /// Virtio device number.
     pub virtio_id: u16,
-    /// Feature bits offered to the driver.
+    /// Feature bits to offer to the driver.
     pub features: u64,
     /// Number of queues.
     pub queues: usize,
-    /// Largest ring size.
+    /// Largest queue size.
     pub queue_size: u16,
     /// Device-specific configuration.
     pub config: Vec<u8>,
 }
 
-/// One device.
+/// One device. It owns what its driver sees of it: of a [`DeviceInfo`], the name and the
+/// numbers never change, the features are in [`CommonConfig`], and the configuration is
+/// in [`TransportState`].
 pub struct VirtioPci {
-    info: DeviceInfo,
+    id: String,
+    virtio_id: u16,
+    queues: usize,
+    queue_size: u16,
+    /// Number of the device on the bus.
     index: usize,
-    backend: Arc<dyn Backend>,
+    request_handler: Arc<dyn TransportRequestHandler>,
     kicks: Vec<EventFd>,
     calls: Vec<EventFd>,
-    state: Mutex<State>,
+    state: Mutex<TransportState>,
 }
 
-struct State {
-    config: ConfigSpace,
-    window: usize,
-    msix_capability: usize,
-    msix: Table,
-    common: Common,
-    device: Vec<u8>,
-    notifiers: Notifiers,
+struct TransportState {
+    pci: VirtioConfigSpace,
+    msix: MsixTable,
+    common_config: CommonConfig,
+    /// The device-specific configuration, as the back end sent it last.
+    reported_config: Vec<u8>,
+    /// The same as the driver reads it: padded, and with the driver's own writes until
+    /// the back end has processed them.
+    visible_config: Vec<u8>,
+    interrupts: DeviceInterrupts,
 }
 
 fn eventfds(count: usize) -> Result<Vec<EventFd>, Error> {
@@ -102,75 +81,118 @@ fn eventfds(count: usize) -> Result<Vec<EventFd>, Error> {
         .collect()
 }
 
+fn duplicate(fds: &[EventFd]) -> Result<Vec<EventFd>, Error> {
+    fds.iter()
+        .map(|fd| fd.try_clone().map_err(Error::io("duplicating an eventfd")))
+        .collect()
+}
+
+fn padded(mut config: Vec<u8>) -> Vec<u8> {
+    config.resize(CONFIG_LENGTH, 0);
+    config
+}
+
 impl VirtioPci {
-    /// A device at [`bus::devfn`] of `index`, after reset.
+    /// Device number `index` on the bus, after reset.
     ///
     /// # Errors
-    /// When there are too many queues, or no descriptors left.
+    /// When `info` has no queues or too many, or there are no file descriptors left.
     pub fn new(
         info: DeviceInfo,
         index: usize,
-        backend: Arc<dyn Backend>,
-        interrupts: Arc<dyn Interrupts>,
+        request_handler: Arc<dyn TransportRequestHandler>,
+        irq_routing: Arc<dyn IrqRouting>,
         intx: Arc<Intx>,
     ) -> Result<Arc<Self>, Error> {
-        if info.queues == 0 || info.queues > MAX_QUEUES {
-            let why = format!("{} queues, but 1 to {MAX_QUEUES} can be had", info.queues);
+        let queues = info.queues;
+        if queues == 0 || queues > MAX_QUEUES {
+            let why = format!("it has {queues} queues, not 1 to {MAX_QUEUES}");
             return Err(Error::device(&info.id, "setting up", why));
         }
-        let vectors = info.queues + 1;
-        let kicks = eventfds(info.queues)?;
-        let calls = eventfds(info.queues)?;
-        let (config, msix_capability, window) = config_space(&info, index);
-        let common = Common::new(info.features, info.queues, info.queue_size, vectors as u16);
-        let mut device = info.config.clone();
-        device.resize(CONFIG_LENGTH, 0);
-        let slot = bus::devfn(index) >> 3;
-        let clone = |fds: &[EventFd]| {
-            fds.iter()
-                .map(|fd| fd.try_clone().map_err(Error::io("dup")))
-                .collect::<Result<Vec<_>, _>>()
-        };
+        let vectors = queues + 1;
+        let kicks = eventfds(queues)?;
+        let calls = eventfds(queues)?;
         let mut sources = eventfds(1)?;
-        sources.extend(clone(&calls)?);
-        let doorbells = clone(&kicks)?;
-        Ok(Arc::new_cyclic(|weak: &Weak<VirtioPci>| VirtioPci {
-            state: Mutex::new(State {
-                config,
-                window,
-                msix_capability,
-                msix: Table::new(vectors),
-                common,
-                device,
-                notifiers: Notifiers::new(
-                    interrupts,
-                    intx,
-                    weak.clone(),
-                    (index, slot),
-                    sources,
-                    doorbells,
-                    vectors,
+        sources.extend(duplicate(&calls)?);
+        let doorbells = duplicate(&kicks)?;
+        Ok(Arc::new_cyclic(|weak: &Weak<VirtioPci>| {
+            let interrupts = DeviceInterrupts::new(
+                info.id.clone(),
+                irq_routing,
+                intx,
+                Weak::clone(weak) as Weak<dyn IntxHandler>,
+                (index, bus::slot(index)),
+                sources,
+                doorbells,
+            );
+            let state = TransportState {
+                pci: VirtioConfigSpace::new(info.virtio_id, queues, index),
+                msix: MsixTable::new(vectors),
+                common_config: CommonConfig::new(
+                    info.features,
+                    queues,
+                    info.queue_size,
+                    vectors as u16,
                 ),
-            }),
-            info,
-            index,
-            backend,
-            kicks,
-            calls,
+                visible_config: padded(info.config.clone()),
+                reported_config: info.config,
+                interrupts,
+            };
+            VirtioPci {
+                id: info.id,
+                virtio_id: info.virtio_id,
+                queues,
+                queue_size: info.queue_size,
+                index,
+                request_handler,
+                kicks,
+                calls,
+                state: Mutex::new(state),
+            }
         }))
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, TransportState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the device is.
-    pub fn info(&self) -> &DeviceInfo {
-        &self.info
+    // For the front end.
+
+    /// The device's name.
+    pub fn id(&self) -> &str {
+        &self.id
     }
 
-    /// The doorbell of queue `queue`, kept for the life of the device, so that
-    /// none is lost while no process listens.
+    /// How many queues the guest sees.
+    pub fn queue_count(&self) -> usize {
+        self.queues
+    }
+
+    /// The largest size that the driver may choose for a queue.
+    pub fn max_queue_size(&self) -> u16 {
+        self.queue_size
+    }
+
+    /// What the device is now.
+    pub fn info(&self) -> DeviceInfo {
+        let state = self.lock();
+        DeviceInfo {
+            id: self.id.clone(),
+            virtio_id: self.virtio_id,
+            features: state.common_config.next_offer(),
+            queues: self.queues,
+            queue_size: self.queue_size,
+            config: state.reported_config.clone(),
+        }
+    }
+
+    /// Length of the device-specific configuration; `None` if there is none.
+    pub fn config_length(&self) -> Option<usize> {
+        Some(self.lock().reported_config.len()).filter(|&length| length > 0)
+    }
+
+    /// The doorbell of queue `queue`. It exists as long as the device, so that no
+    /// notification is lost while there is no back end.
     pub fn kick(&self, queue: usize) -> Option<&EventFd> {
         self.kicks.get(queue)
     }
@@ -180,120 +202,124 @@ impl VirtioPci {
         self.calls.get(queue)
     }
 
-    /// Whether the driver has taken the device into use.
-    pub fn is_live(&self) -> bool {
-        self.lock().common.is_live()
+    /// Whether the driver has set DRIVER_OK.
+    pub fn is_activated(&self) -> bool {
+        self.lock().common_config.is_activated()
     }
 
-    /// The feature bits that the driver accepted, if it has come so far.
-    pub fn accepted(&self) -> Option<u64> {
-        self.lock().common.accepted()
+    /// The feature bits that the driver accepted, once it has set FEATURES_OK.
+    pub fn accepted_features(&self) -> Option<u64> {
+        self.lock().common_config.accepted_features()
     }
 
-    /// Offers these feature bits from the next reset on.
-    pub fn offer(&self, features: u64) {
-        self.lock().common.offer(features);
+    /// The feature bits that the back end offers.
+    pub fn offered_features(&self) -> u64 {
+        self.lock().common_config.next_offer()
     }
 
-    /// All queues are stopped: the reset is complete.
-    pub fn stopped(&self) {
+    /// Offers these feature bits after the next reset.
+    pub fn offer_features(&self, features: u64) {
+        self.lock().common_config.offer(features);
+    }
+
+    /// All queues are stopped: completes the reset of the device.
+    pub fn complete_reset(&self) {
         let state = &mut *self.lock();
-        state.common.reset();
-        state.notifiers.forget();
+        state.common_config.reset();
+        state.interrupts.clear_pending();
         state.sync();
     }
 
-    /// Queue `index` is stopped: its reset is complete.
-    pub fn queue_stopped(&self, index: usize) {
+    /// Queue `index` is stopped: completes its reset.
+    pub fn complete_queue_reset(&self, index: usize) {
         let state = &mut *self.lock();
-        state.common.queue_reset_done(index);
+        state.common_config.complete_queue_reset(index);
         state.sync();
     }
 
-    /// The device cannot go on without a reset by its driver (section 2.1.2).
-    pub fn failed(&self) {
+    /// Sets DEVICE_NEEDS_RESET: the device cannot continue without a reset by its driver
+    /// (section 2.1.2).
+    pub fn set_needs_reset(&self) {
         let state = &mut *self.lock();
-        state.common.need_reset();
-        if state.common.is_live() {
-            state.notifiers.config_changed();
+        state.common_config.set_needs_reset();
+        if state.common_config.is_activated() {
+            state.interrupts.notify_config_change();
         }
     }
 
-    /// The device's process changed its configuration.
-    pub fn set_config(&self, mut bytes: Vec<u8>) {
-        bytes.resize(CONFIG_LENGTH, 0);
+    /// Takes over the device-specific configuration that the back end sent.
+    pub fn set_config(&self, config: Vec<u8>) {
         let state = &mut *self.lock();
-        if state.device != bytes {
-            state.device = bytes;
-            state.common.next_generation();
-            if state.common.is_live() {
-                state.notifiers.config_changed();
+        let visible = padded(config.clone());
+        state.reported_config = config;
+        if state.visible_config != visible {
+            state.visible_config = visible;
+            state.common_config.next_generation();
+            if state.common_config.is_activated() {
+                state.interrupts.notify_config_change();
             }
         }
     }
 
-    fn apply(&self, state: &mut State, effect: Effect) {
-        match effect {
-            Effect::None => return,
-            Effect::Vectors => {}
-            Effect::Reset => state.notifiers.forget(),
-            Effect::Start => self.backend.request(Request::Start {
-                features: state.common.features(),
-                queues: state.common.enabled_queues(),
+    // For the guest.
+
+    fn apply(&self, state: &mut TransportState, effect: ConfigEffect) {
+        let request = match effect {
+            ConfigEffect::None => return,
+            ConfigEffect::VectorsChanged => None,
+            ConfigEffect::WasReset => {
+                state.interrupts.clear_pending();
+                None
+            }
+            ConfigEffect::Activate => Some(TransportRequest::Activate {
+                features: state.common_config.driver_features(),
+                queues: state.common_config.enabled_queues(),
             }),
-            Effect::StopAll => self.backend.request(Request::Stop),
-            Effect::StartQueue(index) => self
-                .backend
-                .request(Request::StartQueue(state.common.setup(index))),
-            Effect::StopQueue(index) => self.backend.request(Request::StopQueue(index)),
+            ConfigEffect::Reset => Some(TransportRequest::Reset),
+            ConfigEffect::StartQueue(setup) => Some(TransportRequest::StartQueue(setup)),
+            ConfigEffect::StopQueue(index) => Some(TransportRequest::StopQueue(index)),
+        };
+        if let Some(request) = request {
+            self.request_handler.submit(request);
         }
         state.sync();
     }
 
-    fn read_structure(&self, state: &mut State, offset: u64, data: &mut [u8]) {
+    fn read_structure(&self, state: &mut TransportState, offset: u64, data: &mut [u8]) {
         data.fill(0);
         match offset {
-            COMMON..ISR => state.common.read(offset as usize, data),
+            COMMON..ISR => state.common_config.read(offset as usize, data),
             ISR => {
-                data[0] = state.notifiers.take_isr();
+                data[0] = state.interrupts.take_isr();
                 state.sync();
             }
-            DEVICE..NOTIFY => {
-                let start = (offset - DEVICE) as usize;
-                for (at, byte) in (start..).zip(data) {
-                    *byte = state.device.get(at).copied().unwrap_or(0);
-                }
-            }
+            DEVICE..NOTIFY => copy_from(&state.visible_config, (offset - DEVICE) as usize, data),
             MSIX_TABLE..MSIX_PENDING => state.msix.read((offset - MSIX_TABLE) as usize, data),
             MSIX_PENDING.. => {
-                let pending = state.notifiers.pending(&state.common);
-                let start = (offset - MSIX_PENDING) as usize;
-                for (at, byte) in (start..).zip(data) {
-                    *byte = pending.get(at).copied().unwrap_or(0);
-                }
+                let pending = state.interrupts.pending_bits(&state.common_config);
+                copy_from(&pending, (offset - MSIX_PENDING) as usize, data);
             }
             _ => {}
         }
     }
 
-    fn write_structure(&self, state: &mut State, offset: u64, data: &[u8]) {
+    fn write_structure(&self, state: &mut TransportState, offset: u64, data: &[u8]) {
         match offset {
             COMMON..ISR => {
-                let effect = state.common.write(offset as usize, data);
+                let effect = state.common_config.write(offset as usize, data);
                 self.apply(state, effect);
             }
             DEVICE..NOTIFY => {
                 let start = (offset - DEVICE) as usize;
-                if let Some(place) = state.device.get_mut(start..start + data.len()) {
-                    place.copy_from_slice(data);
-                    self.backend.request(Request::WriteConfig {
+                if let Some(bytes) = state.visible_config.get_mut(start..start + data.len()) {
+                    bytes.copy_from_slice(data);
+                    self.request_handler.submit(TransportRequest::WriteConfig {
                         offset: start,
                         data: data.to_vec(),
                     });
                 }
             }
-            // KVM takes doorbells before they get here, unless it has no room
-            // for more of them.
+            // KVM signals doorbells by itself (ioeventfd), unless it has no room for more.
             NOTIFY..MSIX_TABLE => {
                 let queue = (offset - NOTIFY) / u64::from(NOTIFY_MULTIPLIER);
                 if let Some(kick) = self.kicks.get(queue as usize) {
@@ -309,125 +335,63 @@ impl VirtioPci {
             _ => {}
         }
     }
-
-    /// The access that the configuration access capability describes, if it is
-    /// one that can be made.
-    fn window(state: &State) -> Option<(u64, usize)> {
-        let mut bar = [0];
-        state.config.read(state.window + 4, &mut bar);
-        let offset = state.config.long(state.window + WINDOW_OFFSET);
-        let length = state.config.long(state.window + WINDOW_LENGTH) as usize;
-        (bar == [0]
-            && matches!(length, 1 | 2 | 4)
-            && offset.is_multiple_of(length as u32)
-            && offset < BAR_SIZE)
-            .then_some((offset.into(), length))
-    }
 }
 
-impl State {
-    /// Brings doorbells, interrupts and the pin in line with the registers.
+impl TransportState {
+    /// Makes doorbells, interrupts and the INTx pin agree with the registers.
     fn sync(&mut self) {
-        let enabled = self.config.word(register::COMMAND) & config::command::MEMORY != 0;
-        let base = u64::from(self.config.long(register::BAR0));
-        self.notifiers
-            .place_doorbells(enabled.then_some(base + NOTIFY));
-        let intx = self.config.word(register::COMMAND) & config::command::INTX_DISABLE == 0;
-        let pending = self.notifiers.sync(&self.msix, &self.common, intx);
-        let mut status = self.config.word(register::STATUS) & !config::STATUS_INTERRUPT;
+        let bar = self.pci.bar_address();
+        self.interrupts.place_doorbells(bar.map(|bar| bar + NOTIFY));
+        let intx_enabled = self.pci.command() & config::command::INTX_DISABLE == 0;
+        let pending = self
+            .interrupts
+            .sync(&self.msix, &self.common_config, intx_enabled);
+        let space = &mut self.pci.space;
+        let mut status = space.word(register::STATUS) & !config::STATUS_INTERRUPT;
         if pending {
             status |= config::STATUS_INTERRUPT;
         }
-        self.config.set(register::STATUS, &status.to_le_bytes());
+        space.set(register::STATUS, &status.to_le_bytes());
     }
 }
 
-/// The configuration space, and where the MSI-X capability and the
-/// configuration access window are in it.
-fn config_space(info: &DeviceInfo, index: usize) -> (ConfigSpace, usize, usize) {
-    let devfn = bus::devfn(index);
-    let mut config = ConfigSpace::new(
-        &Identity {
-            vendor: VENDOR,
-            device: DEVICE_BASE + info.virtio_id,
-            revision: 1,
-            class: CLASS,
-            subsystem_vendor: VENDOR,
-            subsystem: DEVICE_BASE + info.virtio_id,
-        },
-        false,
-    );
-    let address = layout::PCI_WINDOW as u32 + index as u32 * BAR_SIZE;
-    config.set_bar0(address, BAR_SIZE);
-    let command =
-        config::command::MEMORY | config::command::BUS_MASTER | config::command::INTX_DISABLE;
-    config.allow(register::COMMAND, &command.to_le_bytes());
-    config.allow(register::INTERRUPT_LINE, &[0xff]);
-    let line = Intx::line(devfn >> 3) as u8;
-    config.set(register::INTERRUPT_LINE, &[line]);
-    config.set(register::INTERRUPT_PIN, &[1]);
-
-    let vectors = info.queues + 1;
-    let mut msix = [0; 10];
-    msix[..2].copy_from_slice(&(vectors as u16 - 1).to_le_bytes());
-    msix[2..6].copy_from_slice(&(MSIX_TABLE as u32).to_le_bytes());
-    msix[6..10].copy_from_slice(&(MSIX_PENDING as u32).to_le_bytes());
-    let msix = config.add_capability(CAP_MSIX, &msix);
-    config.allow(msix + 2, &msix::WRITABLE_CONTROL.to_le_bytes());
-
-    // cfg_type, offset and length of section 4.1.4, then what some types add.
-    let mut add = |kind: u8, offset: u64, length: usize, more: &[u8]| {
-        let mut body = vec![16 + more.len() as u8, kind, 0, 0, 0, 0];
-        body.extend((offset as u32).to_le_bytes());
-        body.extend((length as u32).to_le_bytes());
-        body.extend(more);
-        config.add_capability(CAP_VENDOR, &body)
-    };
-    add(1, COMMON, common::LENGTH, &[]);
-    let notify_length = info.queues * NOTIFY_MULTIPLIER as usize;
-    add(2, NOTIFY, notify_length, &NOTIFY_MULTIPLIER.to_le_bytes());
-    add(3, ISR, 1, &[]);
-    add(4, DEVICE, CONFIG_LENGTH, &[]);
-    let window = add(5, 0, 0, &[0; 4]);
-    config.allow(window + 4, &[0xff]);
-    config.allow(window + WINDOW_OFFSET, &[0xff; 12]);
-    (config, msix, window)
+/// Fills `data` from `source` at `offset`; bytes beyond its end read as 0.
+fn copy_from(source: &[u8], offset: usize, data: &mut [u8]) {
+    for (at, byte) in (offset..).zip(data) {
+        *byte = source.get(at).copied().unwrap_or(0);
+    }
 }
 
-impl Function for VirtioPci {
+impl PciFunction for VirtioPci {
     fn read_config(&self, offset: usize, data: &mut [u8]) {
         let state = &mut *self.lock();
-        if overlaps(offset, data.len(), state.window + WINDOW_DATA)
-            && let Some((at, length)) = Self::window(state)
+        if state.pci.touches_access_data(offset, data.len())
+            && let Some((at, length)) = state.pci.described_access()
         {
             let mut value = [0; 4];
             self.read_structure(state, at, &mut value[..length]);
-            state
-                .config
-                .set(state.window + WINDOW_DATA, &value[..length]);
+            let access_data = state.pci.access_data();
+            state.pci.space.set(access_data, &value[..length]);
         }
-        state.config.read(offset, data);
+        state.pci.space.read(offset, data);
     }
 
     fn write_config(&self, offset: usize, data: &[u8]) {
         let state = &mut *self.lock();
-        state.config.write(offset, data);
-        if overlaps(offset, data.len(), state.window + WINDOW_DATA)
-            && let Some((at, length)) = Self::window(state)
+        state.pci.space.write(offset, data);
+        if state.pci.touches_access_data(offset, data.len())
+            && let Some((at, length)) = state.pci.described_access()
         {
-            let value = state.config.long(state.window + WINDOW_DATA).to_le_bytes();
+            let value = state.pci.space.long(state.pci.access_data()).to_le_bytes();
             self.write_structure(state, at, &value[..length]);
         }
-        let control = state.config.word(state.msix_capability + 2);
-        state.msix.set_control(control);
+        state.msix.set_control(state.pci.msix_control());
         state.sync();
     }
 
     fn bar(&self) -> Option<Range<u64>> {
-        let state = self.lock();
-        let enabled = state.config.word(register::COMMAND) & config::command::MEMORY != 0;
-        let base = u64::from(state.config.long(register::BAR0));
-        enabled.then_some(base..base + u64::from(BAR_SIZE))
+        let base = self.lock().pci.bar_address()?;
+        Some(base..base + u64::from(BAR_SIZE))
     }
 
     fn read_bar(&self, offset: u64, data: &mut [u8]) {
@@ -440,22 +404,18 @@ impl Function for VirtioPci {
 
     fn reset(&self) {
         let state = &mut *self.lock();
-        (state.config, state.msix_capability, state.window) = config_space(&self.info, self.index);
+        state.pci = VirtioConfigSpace::new(self.virtio_id, self.queues, self.index);
         state.msix.reset();
-        state.common.reset();
-        state.notifiers.forget();
+        state.common_config.reset();
+        state.interrupts.clear_pending();
         state.sync();
     }
 }
 
-fn overlaps(offset: usize, len: usize, window: usize) -> bool {
-    offset < window + 4 && window < offset + len
-}
-
-impl Sink for VirtioPci {
+impl IntxHandler for VirtioPci {
     fn notified(&self, source: usize) {
         let state = &mut *self.lock();
-        if state.notifiers.note(source) {
+        if state.interrupts.set_isr(source) {
             state.sync();
         }
     }

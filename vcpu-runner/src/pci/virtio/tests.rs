@@ -1,6 +1,6 @@
-//! What virtio 1.2 requires of the device in sections 2.1 to 2.6 and 4.1, each
-//! requirement a test named after it. (Section 2.7, the rings themselves, is the
-//! device processes' part: `tests/tests/contract.rs`.)
+//! The requirements of virtio 1.2 sections 2.1 to 2.6 and 4.1 on the device. Each test is
+//! named after the section of its requirement. (The device processes implement section
+//! 2.7, the virtqueues: see `tests/tests/contract.rs`.)
 
 mod interrupts;
 mod requirements_2;
@@ -8,17 +8,17 @@ mod requirements_4_1;
 
 use std::sync::{Arc, Mutex};
 
-use super::backend::{Backend, Request};
-use super::common::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK};
+use super::common_config::status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK};
+use super::request::{TransportRequest, TransportRequestHandler};
 use super::*;
 use crate::pci::config::{command, register};
-use crate::vm::irq::{Gsi, Message};
+use crate::vm::irq::{Gsi, MsiMessage};
 use virtio_bindings::virtio_config::{VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1};
 
-/// A hypervisor that remembers what it was told.
+/// Records the calls instead of making KVM ioctls.
 #[derive(Default)]
-struct Recorder {
-    routes: Mutex<Vec<Message>>,
+struct RecordingIrqRouting {
+    routes: Mutex<Vec<MsiMessage>>,
     /// Attached irqfds: descriptor and GSI.
     attached: Mutex<Vec<(i32, Gsi)>>,
     lines: Mutex<Vec<(Gsi, bool)>>,
@@ -27,22 +27,22 @@ struct Recorder {
 
 const FIRST_GSI: Gsi = 24;
 
-impl Interrupts for Recorder {
-    fn add_route(&self, message: Message) -> Result<Gsi, Error> {
+impl IrqRouting for RecordingIrqRouting {
+    fn add_route(&self, message: MsiMessage) -> Result<Gsi, Error> {
         let mut routes = self.routes.lock().unwrap();
         routes.push(message);
         Ok(FIRST_GSI + routes.len() as Gsi - 1)
     }
-    fn set_route(&self, gsi: Gsi, message: Message) -> Result<(), Error> {
+    fn set_route(&self, gsi: Gsi, message: MsiMessage) -> Result<(), Error> {
         self.routes.lock().unwrap()[(gsi - FIRST_GSI) as usize] = message;
         Ok(())
     }
-    fn attach(&self, fd: &EventFd, gsi: Gsi) -> Result<(), Error> {
+    fn attach_irqfd(&self, fd: &EventFd, gsi: Gsi) -> Result<(), Error> {
         use std::os::fd::AsRawFd;
         self.attached.lock().unwrap().push((fd.as_raw_fd(), gsi));
         Ok(())
     }
-    fn detach(&self, fd: &EventFd, gsi: Gsi) -> Result<(), Error> {
+    fn detach_irqfd(&self, fd: &EventFd, gsi: Gsi) -> Result<(), Error> {
         use std::os::fd::AsRawFd;
         let mut attached = self.attached.lock().unwrap();
         let at = attached.iter().position(|a| *a == (fd.as_raw_fd(), gsi));
@@ -53,11 +53,11 @@ impl Interrupts for Recorder {
         self.lines.lock().unwrap().push((gsi, level));
         Ok(())
     }
-    fn add_doorbell(&self, _fd: &EventFd, address: u64) -> Result<(), Error> {
+    fn add_ioeventfd(&self, _fd: &EventFd, address: u64) -> Result<(), Error> {
         self.doorbells.lock().unwrap().push(address);
         Ok(())
     }
-    fn remove_doorbell(&self, _fd: &EventFd, address: u64) -> Result<(), Error> {
+    fn remove_ioeventfd(&self, _fd: &EventFd, address: u64) -> Result<(), Error> {
         let mut doorbells = self.doorbells.lock().unwrap();
         let at = doorbells.iter().position(|a| *a == address);
         doorbells.remove(at.expect("was there"));
@@ -66,31 +66,31 @@ impl Interrupts for Recorder {
 }
 
 #[derive(Default)]
-struct Requests(Mutex<Vec<Request>>);
+struct RecordedRequests(Mutex<Vec<TransportRequest>>);
 
-impl Backend for Requests {
-    fn request(&self, request: Request) {
+impl TransportRequestHandler for RecordedRequests {
+    fn submit(&self, request: TransportRequest) {
         self.0.lock().unwrap().push(request);
     }
 }
 
-/// A device under test, with a driver's view of it.
-struct Bench {
+/// A device under test and what a driver does with it.
+struct TestDevice {
     device: Arc<VirtioPci>,
-    requests: Arc<Requests>,
-    recorder: Arc<Recorder>,
+    requests: Arc<RecordedRequests>,
+    irq_routing: Arc<RecordingIrqRouting>,
 }
 
 const OFFERED: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_F_RING_RESET | 0b101;
 const QUEUES: usize = 3;
 
-fn bench() -> Bench {
-    bench_with(OFFERED, QUEUES)
+fn test_device() -> TestDevice {
+    test_device_with(OFFERED, QUEUES)
 }
 
-fn bench_with(features: u64, queues: usize) -> Bench {
-    let recorder = Arc::new(Recorder::default());
-    let requests = Arc::new(Requests::default());
+fn test_device_with(features: u64, queues: usize) -> TestDevice {
+    let irq_routing = Arc::new(RecordingIrqRouting::default());
+    let requests = Arc::new(RecordedRequests::default());
     let info = DeviceInfo {
         id: "dut".into(),
         virtio_id: 2,
@@ -99,18 +99,18 @@ fn bench_with(features: u64, queues: usize) -> Bench {
         queue_size: 256,
         config: (0..60).collect(),
     };
-    let interrupts: Arc<dyn Interrupts> = Arc::clone(&recorder) as _;
+    let interrupts: Arc<dyn IrqRouting> = Arc::clone(&irq_routing) as _;
     let intx = Intx::start(Arc::clone(&interrupts)).unwrap();
     let device = VirtioPci::new(info, 0, Arc::clone(&requests) as _, interrupts, intx).unwrap();
     device.write_config(register::COMMAND, &command::MEMORY.to_le_bytes());
-    Bench {
+    TestDevice {
         device,
         requests,
-        recorder,
+        irq_routing,
     }
 }
 
-impl Bench {
+impl TestDevice {
     fn read<const N: usize>(&self, offset: u64) -> [u8; N] {
         let mut data = [0; N];
         self.device.read_bar(offset, &mut data);
@@ -160,14 +160,14 @@ impl Bench {
         self.set64(reg::QUEUE_DEVICE, 0x3000);
         self.set16(reg::QUEUE_ENABLE, 1);
     }
-    /// A driver that does everything right up to DRIVER_OK, with queues 0 and 1.
-    fn go_live(&self) {
+    /// Does what a driver does up to DRIVER_OK, with queues 0 and 1.
+    fn activate(&self) {
         self.accept(OFFERED);
         self.set_up_queue(0);
         self.set_up_queue(1);
         self.add_status(DRIVER_OK);
     }
-    fn taken(&self) -> Vec<Request> {
+    fn take_requests(&self) -> Vec<TransportRequest> {
         std::mem::take(&mut *self.requests.0.lock().unwrap())
     }
     fn config<const N: usize>(&self, offset: usize) -> [u8; N] {
@@ -214,7 +214,7 @@ impl Bench {
         self.set32(entry + 12, u32::from(masked));
     }
     fn attached(&self) -> Vec<Gsi> {
-        let attached = self.recorder.attached.lock().unwrap();
+        let attached = self.irq_routing.attached.lock().unwrap();
         attached.iter().map(|a| a.1).collect()
     }
 }

@@ -1,4 +1,4 @@
-//! Kernel images: ELF and bzImage, by crate linux-loader.
+//! Loads kernel images, ELF and bzImage, with crate linux-loader.
 
 use std::mem::offset_of;
 use std::os::unix::fs::FileExt;
@@ -17,30 +17,30 @@ use crate::layout::HIGH_MEMORY;
 use crate::vm::memory::Ram;
 
 const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
-/// The 64-bit entry point of a bzImage, from where it was loaded.
+/// Offset of the 64-bit entry point of a bzImage.
 const ENTRY_64: u64 = 0x200;
-/// Unit of a bzImage's real-mode part in bytes.
+/// Unit of the length of the real-mode part of a bzImage, in bytes.
 const SECTOR: u64 = 512;
 
-/// How a kernel wants to be entered.
-pub(super) enum Protocol {
+/// The boot protocol of a kernel.
+pub(super) enum BootProtocol {
     /// Xen's PVH boot protocol.
     Pvh,
-    /// Linux' 64-bit boot protocol; a bzImage has a setup header.
+    /// The 64-bit boot protocol of Linux; a bzImage has a setup header.
     Linux64(Option<setup_header>),
 }
 
 /// A loaded kernel.
-pub(super) struct Image {
-    pub protocol: Protocol,
+pub(super) struct LoadedKernel {
+    pub protocol: BootProtocol,
     /// Address of its first instruction.
     pub entry: u64,
-    /// First byte after all that it needs at first.
+    /// First byte after the memory that it uses at first.
     pub end: u64,
 }
 
 /// Loads `kernel` into `ram`.
-pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<Image, Error> {
+pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<LoadedKernel, Error> {
     let mut magic = [0; 4];
     let mut file = &kernel.file;
     kernel
@@ -50,21 +50,21 @@ pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<Image, Error> {
     let highest = Some(GuestAddress(HIGH_MEMORY));
     let image = if magic == ELF_MAGIC {
         let headers = ElfHeaders::read(kernel)?;
-        check_whole(kernel, headers.whole)?;
+        check_length(kernel, headers.length)?;
         let loaded = Elf::load(ram.memory(), None, &mut file, None).map_err(|e| match e {
-            // The file is whole, so it is memory that is missing.
+            // The file is complete, so it is memory that is missing.
             loader::Error::Elf(elf::Error::ReadKernelImage) => too_large(kernel, ram),
             other => kernel.error(format!("not a kernel: {other}")),
         })?;
         let (protocol, entry) = match loaded.pvh_boot_cap {
-            PvhBootCapability::PvhEntryPresent(address) => (Protocol::Pvh, address.0),
-            // FreeBSD's kernel names an interpreter too, and has a PVH entry point.
+            PvhBootCapability::PvhEntryPresent(address) => (BootProtocol::Pvh, address.0),
+            // The kernel of FreeBSD has an interpreter as well, and a PVH entry point.
             _ if headers.has_interpreter => {
                 return Err(kernel.error("a program for Linux, not a kernel"));
             }
-            _ => (Protocol::Linux64(None), loaded.kernel_load.0),
+            _ => (BootProtocol::Linux64(None), loaded.kernel_load.0),
         };
-        Image {
+        LoadedKernel {
             protocol,
             entry,
             end: loaded.kernel_end,
@@ -82,7 +82,7 @@ pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<Image, Error> {
             })?;
         let header = loaded
             .setup_header
-            .ok_or_else(|| kernel.error("a bzImage without setup header"))?;
+            .ok_or_else(|| kernel.error("a bzImage without a setup header"))?;
         if header.xloadflags & XLF_KERNEL_64 == 0 {
             return Err(kernel.error("a bzImage without 64-bit entry point"));
         }
@@ -90,25 +90,25 @@ pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<Image, Error> {
             0 => 4,
             count => u64::from(count),
         };
-        check_whole(
+        check_length(
             kernel,
             (sectors + 1) * SECTOR + u64::from(header.syssize) * 16,
         )?;
         let start = loaded.kernel_load.0;
-        // It unpacks itself to its preferred address and needs this much there.
+        // It decompresses itself to its preferred address and needs this much memory there.
         let unpacked = header
             .pref_address
             .max(start)
             .saturating_add(header.init_size.into());
-        Image {
-            protocol: Protocol::Linux64(Some(header)),
+        LoadedKernel {
+            protocol: BootProtocol::Linux64(Some(header)),
             entry: start + ENTRY_64,
             end: loaded.kernel_end.max(unpacked),
         }
     };
     if image.end > ram.low_end() {
         return Err(kernel.error(format!(
-            "it needs memory up to {:#x}, and there is none beyond {:#x}",
+            "it needs memory up to {:#x}, but RAM below the device hole ends at {:#x}",
             image.end,
             ram.low_end()
         )));
@@ -116,21 +116,21 @@ pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<Image, Error> {
     Ok(image)
 }
 
-/// Refuses a file that ends before it should.
-fn check_whole(kernel: &NamedFile, whole: u64) -> Result<(), Error> {
+/// Checks that the file has at least `length` bytes.
+fn check_length(kernel: &NamedFile, length: u64) -> Result<(), Error> {
     let size = kernel.size()?;
-    if size < whole {
-        return Err(kernel.error(format!("truncated: it has {size} bytes of {whole}")));
+    if size < length {
+        return Err(kernel.error(format!("truncated: it has {size} bytes of {length}")));
     }
     Ok(())
 }
 
-/// What the headers of an ELF file say.
+/// What the runner needs of the headers of an ELF file.
 struct ElfHeaders {
-    /// How long the file is at least: up to the end of its last segment and of its
-    /// section headers, which linkers put last.
-    whole: u64,
-    /// Whether it asks for a program that loads it (PT_INTERP in elf(5)).
+    /// The least length of the file: up to the end of its last segment, and of its section
+    /// headers, which linkers put last.
+    length: u64,
+    /// It has a PT_INTERP segment (elf(5)), so a dynamic linker has to load it.
     has_interpreter: bool,
 }
 
@@ -147,7 +147,7 @@ impl ElfHeaders {
         let sections = word64(&header, offset_of!(Elf64_Ehdr, e_shoff));
         let section_size = word16(&header, offset_of!(Elf64_Ehdr, e_shentsize));
         let section_count = word16(&header, offset_of!(Elf64_Ehdr, e_shnum));
-        let mut whole = sections.saturating_add(section_size * section_count);
+        let mut length = sections.saturating_add(section_size * section_count);
         let mut has_interpreter = false;
 
         let segments = word64(&header, offset_of!(Elf64_Ehdr, e_phoff));
@@ -158,12 +158,12 @@ impl ElfHeaders {
             read(kernel, &mut segment, at)?;
             let start = word64(&segment, offset_of!(Elf64_Phdr, p_offset));
             let size = word64(&segment, offset_of!(Elf64_Phdr, p_filesz));
-            whole = whole.max(start.saturating_add(size));
+            length = length.max(start.saturating_add(size));
             let kind = word32(&segment, offset_of!(Elf64_Phdr, p_type));
             has_interpreter |= kind == PT_INTERP;
         }
         Ok(ElfHeaders {
-            whole,
+            length,
             has_interpreter,
         })
     }
@@ -173,10 +173,10 @@ fn read(kernel: &NamedFile, bytes: &mut [u8], at: u64) -> Result<(), Error> {
     kernel
         .file
         .read_exact_at(bytes, at)
-        .map_err(|_| kernel.error("truncated: an ELF file without all of its headers"))
+        .map_err(|_| kernel.error("truncated: an ELF file whose headers are incomplete"))
 }
 
-/// The little-endian number at `at`.
+/// Read the little-endian number at `at`.
 fn word64(bytes: &[u8], at: usize) -> u64 {
     let mut word = [0; 8];
     word.copy_from_slice(&bytes[at..at + 8]);
@@ -196,6 +196,6 @@ fn word16(bytes: &[u8], at: usize) -> u64 {
 fn too_large(kernel: &NamedFile, ram: &Ram) -> Error {
     let end = ram.low_end();
     kernel.error(format!(
-        "it does not fit into memory, which ends at {end:#x}"
+        "it does not fit into RAM, which ends at {end:#x} below the device hole"
     ))
 }

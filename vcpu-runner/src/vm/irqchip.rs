@@ -1,4 +1,5 @@
-//! The kernel's interrupt controllers and timer at power-on.
+//! The state of KVM's interrupt controllers (PICs and I/O APIC) and timer at power-on,
+//! which a reset restores.
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
@@ -7,19 +8,19 @@ use kvm_bindings::{
 use super::Vm;
 use crate::Error;
 
-/// Their registers.
-pub struct Chips {
-    irqchips: Vec<kvm_irqchip>,
+/// The captured state.
+pub struct Irqchip {
+    controllers: Vec<kvm_irqchip>,
     pit: kvm_pit_state2,
 }
 
-impl Chips {
-    /// Takes them down from a machine that has not run.
+impl Irqchip {
+    /// Reads the state of a VM that has not run.
     ///
     /// # Errors
-    /// KVM's.
+    /// When a KVM ioctl fails.
     pub fn capture(vm: &Vm) -> Result<Self, Error> {
-        let irqchips = [
+        let controllers = [
             KVM_IRQCHIP_PIC_MASTER,
             KVM_IRQCHIP_PIC_SLAVE,
             KVM_IRQCHIP_IOAPIC,
@@ -37,15 +38,15 @@ impl Chips {
         })
         .collect::<Result<_, Error>>()?;
         let pit = vm.fd().get_pit2().map_err(Error::kvm("KVM_GET_PIT2"))?;
-        Ok(Chips { irqchips, pit })
+        Ok(Irqchip { controllers, pit })
     }
 
-    /// Puts them back.
+    /// Writes the state back.
     ///
     /// # Errors
-    /// KVM's.
+    /// When a KVM ioctl fails.
     pub fn restore(&self, vm: &Vm) -> Result<(), Error> {
-        for chip in &self.irqchips {
+        for chip in &self.controllers {
             vm.fd()
                 .set_irqchip(chip)
                 .map_err(Error::kvm("KVM_SET_IRQCHIP"))?;
