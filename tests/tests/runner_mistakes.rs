@@ -56,7 +56,7 @@ fn options_that_are_wrong_repeated_or_contradict_each_other() {
         mistake(
             "--kernel k --on-loss wait:3",
             USAGE,
-            &["--on-loss", "wait has no limit"],
+            &["--on-loss", "wait takes no time limit"],
         ),
         mistake("--kernel k --on-loss stop:x", USAGE, &["stop:x", "seconds"]),
         mistake("--kernel k --load i@0", USAGE, &["--kernel", "--load"]),
@@ -104,12 +104,12 @@ fn options_that_are_wrong_repeated_or_contradict_each_other() {
         mistake(
             "--kernel k --device d,type=block,socket=/a --device e,type=net,socket=/a",
             USAGE,
-            &["device e", "twice"],
+            &["device e", "same socket"],
         ),
         mistake(
             "--kernel k --device d,type=block,socket=/a --platform socket=/a",
             USAGE,
-            &["device d", "twice"],
+            &["device d", "same socket"],
         ),
     ]);
 }

@@ -167,7 +167,7 @@ fn a_guest_that_cannot_go_on_shows_its_registers_once() {
             &[
                 "vCPU 0: cannot go on",
                 "code at 0xd0000000: not readable",
-                "no RAM",
+                "not RAM",
             ],
             &["vCPU 0", "KVM internal error"],
         ),

@@ -196,7 +196,7 @@ fn a_stopped_disk_has_a_deadline_and_its_successor_waits_for_its_end() {
     let other = machine.directory().join("other.sock");
     let successor = disk(&image(&machine), &other, []);
     let error = swap(&machine, &other).unwrap_err();
-    assert!(error.contains("is there still: end it first"), "{error}");
+    assert!(error.contains("is still there: end it first"), "{error}");
     machine.process("disk0").signal(Signal::KILL);
     let outage = swap(&machine, &other).unwrap();
     eprintln!("stopped for {outage:?}");
@@ -208,7 +208,7 @@ fn a_stopped_disk_has_a_deadline_and_its_successor_waits_for_its_end() {
     machine.process("disk0").signal(Signal::STOP);
     let refused = machine.control("reset").error.unwrap();
     assert!(
-        refused.contains("is there still: end it first"),
+        refused.contains("is still there: end it first"),
         "{refused}"
     );
     assert_eq!(state(&machine), DeviceState::Lost);

@@ -285,7 +285,7 @@ fn a_process_that_stands_still_is_waited_for_or_replaced() {
         match command {
             "swap" => assert!(chaos.swap(&other.socket()).is_err()),
             // It could write into the memory of the guest that boots then.
-            "reset" => assert!(chaos.refused("reset").contains("is there still")),
+            "reset" => assert!(chaos.refused("reset").contains("is still there")),
             command => chaos.order(command),
         }
         println!("{command}: answered in {:?}", asked.elapsed());

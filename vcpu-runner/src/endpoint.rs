@@ -27,6 +27,6 @@ pub fn parse(text: &str) -> Result<Endpoint, String> {
             .filter(|&fd| fd >= 0)
             .map(Endpoint::Fd)
             .ok_or_else(|| format!("fd={fd} is not a file descriptor number")),
-        _ => Err(format!("{text:?} is not socket=PATH or fd=N")),
+        _ => Err("it is not socket=PATH or fd=N".into()),
     }
 }

@@ -35,9 +35,7 @@ impl FromStr for LoadSpec {
                 path: path.into(),
                 address: address(at)?,
             }),
-            _ => Err(format!(
-                "{text:?} is not FILE@ADDR, such as bios.bin@0xf0000"
-            )),
+            _ => Err("it is not FILE@ADDR, such as bios.bin@0xf0000".into()),
         }
     }
 }

@@ -48,16 +48,12 @@ impl FromStr for OnLoss {
             None => Duration::ZERO,
             Some(Ok(seconds)) => Duration::from_secs(seconds.into()),
             Some(Err(_)) => {
-                return Err(format!(
-                    "{text:?}: what follows the colon is not a number of seconds"
-                ));
+                return Err("what follows the colon is not a number of seconds".into());
             }
         };
         match word {
             "wait" if seconds.is_none() => Ok(OnLoss::Wait),
-            "wait" => Err(format!(
-                "{text:?}: wait takes no time limit; error and stop do"
-            )),
+            "wait" => Err("wait takes no time limit; error and stop do".into()),
             "error" => Ok(OnLoss::Error(limit)),
             "stop" => Ok(OnLoss::Stop(limit)),
             _ => Err(format!("{word:?} is not one of wait, error, stop")),

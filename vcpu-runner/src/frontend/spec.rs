@@ -57,9 +57,7 @@ impl FromStr for DeviceSpec {
         let mut parts = text.split(',');
         let id = parts.next().unwrap_or_default().to_owned();
         if id.is_empty() || id.contains('=') {
-            return Err(format!(
-                "{text:?} does not begin with the device's name: ID,type=…"
-            ));
+            return Err("it does not begin with the name of the device: ID,type=…".into());
         }
         let (mut virtio_id, mut endpoint) = (None, None);
         let (mut queues, mut queue_size) = (None, None);
