@@ -6,7 +6,7 @@ use clap::{Command, CommandFactory};
 pub fn programs() -> Vec<Command> {
     vec![
         outrigger::Options::command(),
-        vcpu_runner::options::Options::command(),
+        vcpu_runner::options::RunnerOptions::command(),
         device_disk::DiskOptions::command(),
         device_net::NetOptions::command(),
         device_console::ConsoleOptions::command(),

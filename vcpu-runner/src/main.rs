@@ -10,13 +10,13 @@ use outrigger_protocol::exit;
 use outrigger_sandbox::SandboxMode;
 use vcpu_runner::Error;
 use vcpu_runner::machine::{Machine, MachineExit};
-use vcpu_runner::options::Options;
+use vcpu_runner::options::RunnerOptions;
 use vcpu_runner::{policy, probe, signals, vcpu};
 
 const NAME: &str = "vcpu-runner";
 
 fn main() -> ExitCode {
-    let options: Options = outrigger_cli::parse();
+    let options: RunnerOptions = outrigger_cli::parse();
     if let Err(error) = options.check() {
         report_error(NAME, error);
         return ExitCode::from(exit::USAGE);
@@ -44,7 +44,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(options: &Options) -> anyhow::Result<MachineExit> {
+fn run(options: &RunnerOptions) -> anyhow::Result<MachineExit> {
     signals::block();
     signals::raise_file_limit();
     vcpu::handle::install_kick_handler();

@@ -18,7 +18,7 @@ use crate::vm::memory::MemorySpec;
 /// Runs the vCPUs of a virtual machine whose devices are other processes.
 #[derive(Parser, Clone, Debug)]
 #[command(name = "vcpu-runner", version)]
-pub struct Options {
+pub struct RunnerOptions {
     /// Kernel to boot: ELF (PVH or 64-bit entry) or bzImage
     #[arg(long, value_name = "FILE", required_unless_present_any = ["loads", "probe"])]
     pub kernel: Option<PathBuf>,
@@ -36,13 +36,13 @@ pub struct Options {
     )]
     pub cmdline: String,
 
-    /// In place of a kernel: a file to copy to an address of guest memory as it
-    /// is; may be given several times
+    /// File to copy to an address of guest memory, instead of a kernel; may be given
+    /// several times
     #[arg(long = "load", value_name = "FILE@ADDR", conflicts_with = "kernel")]
     pub loads: Vec<LoadSpec>,
 
-    /// How to start what was loaded: in real mode at 0xffff0, in 32-bit protected
-    /// mode or in 64-bit long mode at 0x100000, or at ADDR [default: real]
+    /// Mode to start in and address of the first instruction: real mode at 0xffff0, 32-bit
+    /// protected mode or 64-bit long mode at 0x100000, or at ADDR [default: real]
     #[arg(
         long,
         value_name = "real|protected|long[=ADDR]",
@@ -51,20 +51,20 @@ pub struct Options {
     )]
     pub entry: Option<EntrySpec>,
 
-    /// Print each vCPU's registers before the run, as is done when it cannot go on
+    /// Print the registers of each vCPU before it runs, as for a vCPU that cannot go on
     #[arg(long)]
     pub show_regs: bool,
 
-    /// Print what this host offers; exit code 1 if guests cannot run here
+    /// Report what this host offers; exit code 1 if guests cannot run here
     #[arg(long, conflicts_with_all = [
         "kernel", "initrd", "cmdline", "loads", "entry", "show_regs", "memory", "cpus",
         "devices", "platform", "control", "events", "on_reset", "sandbox",
     ])]
     pub probe: bool,
 
-    /// Form of what --probe prints [default: text]
+    /// Format of the report of --probe [default: text]
     #[arg(long, value_enum)]
-    pub format: Option<Format>,
+    pub format: Option<ProbeFormat>,
 
     /// Guest RAM
     #[arg(
@@ -86,7 +86,7 @@ pub struct Options {
     )]
     pub devices: Vec<DeviceSpec>,
 
-    /// Process that answers port and memory accesses which nobody claims
+    /// Process that emulates the port and memory accesses that no PCI device handles
     #[arg(long, value_name = "socket=PATH|fd=N", value_parser = endpoint::parse)]
     pub platform: Option<Endpoint>,
 
@@ -94,18 +94,18 @@ pub struct Options {
     #[arg(long, value_name = "PATH", value_parser = socket::path_parser())]
     pub control: Option<PathBuf>,
 
-    /// Where to report events: an inherited descriptor or a file
+    /// Where to write events: an inherited descriptor or a file
     #[arg(long, value_name = "FD|PATH")]
     pub events: Option<String>,
 
-    /// What becomes of a device whose process is lost: it waits for another, for
-    /// ever; or, if none comes in time, the guest is told that the device needs a
-    /// reset, or the machine ends with code 5 [default: wait; stop for a device
+    /// What happens when the process of a device is lost: wait for another one without a
+    /// limit; or, if none has come in time, tell the guest that the device needs a reset
+    /// (error), or end the machine with code 5 (stop) [default: wait; stop for a device
     /// given by fd=]
     #[arg(long, value_name = "wait|error[:SECONDS]|stop[:SECONDS]")]
     pub on_loss: Option<OnLoss>,
 
-    /// What a guest's reset does
+    /// What happens when the guest resets the machine
     #[arg(long, value_enum, default_value_t = OnReset::Reset)]
     pub on_reset: OnReset,
 
@@ -113,7 +113,7 @@ pub struct Options {
     #[arg(long, value_name = "on|log|off", default_value_t = SandboxMode::Enforce)]
     pub sandbox: SandboxMode,
 
-    /// Form of the log on stderr
+    /// Format of the log on stderr
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
 
@@ -122,17 +122,17 @@ pub struct Options {
     pub log_level: String,
 }
 
-/// Form of the report of `--probe`.
+/// Format of the report of `--probe`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Format {
-    /// For people
+pub enum ProbeFormat {
+    /// Lines of text
     #[default]
     Text,
     /// One JSON object
     Json,
 }
 
-/// What a guest's reset does.
+/// What happens when the guest resets the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnReset {
     /// The machine starts again
@@ -141,7 +141,7 @@ pub enum OnReset {
     Exit,
 }
 
-impl Options {
+impl RunnerOptions {
     /// Checks for options that contradict each other, which the parser does not.
     ///
     /// # Errors

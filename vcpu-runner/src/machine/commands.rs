@@ -57,8 +57,8 @@ impl Machine {
             ControlCommand::Resize { .. }
             | ControlCommand::Flush { .. }
             | ControlCommand::Stats { .. } => {
-                let why = "this is the runner, which knows no disks: use the control socket of \
-                           the disk";
+                let why = "this is the runner, which knows no disks: use the disk's own \
+                           control socket";
                 responder.reply(&ControlReply::error(ErrorCode::NotSupported, why));
                 return None;
             }

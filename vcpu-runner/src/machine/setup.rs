@@ -10,7 +10,7 @@ use crate::Error;
 use crate::boot::cpuid;
 use crate::events::EventStream;
 use crate::frontend::{ConnectedDevice, Watchdog};
-use crate::options::Options;
+use crate::options::RunnerOptions;
 use crate::pci::PciFunction;
 use crate::pci::bus::PciBus;
 use crate::pci::intx::Intx;
@@ -29,7 +29,7 @@ impl Machine {
     ///
     /// # Errors
     /// The first thing that fails.
-    pub fn new(options: &Options) -> Result<Self, Error> {
+    pub fn new(options: &RunnerOptions) -> Result<Self, Error> {
         options.memory.check_host()?;
         let events = EventStream::open(options.events.as_deref())?;
         let boot = options.boot_source()?;

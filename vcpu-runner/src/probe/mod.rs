@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::Error;
 use crate::error::kvm_open_remedy;
-use crate::options::Format;
+use crate::options::ProbeFormat;
 use crate::vm::capabilities::{
     DEVICE, KvmCapability, OPTIONAL_CAPABILITIES, REQUIRED_CAPABILITIES,
 };
@@ -118,12 +118,12 @@ impl KvmReport {
 }
 
 /// Prints the report to standard output; returns the exit code.
-pub fn run(format: Format) -> u8 {
+pub fn run(format: ProbeFormat) -> u8 {
     use std::io::Write as _;
     let report = HostReport::gather();
     let text = match format {
-        Format::Text => text::render(&report),
-        Format::Json => serde_json::to_string(&report).unwrap_or_default() + "\n",
+        ProbeFormat::Text => text::render(&report),
+        ProbeFormat::Json => serde_json::to_string(&report).unwrap_or_default() + "\n",
     };
     if let Err(error) = std::io::stdout().lock().write_all(text.as_bytes()) {
         report_error("vcpu-runner", format!("--probe: standard output: {error}"));

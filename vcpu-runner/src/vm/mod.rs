@@ -46,8 +46,8 @@ impl Vm {
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr() as u64,
             };
-            // SAFETY: the mapping belongs to `ram`, which the machine keeps for
-            // as long as the VM exists.
+            // SAFETY: KVM accesses the mapping only while a vCPU runs, and the threads of
+            // vCPUs hold `ram` (see `VcpuShared`).
             unsafe { fd.set_user_memory_region(slot) }
                 .map_err(Error::kvm("KVM_SET_USER_MEMORY_REGION"))?;
         }
