@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
+use outrigger_cli::choices::OnReset;
 use outrigger_cli::{LogFormat, socket};
 use outrigger_sandbox::SandboxMode;
 
@@ -130,15 +131,6 @@ pub enum ProbeFormat {
     Text,
     /// One JSON object
     Json,
-}
-
-/// What happens when the guest resets the machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum OnReset {
-    /// The machine starts again
-    Reset,
-    /// The runner exits with code 3
-    Exit,
 }
 
 impl RunnerOptions {

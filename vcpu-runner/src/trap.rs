@@ -319,7 +319,7 @@ impl TrapChannel {
         irq_routing: &dyn IrqRouting,
         events: impl Fn(PlatformEvent),
     ) {
-        let _span = tracing::info_span!("platform", device = "platform").entered();
+        let _span = tracing::error_span!("platform", device = "platform").entered();
         let mut lost_at: Option<Instant> = None;
         loop {
             let outage = lost_at.map(|at| at.elapsed());

@@ -5,6 +5,7 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
+use outrigger_cli::choices::OnReset;
 use outrigger_control_socket::Responder;
 use outrigger_protocol::control::{ControlCommand, ControlReply, MachineEvent, MachineState};
 use outrigger_protocol::{ErrorCode, exit};
@@ -13,7 +14,6 @@ use super::{Machine, MachineExit};
 use crate::Error;
 use crate::control::ControlRequest;
 use crate::frontend::{MESSAGE_DEADLINE, SwapFailure, VhostUserDevice};
-use crate::options::OnReset;
 use crate::vcpu::handle::VcpuCommand;
 
 /// How long a vCPU may take to park.

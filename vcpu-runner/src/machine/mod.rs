@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender};
+use outrigger_cli::choices::OnReset;
 use outrigger_cli::socket::BoundSocket;
 use outrigger_protocol::control::{DeviceState, MachineEvent, MachineState};
 use outrigger_protocol::exit;
@@ -21,7 +22,6 @@ use crate::boot::BootSource;
 use crate::control::ControlRequest;
 use crate::events::EventStream;
 use crate::frontend::{DeviceEvent, OnLoss};
-use crate::options::OnReset;
 use crate::status::SharedStatus;
 use crate::trap::PlatformEvent;
 use crate::vcpu::handle::{VcpuCommand, VcpuHandle};

@@ -110,7 +110,7 @@ impl DeviceTask {
     }
 
     pub fn run(mut self) {
-        let _span = tracing::info_span!("device_task", device = self.device.id()).entered();
+        let _span = tracing::error_span!("device_task", device = self.device.id()).entered();
         loop {
             if let Err(error) = self.run_once() {
                 if self.link.connection().is_none() {
