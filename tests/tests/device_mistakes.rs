@@ -233,7 +233,7 @@ fn images() {
             (
                 "--socket-path @/s --blk-file @/empty",
                 FAILED,
-                "--blk-file @/empty: it is empty: no disk has 0 bytes",
+                "--blk-file @/empty: it is empty: a disk has at least one sector",
             ),
             (
                 "--socket-path @/s",
@@ -310,7 +310,7 @@ fn an_image_that_may_only_be_read() {
         .spawn();
     let line = format!(
         "device-disk: --blk-file {}: it cannot be written: Permission denied (os error 13) \
-         (--read-only serves it as it is)",
+         (use --read-only to serve it read-only)",
         image.display()
     );
     expect(&process, FAILED, &line);

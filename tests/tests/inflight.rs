@@ -506,7 +506,11 @@ fn tables_without_sense_stop_a_queue_and_nothing_else() {
     world.table = Some((shape, file));
     let frontend = world.connect(&process).unwrap();
     for queue in 0..QUEUES {
-        complains(&process, &format!("queue {queue}: inflight table: "), 1);
+        complains(
+            &process,
+            &format!("queue={queue} error=inflight table: "),
+            1,
+        );
     }
     // It answers, and serves the next front end.
     frontend.get_features().unwrap();

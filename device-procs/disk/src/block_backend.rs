@@ -1,5 +1,5 @@
-//! The disk as all its queues share it: the image, how it is cached, and what the driver
-//! has set.
+//! The block back end that all queues share: the image, how it is cached, and what the
+//! driver has set.
 
 use std::fs::File;
 use std::io;
@@ -12,10 +12,13 @@ use device_vhost_user::ConfigSpace;
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
 use crate::config;
+use crate::guest_iovec::GuestIovec;
 use crate::image::{Geometry, Image};
+use crate::io_engine::IoOp;
 use crate::stats::StatsRecorder;
+use crate::transfer::{VectoredIo, transfer};
 
-/// How writes get to the medium.
+/// How writes get to the disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum CacheMode {
     /// Through the host's page cache; a flush puts them onto the medium
@@ -27,118 +30,119 @@ pub enum CacheMode {
     Unsafe,
 }
 
-/// What all queues share.
+/// The block back end.
 pub struct BlockBackend {
-    /// Where things are.
+    /// The image.
     pub image: Box<dyn Image>,
-    /// The way past the page cache, if that is taken.
-    pub direct: Option<Direct>,
-    /// How writes get to the medium.
+    /// The image's file for direct I/O (`--cache none`).
+    pub direct: Option<DirectFile>,
+    /// How writes get to the disk.
     pub cache: CacheMode,
-    /// The file is memory: reading it never waits for a medium.
-    pub is_memory: bool,
-    /// Block size that the guest sees, in bytes.
-    block: u32,
-    /// Answer to GET_ID.
+    /// The image's file is in memory (tmpfs), so reading it never waits.
+    is_memory: bool,
+    /// Logical block size that the guest sees, in bytes.
+    block_size: u32,
+    /// Serial number, the answer to GET_ID.
     pub serial: String,
-    /// What the driver reads.
+    /// The configuration space.
     pub config: ConfigSpace,
-    /// One for each queue.
+    /// The statistics of each queue.
     pub recorders: Vec<StatsRecorder>,
-    /// Writes may stay in a cache until the next flush (virtio 1.2 section 5.2.6.2).
+    /// Writes may stay in a volatile cache until a flush (virtio 1.2 section 5.2.6.2).
     writeback: AtomicBool,
-    /// Queues that run.
-    running: Mutex<usize>,
+    /// Number of queues that run. The lock also serialises changes of the geometry and of
+    /// the configuration space, so that the last announcement tells of the last change.
+    running_queues: Mutex<usize>,
 }
 
-/// The file once more, past the page cache.
-pub struct Direct {
+/// The image's file, open for direct I/O.
+pub struct DirectFile {
     file: File,
-    /// What offsets and lengths must be multiples of, in bytes.
+    /// Offsets and lengths must be multiples of this, in bytes.
     pub align: u64,
-    /// What addresses must be multiples of.
+    /// Addresses must be multiples of this.
     pub memory_align: usize,
 }
 
-impl Direct {
-    /// Opens `file` again.
+impl DirectFile {
+    /// Opens `file` again with O_DIRECT.
     ///
     /// # Errors
-    /// When the file system has no such thing.
+    /// The file system does not support O_DIRECT, or /proc is not there.
     pub fn new(file: BorrowedFd<'_>) -> io::Result<Self> {
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let access = rustix::fs::fcntl_getfl(file)? & OFlags::ACCMODE;
         let flags = access | OFlags::DIRECT | OFlags::CLOEXEC;
         let file = File::from(rustix::fs::open(path, flags, rustix::fs::Mode::empty())?);
-        // A file system that does not say takes what a block device takes.
-        let said = rustix::fs::statx(&file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
-        let (memory, offset) = said
+        // A page is enough for a file system that does not report its alignment.
+        let stat = rustix::fs::statx(&file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
+        let (memory, offset) = stat
             .filter(|it| it.stx_mask & StatxFlags::DIOALIGN.bits() != 0)
             .map_or((0, 0), |it| (it.stx_dio_mem_align, it.stx_dio_offset_align));
         let or_page = |align: u32| if align == 0 { 4096 } else { align };
-        Ok(Direct {
+        Ok(DirectFile {
             file,
             align: or_page(offset).into(),
             memory_align: or_page(memory) as usize,
         })
     }
 
-    /// Whether a transfer can go this way.
+    /// Whether a transfer can use direct I/O.
     pub fn takes(&self, offset: u64, len: u64) -> bool {
         (offset | len).is_multiple_of(self.align)
     }
 
-    /// Whether `memory` must be copied for it.
-    pub fn must_bounce(&self, memory: &[libc::iovec]) -> bool {
-        let mut pieces = memory.iter();
-        pieces.any(|it| {
-            !(it.iov_base as usize | it.iov_len).is_multiple_of(self.memory_align)
-                || !(it.iov_len as u64).is_multiple_of(self.align)
+    /// Whether `memory` is not aligned for direct I/O.
+    pub fn needs_bounce_buffer(&self, memory: &[GuestIovec]) -> bool {
+        memory.iter().any(|it| {
+            !(it.base() as usize | it.len()).is_multiple_of(self.memory_align)
+                || !(it.len() as u64).is_multiple_of(self.align)
         })
     }
 }
 
-impl AsFd for Direct {
+impl AsFd for DirectFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 }
 
 impl BlockBackend {
-    /// A disk before any driver, which sees blocks of `block` bytes or of the medium's
-    /// size, and has `queues` queues.
+    /// A back end with `queues` queues. The guest sees blocks of `block_size` bytes, by
+    /// default the smallest that the medium allows.
     ///
     /// # Errors
-    /// One line that says why the image cannot be served like this.
+    /// The image cannot be served with these options.
     pub fn new(
         image: Box<dyn Image>,
         cache: CacheMode,
-        block: Option<u32>,
+        block_size: Option<u32>,
         serial: String,
         queues: u16,
     ) -> io::Result<Self> {
         let file = image.file();
-        // A descriptor that must not wait is one that an io_uring cannot work with; one that
-        // was inherited may go past the page cache, where only `Direct` knows what to heed.
+        // An io_uring does not wait for a file with O_NONBLOCK. An inherited file may have
+        // O_DIRECT, for which only `DirectFile` checks the alignment.
         let flags = rustix::fs::fcntl_getfl(file)?;
         rustix::fs::fcntl_setfl(file, flags - OFlags::NONBLOCK - OFlags::DIRECT)?;
         let direct = match cache {
-            CacheMode::None => Some(Direct::new(file).map_err(|error| {
-                let why = format!("there is no way past the page cache (--cache none): {error}");
+            CacheMode::None => Some(DirectFile::new(file).map_err(|error| {
+                let why = format!("it does not support direct I/O (--cache none): {error}");
                 io::Error::new(error.kind(), why)
             })?),
             CacheMode::Writeback | CacheMode::Unsafe => None,
         };
         let geometry = image.geometry();
-        let least = direct.as_ref().map_or(0, |direct| direct.align as u32);
-        let least = least.max(geometry.logical_block);
-        let block = block.unwrap_or(least);
-        if block < least {
-            let why = format!("the medium has blocks of {least} bytes, --block-size says {block}");
+        let smallest = direct.as_ref().map_or(0, |direct| direct.align as u32);
+        let smallest = smallest.max(geometry.logical_block);
+        let block_size = block_size.unwrap_or(smallest);
+        if block_size < smallest {
+            let why =
+                format!("--block-size {block_size} is smaller than its blocks of {smallest} bytes");
             return Err(io::Error::other(why));
         }
-        if !geometry.capacity.is_multiple_of(block.into()) {
-            let why = format!("its size is no multiple of its block size, {block} bytes");
+        if !geometry.capacity.is_multiple_of(block_size.into()) {
+            let why = format!("its size is not a multiple of its block size, {block_size} bytes");
             return Err(io::Error::other(why));
         }
         let backend = BlockBackend {
@@ -146,28 +150,28 @@ impl BlockBackend {
             image,
             direct,
             cache,
-            block,
+            block_size,
             serial,
             config: ConfigSpace::new(Vec::new()),
             recorders: (0..queues).map(|_| StatsRecorder::default()).collect(),
             writeback: AtomicBool::new(true),
-            running: Mutex::new(0),
+            running_queues: Mutex::new(0),
         };
-        backend.announce();
+        backend.update_config();
         Ok(backend)
     }
 
-    /// The driver has a cache to reckon with, or not.
+    /// Sets whether completed writes may stay in a volatile cache.
     pub fn set_writeback(&self, on: bool) {
-        let _alone = self.alone();
+        let _lock = self.lock();
         if self.writeback.swap(on, Ordering::AcqRel) != on {
-            let what = if on { "write-back" } else { "write-through" };
-            tracing::debug!("the driver has set the disk to {what}");
+            let mode = if on { "write-back" } else { "write-through" };
+            tracing::debug!(mode, "the driver has set the cache mode");
         }
-        self.announce();
+        self.update_config();
     }
 
-    /// Whether a write must be on the medium when it is completed.
+    /// Whether a write must be on the disk when it is completed.
     pub fn is_write_through(&self) -> bool {
         self.cache != CacheMode::Unsafe && !self.writeback.load(Ordering::Acquire)
     }
@@ -176,49 +180,109 @@ impl BlockBackend {
     pub fn geometry(&self) -> Geometry {
         let geometry = self.image.geometry();
         Geometry {
-            // What a medium that has grown has beyond its last whole block is no use.
-            capacity: geometry.capacity - geometry.capacity % u64::from(self.block),
-            logical_block: self.block,
+            // An image that has grown may end with a part of a block, which is not used.
+            capacity: geometry.capacity - geometry.capacity % u64::from(self.block_size),
+            logical_block: self.block_size,
             ..geometry
         }
     }
 
-    /// Makes the disk larger, or finds that it is, and tells the driver; returns its size
-    /// in bytes.
+    /// Makes the disk larger and tells the driver. Without a size, checks whether the file
+    /// or block device has grown. Returns the size in bytes.
     ///
     /// # Errors
-    /// One line that says why not.
+    /// The disk cannot have this size.
     pub fn grow(&self, capacity: Option<u64>) -> io::Result<u64> {
-        let block = self.block;
-        if capacity.is_some_and(|wanted| !wanted.is_multiple_of(block.into())) {
-            let why = format!("the size is no multiple of the block size, {block} bytes");
-            return Err(io::Error::other(why));
+        let block = self.block_size;
+        if let Some(capacity) = capacity
+            && !capacity.is_multiple_of(block.into())
+        {
+            return Err(io::Error::other(format!(
+                "{capacity} bytes is not a multiple of the block size, {block} bytes"
+            )));
         }
-        let _alone = self.alone();
-        let now = self.geometry().capacity;
-        self.image.grow(capacity.unwrap_or(now))?;
-        self.announce();
+        let _lock = self.lock();
+        let current = self.geometry().capacity;
+        self.image.grow(capacity.unwrap_or(current))?;
+        self.update_config();
         Ok(self.geometry().capacity)
     }
 
-    /// Puts everything onto the medium.
+    /// Puts all completed writes onto the disk.
     ///
     /// # Errors
-    /// The medium's.
+    /// fdatasync(2) fails.
     pub fn flush(&self) -> io::Result<()> {
         Ok(rustix::fs::fdatasync(self.image.file())?)
     }
 
-    /// A queue starts.
+    /// Transfers what does not have to wait; returns how many bytes that are. `memory` is
+    /// what is left. A write that replaces whole pages goes to the page cache at once. Any
+    /// other write may have to read from the disk first, and a durable one waits for it.
     ///
     /// # Errors
-    /// When the image cannot be looked at again, which another process may have worked
-    /// on meanwhile.
+    /// preadv2(2) or pwritev2(2) fails.
+    ///
+    /// # Safety
+    /// `memory` is mapped.
+    pub unsafe fn transfer_without_waiting(
+        &self,
+        op: IoOp,
+        offset: u64,
+        memory: &mut [GuestIovec],
+        whole_pages: bool,
+    ) -> io::Result<u64> {
+        let (call, flags): (VectoredIo, _) = match op {
+            IoOp::Read if self.is_memory => (libc::preadv2, 0),
+            IoOp::Read => (libc::preadv2, libc::RWF_NOWAIT),
+            IoOp::Write { .. } if self.is_memory => (libc::pwritev2, 0),
+            IoOp::Write { durable: false } if whole_pages => (libc::pwritev2, 0),
+            IoOp::Write { .. } | IoOp::Flush => return Ok(0),
+        };
+        let total = GuestIovec::total_len(memory);
+        // SAFETY: the memory is mapped, as the caller promises.
+        match unsafe { transfer(call, self.image.file(), offset, memory, flags) } {
+            Ok(()) => Ok(total as u64),
+            Err(error) if flags == libc::RWF_NOWAIT && would_wait(&error) => {
+                Ok((total - GuestIovec::total_len(memory)) as u64)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Transfers all of `memory`, and waits for it.
+    ///
+    /// # Errors
+    /// preadv2(2), pwritev2(2) or fdatasync(2) fails.
+    ///
+    /// # Safety
+    /// `memory` is mapped.
+    pub unsafe fn transfer(
+        &self,
+        op: IoOp,
+        offset: u64,
+        memory: &mut [GuestIovec],
+    ) -> io::Result<()> {
+        let (call, flags): (VectoredIo, _) = match op {
+            IoOp::Read => (libc::preadv2, 0),
+            IoOp::Write { durable: true } => (libc::pwritev2, libc::RWF_DSYNC),
+            IoOp::Write { durable: false } => (libc::pwritev2, 0),
+            IoOp::Flush => return self.flush(),
+        };
+        // SAFETY: the memory is mapped, as the caller promises.
+        unsafe { transfer(call, self.image.file(), offset, memory, flags) }
+    }
+
+    /// A queue starts. The first one loads the image's metadata again, which another process
+    /// may have changed while no queue ran.
+    ///
+    /// # Errors
+    /// The metadata cannot be loaded.
     pub fn start_queue(&self) -> io::Result<()> {
-        let mut running = self.alone();
+        let mut running = self.lock();
         if *running == 0 {
             self.image.reload()?;
-            self.announce();
+            self.update_config();
         }
         *running += 1;
         Ok(())
@@ -226,18 +290,18 @@ impl BlockBackend {
 
     /// A queue has stopped.
     pub fn stop_queue(&self) {
-        let mut running = self.alone();
+        let mut running = self.lock();
         *running = running.saturating_sub(1);
     }
 
-    /// Nobody else changes what the driver is told of, nor looks at the image again: the
-    /// last one to announce it must be the last one to have changed it.
-    fn alone(&self) -> MutexGuard<'_, usize> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, usize> {
+        self.running_queues
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The driver is told of what has changed, if anything has.
-    fn announce(&self) {
+    /// Updates the configuration space, which tells the driver if it has changed.
+    fn update_config(&self) {
         let queues = self.recorders.len() as u16;
         let writeback = self.writeback.load(Ordering::Acquire);
         let space = config::space(&self.geometry(), queues, writeback);
@@ -245,10 +309,16 @@ impl BlockBackend {
     }
 }
 
-/// Whether `file` lies in memory. Such file systems do not take RWF_NOWAIT, which asks
-/// for what needs no wait; they never need one.
+/// Whether preadv2(2) with RWF_NOWAIT failed because it would wait, or because the file
+/// does not support the flag.
+fn would_wait(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EOPNOTSUPP))
+}
+
+/// Whether `file` is in memory. Such file systems do not support RWF_NOWAIT, and never wait.
 fn is_memory(file: BorrowedFd<'_>) -> bool {
-    const TMPFS: u64 = 0x0102_1994;
-    const RAMFS: u64 = 0x8584_58f6;
-    rustix::fs::fstatfs(file).is_ok_and(|it| [TMPFS, RAMFS].contains(&(it.f_type as u64)))
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
+    const RAMFS_MAGIC: u64 = 0x8584_58f6;
+    rustix::fs::fstatfs(file)
+        .is_ok_and(|it| [TMPFS_MAGIC, RAMFS_MAGIC].contains(&(it.f_type as u64)))
 }

@@ -1,30 +1,60 @@
-//! What the driver is told about the disk: features and configuration space
-//! (virtio 1.2 sections 5.2.3 and 5.2.4).
+//! What the driver reads about the disk: features and configuration space (virtio 1.2
+//! sections 5.2.3 and 5.2.4).
+
+use std::mem::offset_of;
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
+use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{Immutable, IntoBytes};
 
 use crate::image::{Geometry, SECTOR};
 
-// The limits are those of qemu-storage-daemon (QEMU, block/export/virtio-blk-handler.c
-// and vhost-user-blk-server.c), so that either can take over from the other while a
-// driver that knows the limits runs.
+// The limits are those of qemu-storage-daemon (QEMU, block/export/virtio-blk-handler.c and
+// vhost-user-blk-server.c), so that either can replace the other while a driver that knows
+// the limits runs.
 
-/// Buffers of one request: as many as a ring of 128 entries has room for, besides a
-/// header and a status byte.
-const MAX_SEGMENTS: u32 = 126;
-/// Length of one buffer in bytes: no limit that anybody would notice. (The process that
-/// offers none, 0, means the same.)
-const MAX_SEGMENT: u32 = 1 << 30;
-/// Offset of the field `writeback`, the one that the driver may write.
-pub const WRITEBACK: u32 = 32;
-/// Ranges in one discard or write-zeroes request.
+/// `seg_max`: a ring of 128 entries has room for these buffers, a header and a status byte.
+const SEG_MAX: u32 = 126;
+/// `size_max`, in bytes: so large that it does not matter. (qemu-storage-daemon has 0, which
+/// is no limit either.)
+const SIZE_MAX: u32 = 1 << 30;
+/// The most ranges in one discard or write-zeroes request.
 pub const MAX_RANGES: u32 = 1;
-/// Sectors in one such range: 16 MiB.
+/// The most sectors in one such range: 16 MiB.
 pub const MAX_RANGE_SECTORS: u32 = 32_768;
+
+/// Offset of the one field that the driver may write.
+pub const WRITEBACK_OFFSET: u32 = offset_of!(VirtioBlkConfig, writeback) as u32;
+
+/// `struct virtio_blk_config` up to the fields of the features that we offer.
+#[derive(IntoBytes, Immutable, Default)]
+#[repr(C)]
+struct VirtioBlkConfig {
+    capacity: U64,
+    size_max: U32,
+    seg_max: U32,
+    /// Cylinders, heads and sectors: not offered.
+    geometry: [u8; 4],
+    blk_size: U32,
+    physical_block_exp: u8,
+    alignment_offset: u8,
+    min_io_size: U16,
+    opt_io_size: U32,
+    writeback: u8,
+    unused0: u8,
+    num_queues: U16,
+    max_discard_sectors: U32,
+    max_discard_seg: U32,
+    discard_sector_alignment: U32,
+    max_write_zeroes_sectors: U32,
+    max_write_zeroes_seg: U32,
+    write_zeroes_may_unmap: u8,
+    unused1: [u8; 3],
+}
 
 /// The device's feature bits.
 pub fn features(geometry: &Geometry, queues: u16) -> u64 {
@@ -50,34 +80,29 @@ pub fn features(geometry: &Geometry, queues: u16) -> u64 {
     bits.iter().fold(0, |all, bit| all | 1 << bit)
 }
 
-/// The bytes of `struct virtio_blk_config`.
+/// The bytes of the configuration space.
 pub fn space(geometry: &Geometry, queues: u16, writeback: bool) -> Vec<u8> {
     let block = geometry.logical_block.max(SECTOR as u32);
-    let blocks = |bytes: u32| bytes / block;
-    let physical_exp = blocks(geometry.physical_block.max(block)).ilog2() as u8;
-    let discard_sectors = geometry.discard.map_or(0, |bytes| bytes / SECTOR as u32);
-
-    let mut space = Vec::with_capacity(60);
-    space.extend(geometry.sectors().to_le_bytes());
-    space.extend(MAX_SEGMENT.to_le_bytes()); // size_max
-    space.extend(MAX_SEGMENTS.to_le_bytes());
-    space.extend([0; 4]); // CHS geometry: not offered
-    space.extend(block.to_le_bytes());
-    space.push(physical_exp);
-    space.push(0); // alignment_offset
-    space.extend(1u16.to_le_bytes()); // min_io_size, in blocks
-    space.extend(blocks(geometry.optimal_io).to_le_bytes());
-    space.push(u8::from(writeback));
-    space.push(0);
-    space.extend(queues.to_le_bytes());
-    space.extend(MAX_RANGE_SECTORS.to_le_bytes()); // max_discard_sectors
-    space.extend(MAX_RANGES.to_le_bytes()); // max_discard_seg
-    space.extend(discard_sectors.to_le_bytes()); // discard_sector_alignment
-    space.extend(MAX_RANGE_SECTORS.to_le_bytes()); // max_write_zeroes_sectors
-    space.extend(MAX_RANGES.to_le_bytes()); // max_write_zeroes_seg
-    space.push(u8::from(geometry.discard.is_some())); // write_zeroes_may_unmap
-    space.extend([0; 3]);
-    space
+    let physical_block = geometry.physical_block.max(block);
+    let config = VirtioBlkConfig {
+        capacity: geometry.sectors().into(),
+        size_max: SIZE_MAX.into(),
+        seg_max: SEG_MAX.into(),
+        blk_size: block.into(),
+        physical_block_exp: (physical_block / block).ilog2() as u8,
+        min_io_size: 1.into(), // in blocks, as is opt_io_size
+        opt_io_size: (geometry.optimal_io / block).into(),
+        writeback: writeback.into(),
+        num_queues: queues.into(),
+        max_discard_sectors: MAX_RANGE_SECTORS.into(),
+        max_discard_seg: MAX_RANGES.into(),
+        discard_sector_alignment: (geometry.discard.unwrap_or(0) / SECTOR as u32).into(),
+        max_write_zeroes_sectors: MAX_RANGE_SECTORS.into(),
+        max_write_zeroes_seg: MAX_RANGES.into(),
+        write_zeroes_may_unmap: geometry.discard.is_some().into(),
+        ..VirtioBlkConfig::default()
+    };
+    config.as_bytes().to_vec()
 }
 
 #[cfg(test)]
@@ -101,7 +126,8 @@ mod tests {
         assert_eq!(space[12..16], 126u32.to_le_bytes()); // seg_max
         assert_eq!(space[20..24], 512u32.to_le_bytes()); // blk_size
         assert_eq!(space[24], 3); // physical_block_exp
-        assert_eq!(space[WRITEBACK as usize], 1);
+        assert_eq!(WRITEBACK_OFFSET, 32);
+        assert_eq!(space[32], 1);
         assert_eq!(space[34..36], 4u16.to_le_bytes()); // num_queues
         assert_eq!(space[44..48], 8u32.to_le_bytes()); // discard_sector_alignment
         assert_eq!(space[56], 1); // write_zeroes_may_unmap

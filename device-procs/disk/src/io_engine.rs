@@ -1,8 +1,8 @@
-//! The engine of one queue: transfers between the image's file and guest memory that
-//! go on while the queue's thread does something else, on an io_uring of its own.
+//! The I/O engine of one queue: transfers between the image's file and guest memory that
+//! run on an io_uring while the queue's thread does something else.
 //!
-//! What such a ring may do is restricted before the process is sealed, for seccomp does
-//! not see it: to move data and to flush, on what is open.
+//! seccomp does not see what an io_uring does. So the ring is restricted before the process
+//! is sealed: it may only read, write and flush files that are open.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
@@ -11,113 +11,107 @@ use io_uring::register::Restriction;
 use io_uring::squeue::Entry;
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, types};
 
-use crate::bounce::Bounce;
-use crate::transfer::skip;
+use crate::bounce_buffer::BounceBuffer;
+use crate::guest_iovec::GuestIovec;
 
-/// Transfers that are handed to the kernel at a time; more wait for room.
-const ENTRIES: u32 = 256;
-/// Transfers under way at a time, so that what they take is bounded whatever a guest asks.
-/// As many completions have room, so none of them waits in the kernel for a call that
-/// nobody makes.
-const MAX_PARTS: u32 = 1024;
-/// Bytes of [`Bounce`] under way at a time, for the same reason.
+/// Entries of the submission queue.
+const SUBMISSION_ENTRIES: u32 = 256;
+/// The most transfers in flight, which bounds their memory. The completion queue has as many
+/// entries, so the kernel never holds a completion back.
+const MAX_TRANSFERS: u32 = 1024;
+/// The most bytes in bounce buffers, for the same reason.
 const MAX_BOUNCED: usize = 16 << 20;
-/// Most pieces of memory in one transfer (readv(2)).
-const MAX_PIECES: usize = libc::UIO_MAXIOV as usize;
+/// The most iovecs of one transfer (readv(2)).
+const MAX_IOVECS: usize = libc::UIO_MAXIOV as usize;
 
 /// IORING_RESTRICTION_REGISTER_OP for IORING_REGISTER_FILES_UPDATE (linux/io_uring.h).
 pub const REGISTER_FILES_UPDATE: u8 = 6;
 
-/// Which of the image's two descriptors a transfer takes.
+/// Which of the image's two descriptors a transfer uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IoPath {
     /// Through the page cache.
     Cached,
-    /// Past it (O_DIRECT).
+    /// Past the page cache (O_DIRECT).
     Direct,
 }
 
-/// What is to be done.
+/// The kind of a transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IoOp {
-    /// Fill memory.
+    /// From the file to memory.
     Read,
-    /// Write memory; `durable`: onto the medium (RWF_DSYNC).
+    /// From memory to the file.
     Write {
-        /// Not completed before the medium has it.
+        /// Complete only when the data are on the disk (RWF_DSYNC).
         durable: bool,
     },
-    /// Put all that was written before onto the medium.
+    /// Puts everything that was written before onto the disk (fdatasync(2)).
     Flush,
 }
 
-/// IoTransfer of a request, as one transfer.
+/// A transfer: all of a request, or a part of it.
 pub struct IoTransfer {
-    /// Number of the request that it belongs to.
+    /// ID of the request that the transfer belongs to.
     pub request: usize,
     /// What to do.
-    pub task: IoOp,
-    /// By which descriptor.
+    pub op: IoOp,
+    /// Which descriptor to use.
     pub path: IoPath,
     /// Offset in the file.
     pub offset: u64,
-    /// The memory, which outlives the transfer.
-    pub memory: Vec<libc::iovec>,
-    /// Stands in for `memory`, whose alignment the medium does not take.
-    pub bounce: Option<Bounce>,
+    /// Guest memory, which stays mapped until the transfer has ended.
+    pub memory: Vec<GuestIovec>,
+    /// Used in place of `memory` if that is not aligned as direct I/O needs it.
+    pub bounce: Option<BounceBuffer>,
 }
 
 impl IoTransfer {
-    fn bounced(&self) -> usize {
-        self.bounce.as_ref().map_or(0, Bounce::len)
+    fn bounced_len(&self) -> usize {
+        self.bounce.as_ref().map_or(0, BounceBuffer::len)
     }
 }
 
-/// A [`IoTransfer`] in progress.
+/// A transfer in flight.
 struct InFlightTransfer {
-    part: IoTransfer,
-    /// Pieces of `memory` that are done with.
+    transfer: IoTransfer,
+    /// Number of iovecs that are transferred completely.
     done: usize,
 }
 
-// SAFETY: the pointers in it are to memory that all threads share, and whoever made the
-// part sees to it that the memory stays.
-unsafe impl Send for InFlightTransfer {}
-
-/// An io_uring and what is under way on it.
+/// An io_uring and its transfers in flight.
 pub struct IoEngine {
     ring: IoUring,
-    /// Not registered with the ring: that outlives the process for a moment, and so would
-    /// the image's lock.
+    /// The image's descriptors. They are not registered with the ring, which outlives the
+    /// process for a moment, and the image's lock would with it.
     cached: RawFd,
     direct: RawFd,
-    running: Vec<Option<InFlightTransfer>>,
+    in_flight: Vec<Option<InFlightTransfer>>,
     free: Vec<usize>,
-    ended: Vec<(usize, io::Result<()>)>,
-    /// Bytes of all bounces.
+    completed: Vec<(usize, io::Result<()>)>,
+    /// Bytes of all bounce buffers.
     bounced: usize,
 }
 
 impl IoEngine {
-    /// An engine for `cached`, and for `direct` if there is such a way. Whoever has it
-    /// keeps them open.
+    /// An engine for the descriptors `cached` and `direct`, which its owner keeps open.
     ///
     /// # Errors
-    /// The kernel's, which may have no io_uring, or not for everybody.
+    /// The host has no io_uring, or does not allow it.
     pub fn new(cached: BorrowedFd<'_>, direct: Option<BorrowedFd<'_>>) -> io::Result<Self> {
-        let build = |coop: bool| {
+        let build = |coop_taskrun: bool| {
             let mut builder = IoUring::builder();
-            builder.setup_r_disabled().setup_cqsize(MAX_PARTS);
-            if coop {
-                // No interrupt of a processor for what its thread finds by itself: at its
-                // next system call, or where `collect` looks (Linux 5.19).
+            builder.setup_r_disabled().setup_cqsize(MAX_TRANSFERS);
+            if coop_taskrun {
+                // Completions do not interrupt the thread: it finds them at its next system
+                // call, or in `collect` (Linux 5.19).
                 builder.setup_coop_taskrun().setup_taskrun_flag();
             }
-            builder.build(ENTRIES)
+            builder.build(SUBMISSION_ENTRIES)
         };
         let ring = build(true).or_else(|_| build(false))?;
         let submitter = ring.submitter();
-        // A place for what `hold` is given.
+        // An empty slot, for `hold_socket`.
         submitter.register_files(&[-1])?;
         submitter.register_restrictions(&mut [
             Restriction::sqe_op(opcode::Readv::CODE),
@@ -130,101 +124,99 @@ impl IoEngine {
             ring,
             cached: cached.as_raw_fd(),
             direct: direct.map_or(-1, |fd| fd.as_raw_fd()),
-            running: Vec::new(),
+            in_flight: Vec::new(),
             free: Vec::new(),
-            ended: Vec::new(),
+            completed: Vec::new(),
             bounced: 0,
         })
     }
 
-    /// Keeps `socket` open until all transfers have ended, also those that go on after the
-    /// process's death (what a medium does by itself, past the page cache): a front end
-    /// takes a closed socket for a sign that nobody touches its memory any more.
+    /// Keeps `socket` open until all transfers have ended, even after the death of the
+    /// process: direct I/O may write to guest memory until then, and a front end assumes
+    /// that nothing does once the socket is closed.
     ///
     /// # Errors
-    /// The kernel's.
-    pub fn hold(&self, socket: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    /// io_uring_register(2) fails.
+    pub fn hold_socket(&self, socket: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let fd = socket.map_or(-1, |socket| socket.as_raw_fd());
         self.ring.submitter().register_files_update(0, &[fd])?;
         Ok(())
     }
 
-    /// Readable when something may have ended.
-    pub fn descriptor(&self) -> BorrowedFd<'_> {
-        // SAFETY: the ring keeps it open for as long as it is borrowed.
-        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
-    }
-
-    /// Whether no other part may begin before one has ended.
+    /// Whether a transfer must end before another one can be queued.
     pub fn is_full(&self) -> bool {
-        self.running.len() - self.free.len() >= MAX_PARTS as usize || self.bounced >= MAX_BOUNCED
+        self.in_flight.len() - self.free.len() >= MAX_TRANSFERS as usize
+            || self.bounced >= MAX_BOUNCED
     }
 
-    /// Begins `part`; [`IoEngine::submit`] hands it to the kernel at the latest.
+    /// Whether transfers are in flight.
+    pub fn is_busy(&self) -> bool {
+        self.in_flight.len() > self.free.len()
+    }
+
+    /// Queues `transfer`. The next [`IoEngine::step`] submits it to the kernel, or an earlier
+    /// call if the submission queue is full.
     ///
     /// # Errors
-    /// The kernel's, and when the engine is full; the part is not begun then.
-    pub fn begin(&mut self, part: IoTransfer) -> io::Result<()> {
+    /// The engine is full, or io_uring_enter(2) fails. The transfer is not queued then.
+    pub fn queue(&mut self, transfer: IoTransfer) -> io::Result<()> {
         if self.is_full() {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        let bounced = part.bounced();
+        let bounced = transfer.bounced_len();
         let index = self.free.pop().unwrap_or_else(|| {
-            self.running.push(None);
-            self.running.len() - 1
+            self.in_flight.push(None);
+            self.in_flight.len() - 1
         });
-        self.running[index] = Some(InFlightTransfer { part, done: 0 });
-        self.enqueue(index).inspect_err(|_| {
-            self.running[index] = None;
+        self.in_flight[index] = Some(InFlightTransfer { transfer, done: 0 });
+        self.push_entry(index).inspect_err(|_| {
+            self.in_flight[index] = None;
             self.free.push(index);
         })?;
         self.bounced += bounced;
         Ok(())
     }
 
-    fn enqueue(&mut self, index: usize) -> io::Result<()> {
+    fn push_entry(&mut self, index: usize) -> io::Result<()> {
         if self.ring.submission().is_full() {
             self.submit()?;
         }
-        let Some(Some(running)) = self.running.get(index) else {
+        let Some(Some(in_flight)) = self.in_flight.get(index) else {
             return Ok(());
         };
-        let file = types::Fd(match running.part.path {
+        let file = types::Fd(match in_flight.transfer.path {
             IoPath::Cached => self.cached,
             IoPath::Direct => self.direct,
         });
-        let entry = running.entry(file).user_data(index as u64);
-        // SAFETY: the part's memory and its list of pieces stay until it has ended: `part`
-        // lies in `running`, and whoever made it sees to the memory.
+        let entry = in_flight.entry(file).user_data(index as u64);
+        // SAFETY: the iovecs and the bounce buffer are owned by `in_flight`, which keeps them
+        // until the transfer has ended; guest memory stays mapped as long (`IoTransfer`).
         unsafe { self.ring.submission().push(&entry) }
-            .map_err(|_| io::Error::other("the io_uring takes nothing more"))?;
+            .map_err(|_| io::Error::other("the submission queue is full"))?;
         Ok(())
     }
 
-    /// Hands everything that was begun to the kernel, which may end some of it at once.
+    /// Submits what is queued, collects what has ended, and submits again what must
+    /// continue. Without work for the kernel this makes no system call.
     ///
     /// # Errors
-    /// The kernel's.
-    pub fn submit(&mut self) -> io::Result<()> {
-        while !self.ring.submission().is_empty() {
-            match self.ring.submit() {
-                Ok(_) => {}
-                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    /// Waits until at least one transfer has ended, if there is any.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn wait(&mut self) -> io::Result<()> {
-        self.submit()?;
-        let before = self.ended.len();
+    /// io_uring_enter(2) fails. What has ended is collected all the same.
+    pub fn step(&mut self) -> io::Result<()> {
+        let submitted = self.submit();
         self.collect();
-        while self.ended.len() == before && self.is_busy() {
+        submitted?;
+        self.submit()
+    }
+
+    /// As [`IoEngine::step`], but waits until at least one transfer has ended, if there are
+    /// any.
+    ///
+    /// # Errors
+    /// As [`IoEngine::step`].
+    pub fn wait(&mut self) -> io::Result<()> {
+        let before = self.completed.len();
+        self.step()?;
+        while self.completed.len() == before && self.is_busy() {
             match self.ring.submit_and_wait(1) {
                 Ok(_) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
@@ -236,25 +228,27 @@ impl IoEngine {
         Ok(())
     }
 
-    /// Whether anything is under way.
-    pub fn is_busy(&self) -> bool {
-        self.running.len() > self.free.len()
+    /// The next transfer that [`IoEngine::step`] found to have ended: the ID of its request,
+    /// and its result.
+    pub fn next_completed(&mut self) -> Option<(usize, io::Result<()>)> {
+        self.completed.pop()
     }
 
-    /// The next of those that have ended: the number of its request, and how it went.
-    /// Makes no system call unless the kernel has something that only one delivers.
-    /// [`IoEngine::submit`] afterwards, for what must go on.
-    pub fn ended(&mut self) -> Option<(usize, io::Result<()>)> {
-        if self.ended.is_empty() {
-            self.collect();
+    fn submit(&mut self) -> io::Result<()> {
+        while !self.ring.submission().is_empty() {
+            match self.ring.submit() {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                Err(error) => return Err(error),
+            }
         }
-        self.ended.pop()
+        Ok(())
     }
 
     fn collect(&mut self) {
         let mut entered = false;
         loop {
-            // One by one: going on with one that was short needs the ring.
+            // One by one, for `advance` may need the ring.
             let entry = self.ring.completion().next();
             if let Some(entry) = entry {
                 self.advance(&entry);
@@ -263,10 +257,10 @@ impl IoEngine {
             if entered || !self.ring.submission().taskrun() {
                 return;
             }
-            // A thread that looks without system calls would not get it otherwise.
+            // With COOP_TASKRUN, a thread that polls must enter the kernel to get these.
             entered = true;
             let flags = EnterFlags::GETEVENTS.bits();
-            // SAFETY: without an argument. A failure is no harm: it was a system call.
+            // SAFETY: the call has no argument. If it fails, it still was a system call.
             let _ = unsafe {
                 self.ring
                     .submitter()
@@ -277,24 +271,24 @@ impl IoEngine {
 
     fn advance(&mut self, entry: &cqueue::Entry) {
         let index = entry.user_data() as usize;
-        let Some(Some(running)) = self.running.get_mut(index) else {
+        let Some(Some(in_flight)) = self.in_flight.get_mut(index) else {
             return;
         };
-        match running.advance(entry.result()) {
+        match in_flight.advance(entry.result()) {
             None => {
-                if let Err(error) = self.enqueue(index) {
-                    self.end(index, Err(error));
+                if let Err(error) = self.push_entry(index) {
+                    self.complete(index, Err(error));
                 }
             }
-            Some(result) => self.end(index, result),
+            Some(result) => self.complete(index, result),
         }
     }
 
-    fn end(&mut self, index: usize, result: io::Result<()>) {
-        if let Some(InFlightTransfer { part, .. }) = self.running[index].take() {
+    fn complete(&mut self, index: usize, result: io::Result<()>) {
+        if let Some(InFlightTransfer { transfer, .. }) = self.in_flight[index].take() {
             self.free.push(index);
-            self.bounced -= part.bounced();
-            self.ended.push((part.request, result));
+            self.bounced -= transfer.bounced_len();
+            self.completed.push((transfer.request, result));
         }
     }
 }
@@ -302,22 +296,22 @@ impl IoEngine {
 impl InFlightTransfer {
     fn entry(&self, file: types::Fd) -> Entry {
         let IoTransfer {
-            task,
+            op,
             offset,
             memory,
             bounce,
             ..
-        } = &self.part;
-        let pieces = match bounce {
-            Some(bounce) => bounce.pieces(),
+        } = &self.transfer;
+        let iovecs = match bounce {
+            Some(bounce) => bounce.remaining(),
             None => &memory[self.done..],
         };
-        let count = pieces.len().min(MAX_PIECES) as u32;
-        match task {
-            IoOp::Read => opcode::Readv::new(file, pieces.as_ptr(), count)
+        let count = iovecs.len().min(MAX_IOVECS) as u32;
+        match op {
+            IoOp::Read => opcode::Readv::new(file, GuestIovec::as_ptr(iovecs), count)
                 .offset(*offset)
                 .build(),
-            IoOp::Write { durable } => opcode::Writev::new(file, pieces.as_ptr(), count)
+            IoOp::Write { durable } => opcode::Writev::new(file, GuestIovec::as_ptr(iovecs), count)
                 .offset(*offset)
                 .rw_flags(if *durable { libc::RWF_DSYNC } else { 0 })
                 .build(),
@@ -327,29 +321,30 @@ impl InFlightTransfer {
         }
     }
 
-    /// The kernel has done something of it: how it ended, or `None` if it must go on.
+    /// Handles a result of the kernel: returns how the transfer ended, or `None` if it must
+    /// continue.
     fn advance(&mut self, result: i32) -> Option<io::Result<()>> {
-        let part = &mut self.part;
+        let transfer = &mut self.transfer;
         let count = match result {
             _ if -result == libc::EINTR => return None,
             ..0 => return Some(Err(io::Error::from_raw_os_error(-result))),
-            _ if matches!(part.task, IoOp::Flush) => return Some(Ok(())),
+            _ if matches!(transfer.op, IoOp::Flush) => return Some(Ok(())),
             // The file has become shorter.
             0 => return Some(Err(io::ErrorKind::UnexpectedEof.into())),
             count => count as usize,
         };
-        part.offset += count as u64;
-        let finished = match &mut part.bounce {
+        transfer.offset += count as u64;
+        let finished = match &mut transfer.bounce {
             Some(bounce) => {
-                if matches!(part.task, IoOp::Read) {
-                    // SAFETY: the part's memory is there as long as it runs.
-                    unsafe { bounce.deliver(count, &mut part.memory) };
+                if matches!(transfer.op, IoOp::Read) {
+                    // SAFETY: guest memory stays mapped until the transfer has ended.
+                    unsafe { bounce.copy_to_guest(count, &mut transfer.memory) };
                 }
                 bounce.advance(count)
             }
             None => {
-                let left = skip(&mut part.memory[self.done..], count).len();
-                self.done = part.memory.len() - left;
+                let left = GuestIovec::advance(&mut transfer.memory[self.done..], count).len();
+                self.done = transfer.memory.len() - left;
                 left == 0
             }
         };
@@ -358,12 +353,12 @@ impl InFlightTransfer {
 }
 
 impl Drop for IoEngine {
-    /// What is under way uses memory that goes with `self`.
+    /// Waits for the transfers in flight, whose iovecs and bounce buffers `self` owns.
     fn drop(&mut self) {
         while self.is_busy() {
             if self.wait().is_err() {
-                // Never seen; the memory must stay then.
-                std::mem::forget(std::mem::take(&mut self.running));
+                // The kernel may still use them, so they must not be freed.
+                std::mem::forget(std::mem::take(&mut self.in_flight));
                 return;
             }
         }
@@ -371,8 +366,10 @@ impl Drop for IoEngine {
 }
 
 impl AsFd for IoEngine {
+    /// Readable when transfers may have ended.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.descriptor()
+        // SAFETY: the ring keeps the descriptor open for as long as it is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
     }
 }
 

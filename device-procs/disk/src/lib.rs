@@ -1,17 +1,17 @@
 //! `device-disk`: a vhost-user-blk device process.
 //!
-//! A request goes through three rooms: [`request`] understands and checks what
-//! the guest asks, [`image`] says where in the file that lies, [`transfer`] or the
-//! [`engine`] moves the bytes between the file and guest memory. [`disk`] leads it from
-//! room to room, [`active`] keeps it meanwhile; [`drive`] is what all queues share,
-//! [`config`] what the driver reads about the disk, [`stats`] what the queues have done;
-//! [`live`] lets others ask for that and make the disk larger, [`lock`] keeps other
-//! programs from the image.
+//! [`virtio_blk`] is the device of one queue. A request is decoded and checked by [`request`]
+//! and kept in [`in_flight`] until it is completed. [`image`] says where in the file its data
+//! are, and [`transfer`] or [`io_engine`] moves them between the file and guest memory.
+//! [`block_backend`] is what all queues share, [`config`] what the driver reads about the
+//! disk, [`stats`] what the queues have done. [`block_control`] serves the control socket,
+//! [`lock`] keeps other programs from the image.
 
 mod block_backend;
 mod block_control;
-mod bounce;
+mod bounce_buffer;
 mod config;
+mod guest_iovec;
 mod image;
 mod in_flight;
 mod io_engine;
@@ -77,7 +77,7 @@ pub struct DiskOptions {
     #[arg(long, value_enum, value_name = "raw|qcow2|qcow")]
     format: Option<ImageFormat>,
 
-    /// Whether an image may lie on other files, which it names: they are read
+    /// Whether an image may have a backing file, which is read
     #[arg(long, value_enum, value_name = "deny|allow", default_value_t = BackingPolicy::Deny)]
     backing: BackingPolicy,
 
@@ -93,8 +93,8 @@ pub struct DiskOptions {
     #[arg(long, value_enum, value_name = "HOW", default_value_t)]
     cache: CacheMode,
 
-    /// After work, look for more for up to so many microseconds before sleeping, if that
-    /// pays: an answer comes sooner, at the cost of processor time
+    /// After a request, poll for more for up to N microseconds before sleeping, if polling
+    /// pays: lower latency, at the cost of CPU time
     #[arg(long, value_name = "N", default_value_t = 0,
           value_parser = clap::value_parser!(u64).range(..=10_000))]
     poll_us: u64,
@@ -113,7 +113,7 @@ pub struct DiskOptions {
     serial: String,
 }
 
-/// What else the program does.
+/// What the program does instead of serving a disk.
 #[derive(Subcommand)]
 enum DiskCommand {
     /// Makes an image
@@ -125,7 +125,7 @@ enum DiskCommand {
 enum LockMode {
     /// As QEMU does
     On,
-    /// Whoever gives it sees to it that nobody else writes
+    /// Another program keeps others from writing
     Off,
 }
 
@@ -133,34 +133,33 @@ fn block_size(text: &str) -> Result<u32, String> {
     match text {
         "512" => Ok(512),
         "4096" => Ok(4096),
-        _ => Err("neither 512 nor 4096".to_owned()),
+        _ => Err("it is neither 512 nor 4096".to_owned()),
     }
 }
 
 fn serial(text: &str) -> Result<String, String> {
     if text.len() > request::ID_SIZE {
-        return Err(format!("longer than {} bytes", request::ID_SIZE));
+        return Err(format!("it is longer than {} bytes", request::ID_SIZE));
     }
     Ok(text.to_owned())
 }
 
-/// What moving data takes beyond the serve loop. Files grow by ftruncate, too, and fstat
-/// tells how long they are; those are in [`outrigger_sandbox::VHOST_USER`], and no call
-/// may have two rules.
+/// The device's own system calls. ftruncate, by which files grow, and fstat are in
+/// [`outrigger_sandbox::VHOST_USER`] already, and no system call may have two rules.
 const SYSCALLS: &[Rule] = &[
     Rule::any(libc::SYS_preadv2),
     Rule::any(libc::SYS_pwritev2),
-    // Zeroes, where the file system cannot make them itself.
+    // Writes zeros where the file system does not support fallocate.
     Rule::any(libc::SYS_pwrite64),
     Rule::any(libc::SYS_fdatasync),
     Rule::any(libc::SYS_fallocate),
-    // What an io_uring may do is restricted in `engine`; none can be made.
+    // `io_engine` restricts what its io_uring may do. No other one can be made.
     Rule::any(libc::SYS_io_uring_enter),
     Rule::when(
         libc::SYS_io_uring_register,
         &[Check::OneOf(1, &[io_engine::REGISTER_FILES_UPDATE as u32])],
     ),
-    // Whether a block device has grown.
+    // Finds out whether a block device has grown.
     Rule::when(
         libc::SYS_ioctl,
         &[Check::OneOf(1, &[image::BLKGETSIZE64 as u32])],
@@ -189,9 +188,9 @@ pub fn main() -> ExitCode {
     })
 }
 
-/// What an inherited file was opened as, as far as the kernel knows (proc_pid_fd(5)): a
-/// number says nothing to those who gave a path to somebody else.
-fn named(fd: RawFd) -> String {
+/// The path of an inherited file in parentheses, if the kernel knows it (proc_pid_fd(5)). It
+/// tells a user of the launcher more than the number of a descriptor.
+fn path_of(fd: RawFd) -> String {
     let path = std::fs::read_link(format!("/proc/self/fd/{fd}"));
     path.map_or_else(|_| String::new(), |path| format!(" ({})", path.display()))
 }
@@ -199,7 +198,7 @@ fn named(fd: RawFd) -> String {
 fn build(options: &DiskOptions) -> anyhow::Result<DeviceProgram> {
     let path = options.blk_file.clone().unwrap_or_default();
     let name = match options.blk_fd {
-        Some(fd) => format!("--blk-fd {fd}{}", named(fd)),
+        Some(fd) => format!("--blk-fd {fd}{}", path_of(fd)),
         None => format!("--blk-file {}", path.display()),
     };
     let open = || {
@@ -208,20 +207,20 @@ fn build(options: &DiskOptions) -> anyhow::Result<DeviceProgram> {
             None => image::open_file(&path, options.read_only)?,
         };
         if options.lock == LockMode::On {
-            let to = match options.format {
+            let access = match options.format {
                 _ if options.read_only => lock::ImageAccess::Read,
                 None | Some(ImageFormat::Raw) => lock::ImageAccess::Write,
                 Some(_) => lock::ImageAccess::Grow,
             };
-            lock::take(&file, to)?;
+            lock::take(&file, access)?;
         }
-        let place = match options.blk_fd {
+        let image_path = match options.blk_fd {
             Some(fd) => std::fs::read_link(format!("/proc/self/fd/{fd}")).ok(),
             None => Some(path.clone()),
         };
         let origin = ImageOrigin {
             name: &name,
-            directory: place.as_deref().and_then(Path::parent),
+            directory: image_path.as_deref().and_then(Path::parent),
             backing: options.backing,
             lock: options.lock == LockMode::On,
             depth: 0,
@@ -230,15 +229,8 @@ fn build(options: &DiskOptions) -> anyhow::Result<DeviceProgram> {
     };
     let image = open().map_err(|e| anyhow::anyhow!("{name}: {e}"))?;
     let geometry = image.geometry();
-    tracing::info!(
-        "{name}: {} sectors{}",
-        geometry.sectors(),
-        if geometry.read_only {
-            ", read-only"
-        } else {
-            ""
-        }
-    );
+    let (sectors, read_only) = (geometry.sectors(), geometry.read_only);
+    tracing::info!(sectors, read_only, "{name}");
     let backend = BlockBackend::new(
         image,
         options.cache,
@@ -275,7 +267,7 @@ fn build(options: &DiskOptions) -> anyhow::Result<DeviceProgram> {
     Ok(program)
 }
 
-/// One disk for each queue, with an engine if the host has such a thing.
+/// Makes a device for each queue, with an I/O engine if the host has io_uring.
 fn workers(backend: &Arc<BlockBackend>, queues: usize) -> Vec<Box<dyn Device>> {
     let direct = backend.direct.as_ref();
     let mut workers: Vec<Box<dyn Device>> = Vec::with_capacity(queues);
@@ -285,12 +277,16 @@ fn workers(backend: &Arc<BlockBackend>, queues: usize) -> Vec<Box<dyn Device>> {
             && let Err(error) = &engine
         {
             let cache = match direct {
-                Some(_) => ", and goes through the page cache",
+                Some(_) => ", and uses the page cache",
                 None => "",
             };
             tracing::warn!("no io_uring ({error}): a queue waits for each of its requests{cache}");
         }
-        workers.push(Box::new(VirtioBlk::new(Arc::clone(backend), engine.ok())));
+        workers.push(Box::new(VirtioBlk::new(
+            Arc::clone(backend),
+            queue,
+            engine.ok(),
+        )));
     }
     workers
 }

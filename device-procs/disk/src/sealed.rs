@@ -1,5 +1,6 @@
-//! What the program's own table of system calls lets a sealed process do with its engine,
-//! and what kills it. Each probe is this test started anew, for most end by a signal.
+//! The program's table of system calls: what a sealed process can do with its I/O engine, and
+//! what kills it. Each probe runs in a new process of this test, because most die by a
+//! signal.
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::ExitStatusExt;
@@ -10,7 +11,7 @@ use outrigger_sandbox::{BASE, Policy, SandboxMode, seal};
 use crate::SYSCALLS;
 use crate::io_engine::{IoEngine, IoOp, IoPath, IoTransfer, REGISTER_FILES_UPDATE};
 
-/// Names the probe.
+/// The environment variable with the name of the probe.
 const PROBE: &str = "OUTRIGGER_TEST_SEALED";
 
 static POLICY: Policy = Policy {
@@ -22,29 +23,29 @@ static POLICY: Policy = Policy {
 
 type Probe = fn(&mut IoEngine) -> bool;
 
-/// True: it went well, and nothing is wrong with the process.
+/// Returns whether the calls succeeded.
 const ALLOWED: &[(&str, Probe)] = &[
     ("flush", |engine| {
         let flush = IoTransfer {
             request: 7,
-            task: IoOp::Flush,
+            op: IoOp::Flush,
             path: IoPath::Cached,
             offset: 0,
             memory: vec![],
             bounce: None,
         };
-        engine.begin(flush).is_ok()
+        engine.queue(flush).is_ok()
             && engine.wait().is_ok()
-            && matches!(engine.ended(), Some((7, Ok(()))))
+            && matches!(engine.next_completed(), Some((7, Ok(()))))
     }),
-    ("hold", |engine| {
-        let some = std::io::stdin();
-        engine.hold(Some(some.as_fd())).is_ok() && engine.hold(None).is_ok()
+    ("hold a socket", |engine| {
+        let stdin = std::io::stdin();
+        engine.hold_socket(Some(stdin.as_fd())).is_ok() && engine.hold_socket(None).is_ok()
     }),
 ];
 
 const KILLED: &[(&str, Probe)] = &[
-    ("make another ring", |_| {
+    ("make another io_uring", |_| {
         let parameters = [0u64; 15];
         let at = parameters.as_ptr() as usize;
         call(libc::SYS_io_uring_setup, [8, at, 0, 0])
@@ -77,12 +78,12 @@ fn register(engine: &IoEngine, what: usize) -> bool {
 }
 
 fn call(number: i64, [a, b, c, d]: [usize; 4]) -> bool {
-    // SAFETY: the pointers are null or to memory that lives.
+    // SAFETY: the pointers are null, or point to valid memory.
     unsafe { libc::syscall(number, a, b, c, d) == 0 }
 }
 
 #[test]
-fn a_sealed_process_can_use_its_engine_and_no_more() {
+fn a_sealed_process_can_use_its_io_engine_and_nothing_else() {
     let all = || ALLOWED.iter().chain(KILLED);
     if let Ok(name) = std::env::var(PROBE) {
         let (_, probe) = all().find(|it| it.0 == name).unwrap();
@@ -90,14 +91,14 @@ fn a_sealed_process_can_use_its_engine_and_no_more() {
         let mut engine = IoEngine::new(file.as_fd(), None).unwrap();
         seal(&POLICY, SandboxMode::Enforce).unwrap();
         let code = if probe(&mut engine) { 0 } else { 1 };
-        // SAFETY: nothing is to be cleaned up, for which there may be no system call.
+        // SAFETY: _exit has no preconditions. Cleaning up might need a forbidden system call.
         unsafe { libc::_exit(code) }
     }
     for (name, _) in all() {
         let output = Command::new(std::env::current_exe().unwrap())
             .args([
                 "--exact",
-                "sealed::a_sealed_process_can_use_its_engine_and_no_more",
+                "sealed::a_sealed_process_can_use_its_io_engine_and_nothing_else",
             ])
             .env(PROBE, name)
             .output()

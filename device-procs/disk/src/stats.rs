@@ -1,4 +1,4 @@
-//! What a queue has done: counted by its worker as it goes, read by the control thread.
+//! The statistics of a queue: its worker records them, the control thread reads them.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -6,30 +6,30 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use outrigger_protocol::device::{LatencyStats, OperationStats, QueueStats, RequestStats};
 
-/// The longest time that is told apart from longer ones, in nanoseconds: 137 s.
-const LONGEST: u64 = 1 << 37;
-/// Digits of a time that are kept. With these bounds the histogram has 32 KiB.
-const DIGITS: u8 = 2;
+/// The largest value of the histogram in nanoseconds, 137 s; longer times count as this.
+const MAX_LATENCY_NS: u64 = 1 << 37;
+/// Significant digits of the histogram, which then takes 32 KiB.
+const SIGNIFICANT_DIGITS: u8 = 2;
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestKind {
-    /// To read.
+    /// VIRTIO_BLK_T_IN.
     Read,
-    /// To write.
+    /// VIRTIO_BLK_T_OUT.
     Write,
-    /// To make writes last.
+    /// VIRTIO_BLK_T_FLUSH.
     Flush,
-    /// To give ranges back.
+    /// VIRTIO_BLK_T_DISCARD.
     Discard,
-    /// To zero ranges.
+    /// VIRTIO_BLK_T_WRITE_ZEROES.
     WriteZeroes,
-    /// Anything else, or nothing that makes sense.
+    /// VIRTIO_BLK_T_GET_ID, an unknown type, or a request without a header.
     Other,
 }
 
 impl RequestKind {
-    /// Its name, for messages.
+    /// Its name in log lines.
     pub fn name(self) -> &'static str {
         match self {
             RequestKind::Read => "read",
@@ -42,29 +42,30 @@ impl RequestKind {
     }
 }
 
-/// Takes down what one queue does. Clones share one book. The lock is its worker's alone
-/// but for the moment of a [`StatsRecorder::snapshot`].
+/// Records what one queue does. Clones share the counters. Only the queue's worker takes
+/// the lock, except for the moment of a [`StatsRecorder::snapshot`].
 #[derive(Clone)]
 pub struct StatsRecorder(Arc<Mutex<QueueCounters>>);
 
 struct QueueCounters {
     requests: RequestStats,
+    /// The number that the worker reported last.
     in_flight: u64,
     in_flight_max: u64,
-    /// Nanoseconds.
-    times: Histogram<u64>,
-    longest: Duration,
+    /// Latencies in nanoseconds.
+    latencies: Histogram<u64>,
+    max_latency: Duration,
 }
 
 impl Default for StatsRecorder {
     fn default() -> Self {
-        let times = Histogram::new_with_bounds(1, LONGEST, DIGITS);
+        let latencies = Histogram::new_with_bounds(1, MAX_LATENCY_NS, SIGNIFICANT_DIGITS);
         StatsRecorder(Arc::new(Mutex::new(QueueCounters {
             requests: RequestStats::default(),
             in_flight: 0,
             in_flight_max: 0,
-            times: times.expect("the bounds are in order"),
-            longest: Duration::ZERO,
+            latencies: latencies.expect("the bounds are in order"),
+            max_latency: Duration::ZERO,
         })))
     }
 }
@@ -74,54 +75,62 @@ impl StatsRecorder {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `count` requests were taken from the ring.
-    pub fn begun(&self, count: u64) {
-        let mut book = self.lock();
-        book.in_flight = book.in_flight.saturating_add(count);
-        book.in_flight_max = book.in_flight_max.max(book.in_flight);
+    /// A request was popped; `in_flight` requests are in flight now.
+    pub fn started(&self, in_flight: usize) {
+        let mut counters = self.lock();
+        counters.in_flight = in_flight as u64;
+        counters.in_flight_max = counters.in_flight_max.max(counters.in_flight);
     }
 
-    /// A request for `bytes` is complete, `took` after it was taken.
-    pub fn completed(&self, kind: RequestKind, bytes: u64, ok: bool, took: Duration) {
-        let mut book = self.lock();
-        book.in_flight = book.in_flight.saturating_sub(1);
-        let count = match kind {
-            RequestKind::Read => &mut book.requests.read,
-            RequestKind::Write => &mut book.requests.write,
-            RequestKind::Flush => &mut book.requests.flush,
-            RequestKind::Discard => &mut book.requests.discard,
-            RequestKind::WriteZeroes => &mut book.requests.write_zeroes,
-            RequestKind::Other => &mut book.requests.other,
+    /// A request for `bytes` bytes has ended, `latency` after it was popped; `in_flight`
+    /// requests are in flight now.
+    pub fn completed(
+        &self,
+        kind: RequestKind,
+        bytes: u64,
+        ok: bool,
+        latency: Duration,
+        in_flight: usize,
+    ) {
+        let mut counters = self.lock();
+        counters.in_flight = in_flight as u64;
+        let stats = match kind {
+            RequestKind::Read => &mut counters.requests.read,
+            RequestKind::Write => &mut counters.requests.write,
+            RequestKind::Flush => &mut counters.requests.flush,
+            RequestKind::Discard => &mut counters.requests.discard,
+            RequestKind::WriteZeroes => &mut counters.requests.write_zeroes,
+            RequestKind::Other => &mut counters.requests.other,
         };
-        *count = OperationStats {
-            count: count.count.saturating_add(1),
-            bytes: count.bytes.saturating_add(if ok { bytes } else { 0 }),
-            errors: count.errors.saturating_add(u64::from(!ok)),
+        *stats = OperationStats {
+            count: stats.count.saturating_add(1),
+            bytes: stats.bytes.saturating_add(if ok { bytes } else { 0 }),
+            errors: stats.errors.saturating_add(u64::from(!ok)),
         };
-        book.longest = book.longest.max(took);
-        let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        book.times.saturating_record(nanoseconds);
+        counters.max_latency = counters.max_latency.max(latency);
+        let nanoseconds = u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX);
+        counters.latencies.saturating_record(nanoseconds);
     }
 
-    /// What is in the book.
+    /// The statistics so far, without the CPU time.
     pub fn snapshot(&self) -> QueueStats {
-        let book = self.lock();
-        let longest = microseconds(book.longest);
-        // The histogram's answer is the end of a range, which the longest may not reach.
-        let at = |quantile| {
-            let time = Duration::from_nanos(book.times.value_at_quantile(quantile));
-            microseconds(time).min(longest)
+        let counters = self.lock();
+        let max = microseconds(counters.max_latency);
+        // The histogram returns the upper end of a bucket, which may be above the maximum.
+        let quantile = |quantile| {
+            let latency = Duration::from_nanos(counters.latencies.value_at_quantile(quantile));
+            microseconds(latency).min(max)
         };
         QueueStats {
-            requests: book.requests.clone(),
-            in_flight: book.in_flight,
-            in_flight_max: book.in_flight_max,
+            requests: counters.requests.clone(),
+            in_flight: counters.in_flight,
+            in_flight_max: counters.in_flight_max,
             latency: LatencyStats {
-                samples: book.times.len(),
-                p50_us: at(0.5),
-                p99_us: at(0.99),
-                p999_us: at(0.999),
-                max_us: longest,
+                samples: counters.latencies.len(),
+                p50_us: quantile(0.5),
+                p99_us: quantile(0.99),
+                p999_us: quantile(0.999),
+                max_us: max,
             },
             cpu_us: None,
         }
@@ -139,7 +148,7 @@ mod tests {
     const US: Duration = Duration::from_micros(1);
 
     #[test]
-    fn an_empty_book_has_no_times() {
+    fn an_unused_recorder_has_no_latencies() {
         assert_eq!(StatsRecorder::default().snapshot(), QueueStats::default());
     }
 
@@ -147,11 +156,11 @@ mod tests {
     fn requests_are_counted_by_kind() {
         let recorder = StatsRecorder::default();
         let other = recorder.clone();
-        recorder.begun(3);
-        recorder.completed(RequestKind::Read, 4096, true, US);
-        recorder.begun(1);
-        recorder.completed(RequestKind::Read, 512, false, US);
-        other.completed(RequestKind::Flush, 0, true, US);
+        recorder.started(3);
+        recorder.completed(RequestKind::Read, 4096, true, US, 2);
+        recorder.started(3);
+        recorder.completed(RequestKind::Read, 512, false, US, 2);
+        other.completed(RequestKind::Flush, 0, true, US, 1);
         let stats = other.snapshot();
         let (bytes, errors) = (4096, 1);
         let read = OperationStats {
@@ -167,10 +176,10 @@ mod tests {
     }
 
     #[test]
-    fn percentiles_are_within_a_hundredth() {
+    fn percentiles_are_within_one_percent() {
         let recorder = StatsRecorder::default();
         for time in 1..=10_000 {
-            recorder.completed(RequestKind::Write, 1, true, time * US);
+            recorder.completed(RequestKind::Write, 1, true, time * US, 0);
         }
         let latency = recorder.snapshot().latency;
         for (got, exact) in [
@@ -184,36 +193,33 @@ mod tests {
     }
 
     #[test]
-    fn its_size_is_bounded_whatever_the_times() {
+    fn memory_is_bounded_for_any_latency() {
         let recorder = StatsRecorder::default();
         for time in [Duration::ZERO, US, Duration::from_secs(3600), Duration::MAX] {
-            recorder.completed(RequestKind::Other, u64::MAX, true, time);
+            recorder.completed(RequestKind::Other, u64::MAX, true, time, 0);
         }
-        let (stats, book) = (recorder.snapshot(), recorder.lock());
-        let size = book.times.distinct_values() * size_of::<u64>() + size_of::<QueueCounters>();
+        let (stats, counters) = (recorder.snapshot(), recorder.lock());
+        let size =
+            counters.latencies.distinct_values() * size_of::<u64>() + size_of::<QueueCounters>();
         assert!(size < 48 << 10, "{size} bytes");
         assert_eq!(stats.latency.samples, 4);
         assert_eq!(stats.requests.other.bytes, u64::MAX);
         assert!(stats.latency.p50_us <= stats.latency.p999_us);
     }
 
-    /// Not a test: `cargo test --release -p device-disk -- --ignored --nocapture costs`.
+    /// Not a test: `cargo test --release -p device-disk -- --ignored --nocapture cost`.
     #[test]
     #[ignore = "measures"]
-    fn what_a_request_costs() {
+    fn cost_of_a_request() {
         let recorder = StatsRecorder::default();
         let (count, start) = (10_000_000u32, std::time::Instant::now());
         for time in 0..count {
-            recorder.begun(1);
-            recorder.completed(
-                RequestKind::Read,
-                4096,
-                true,
-                Duration::from_nanos(time.into()),
-            );
+            recorder.started(1);
+            let latency = Duration::from_nanos(time.into());
+            recorder.completed(RequestKind::Read, 4096, true, latency, 0);
         }
         let cost = start.elapsed() / count;
-        let len = recorder.lock().times.distinct_values();
+        let len = recorder.lock().latencies.distinct_values();
         println!("{cost:?} a request, {len} counters");
     }
 }

@@ -32,8 +32,8 @@ fn a_file_that_is_shortened_fails_what_lies_beyond() {
             assert_eq!(got, status, "{mode}, sector {sector}");
         }
         let log = disk.process.log();
-        assert!(log.contains("queue 0: request"), "{log}");
-        assert!(log.contains("(read)"), "{log}");
+        assert!(log.contains("request failed queue=0 request="), "{log}");
+        assert!(log.contains("operation=\"read\""), "{log}");
         // The guest's own writes make it longer again.
         let data = vec![0x77; 4096];
         assert_eq!(disk.send(VIRTIO_BLK_T_OUT, half, &data), OK);
@@ -68,7 +68,10 @@ fn a_medium_that_fails_fails_no_other_request() {
             assert_eq!(status, expected, "{mode}, sector {sector}");
         }
         let log = disk.process.log();
-        assert!(log.contains("(read): Input/output error"), "{log}");
+        assert!(
+            log.contains("operation=\"read\" error=Input/output error"),
+            "{log}"
+        );
     }
 }
 

@@ -11,7 +11,7 @@ use imago::qcow2::Qcow2;
 use rustix::fs::{AtFlags, CWD, RenameFlags};
 
 use super::metadata_file::MetadataFile;
-use super::qcow::header::Header;
+use super::qcow::header::QcowHeader;
 use super::qcow2::storage::Storage;
 use super::{BackingPolicy, ImageFormat, ImageOrigin, SECTOR, backing, open_file};
 use crate::lock;
@@ -173,17 +173,17 @@ impl CreateOptions {
     }
 
     fn fill(&self, file: File) -> io::Result<()> {
-        let guard = MetadataFile::new(file, &self.file.display().to_string())?;
+        let image_file = MetadataFile::new(file, &self.file.display().to_string())?;
         match self.format {
-            ImageFormat::Raw => guard.zero(0, self.size, true),
+            ImageFormat::Raw => image_file.zero(0, self.size, true),
             ImageFormat::Qcow => {
                 let bits = self.cluster_size.map(u64::ilog2);
                 let name = self.below().map(|(name, _)| name);
-                Header::new(self.size, bits, name).create(&guard)
+                QcowHeader::new(self.size, bits, name).create(&image_file)
             }
             ImageFormat::Qcow2 => {
                 let mut image =
-                    Qcow2::<Storage>::create_builder(Storage::new(guard)).size(self.size);
+                    Qcow2::<Storage>::create_builder(Storage::new(image_file)).size(self.size);
                 if let Some(cluster) = self.cluster_size {
                     image = image.cluster_size(cluster as usize);
                 }

@@ -1,6 +1,5 @@
-//! The file of an image that has tables of its own, and what keeps those whole: once
-//! the file could not be written where tables are, what it says and what we know of it
-//! differ, so nothing is written to it any more.
+//! The file of an image with tables. After a failed write to a table, the table in the file
+//! and the one in memory may differ. So nothing is written to the file any more.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Seek, SeekFrom};
@@ -13,30 +12,31 @@ use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev2};
 
 use crate::transfer;
 
-/// Where the file system cannot zero a range, it is written in pieces of this many bytes.
-const ZEROES: usize = 64 * 1024;
+/// Where the file system cannot zero a range, this many zero bytes are written at a time.
+const ZERO_BUFFER: usize = 64 * 1024;
 
-/// An image's file.
+/// The file of an image with tables.
 #[derive(Debug)]
 pub struct MetadataFile {
-    /// What users call it.
+    /// Its name in messages.
     name: String,
     file: File,
-    /// Size of the file in bytes. It does not fall because somebody shortens the file: that
-    /// makes errors, not zeros.
+    /// Size of the file in bytes. If another program truncates the file, this stays: reads
+    /// beyond the end fail then, and do not return zeros.
     len: AtomicU64,
+    /// A table could not be written.
     broken: AtomicBool,
     #[cfg(test)]
     pub faults: faults::Faults,
 }
 
 impl MetadataFile {
-    /// Guards `file`, which users call `name`.
+    /// `name` is the name of `file` in messages.
     ///
     /// # Errors
-    /// When its size cannot be known.
+    /// The size of the file is not known: lseek(2) fails.
     pub fn new(mut file: File, name: &str) -> io::Result<Self> {
-        // Of a block device, too, which fstat(2) does not say.
+        // fstat(2) does not tell the size of a block device.
         let len = file.seek(SeekFrom::End(0))?;
         Ok(MetadataFile {
             name: name.to_owned(),
@@ -48,49 +48,50 @@ impl MetadataFile {
         })
     }
 
-    /// What users call it.
+    /// The name in messages.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The file.
+    /// The descriptor.
     pub fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 
-    /// Size of the file in bytes, or less when others than we made it longer.
+    /// Size of the file in bytes, or less if another process has made it longer.
     pub fn len(&self) -> u64 {
         self.len.load(Ordering::Acquire)
     }
 
-    /// Looks whether the file has grown.
+    /// Checks whether the file has grown; returns its size.
     ///
     /// # Errors
-    /// fstat(2)'s.
-    pub fn look_again(&self) -> io::Result<u64> {
-        // fstat(2), not statx(2): the sandbox knows only the former.
+    /// fstat(2) fails.
+    pub fn refresh_len(&self) -> io::Result<u64> {
+        // fstat(2), not statx(2), which the sandbox does not allow.
         let now = rustix::fs::fstat(&self.file)?.st_size;
         let now = u64::try_from(now).unwrap_or(0);
         Ok(self.len.fetch_max(now, Ordering::AcqRel).max(now))
     }
 
-    /// Fails when the image is not written to any more.
+    /// Checks that the image may still be written.
     ///
     /// # Errors
-    /// One that says so.
-    pub fn usable(&self) -> io::Result<()> {
+    /// A table could not be written before.
+    pub fn check_writable(&self) -> io::Result<()> {
         if self.broken.load(Ordering::Acquire) {
-            let why = "its tables could not be written before: it is only read";
+            let why = "a write to its tables failed before, so it is read-only now";
             return Err(io::Error::new(io::ErrorKind::ReadOnlyFilesystem, why));
         }
         Ok(())
     }
 
-    /// No more writes: the tables in the file are not what they should be.
-    pub fn give_up(&self, why: &io::Error) {
+    /// Allows no more writes: the tables in the file may be wrong.
+    pub fn set_broken(&self, why: &io::Error) {
         if !self.broken.swap(true, Ordering::AcqRel) {
             tracing::error!(
-                "{}: writing the image's tables: {why}: the disk is read-only from now on",
+                error = %why,
+                "{}: writing to the image's tables failed: the disk is read-only from now on",
                 self.name
             );
         }
@@ -99,7 +100,7 @@ impl MetadataFile {
     /// Fills `buffer` from `offset` on.
     ///
     /// # Errors
-    /// The medium's; `UnexpectedEof` where the file ends.
+    /// preadv2(2) fails; `UnexpectedEof` beyond the end of the file.
     pub fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let mut buffers = [IoSliceMut::new(buffer)];
         self.read_to_end(&mut buffers, offset).and_then(|rest| {
@@ -110,14 +111,14 @@ impl MetadataFile {
         })
     }
 
-    /// As [`MetadataFile::read`], with zeros where the file has no more; but it must reach to
-    /// `offset` at least.
+    /// As [`MetadataFile::read`], with zeros beyond the end of the file, which must be longer
+    /// than `offset`.
     ///
     /// # Errors
-    /// The medium's; `UnexpectedEof` when the file is shorter than it was.
+    /// preadv2(2) fails; `UnexpectedEof` if the file is shorter than it was.
     pub fn read_padded(&self, buffers: &mut [IoSliceMut<'_>], offset: u64) -> io::Result<()> {
         let mut total: u64 = buffers.iter().map(|buffer| buffer.len() as u64).sum();
-        if total > 0 && offset >= self.len() && offset >= self.look_again()? {
+        if total > 0 && offset >= self.len() && offset >= self.refresh_len()? {
             return Err(beyond(offset));
         }
         let rest = self.read_to_end(buffers, offset)?;
@@ -129,7 +130,7 @@ impl MetadataFile {
         Ok(())
     }
 
-    /// Reads until the file ends; returns what could not be filled.
+    /// Reads until the end of the file; returns the buffers that are not filled.
     fn read_to_end<'a, 'b>(
         &self,
         mut buffers: &'a mut [IoSliceMut<'b>],
@@ -156,12 +157,12 @@ impl MetadataFile {
         Ok(buffers)
     }
 
-    /// Writes where no table is and none points to yet.
+    /// Writes where no table is and to which none points yet.
     ///
     /// # Errors
-    /// The medium's; nothing is broken by it.
+    /// The image is broken, or pwritev2(2) fails, which does not break it.
     pub fn write(&self, buffers: &mut [IoSlice<'_>], offset: u64) -> io::Result<()> {
-        self.usable()?;
+        self.check_writable()?;
         self.write_all(buffers, offset)
     }
 
@@ -170,27 +171,27 @@ impl MetadataFile {
     /// # Errors
     /// As [`MetadataFile::write`].
     pub fn write_guest(&self, buffers: &Buffers<'_>, offset: u64) -> io::Result<()> {
-        self.usable()?;
+        self.check_writable()?;
         #[cfg(test)]
-        self.faults.strike(offset)?;
+        self.faults.check(offset)?;
         transfer::write(&self.file, offset, buffers)?;
-        self.reaches(offset + buffers.len() as u64);
+        self.extend_len(offset + buffers.len() as u64);
         Ok(())
     }
 
-    /// Writes a part of the image's tables.
+    /// Writes a part of a table.
     ///
     /// # Errors
-    /// The medium's; the image is read-only then.
+    /// The image is broken, or pwritev2(2) fails, which breaks it.
     pub fn write_table(&self, buffers: &mut [IoSlice<'_>], offset: u64) -> io::Result<()> {
-        self.usable()?;
+        self.check_writable()?;
         self.write_all(buffers, offset)
-            .inspect_err(|error| self.give_up(error))
+            .inspect_err(|error| self.set_broken(error))
     }
 
     fn write_all(&self, mut buffers: &mut [IoSlice<'_>], mut offset: u64) -> io::Result<()> {
         #[cfg(test)]
-        self.faults.strike(offset)?;
+        self.faults.check(offset)?;
         IoSlice::advance_slices(&mut buffers, 0);
         while !buffers.is_empty() {
             let some = buffers.len().min(libc::UIO_MAXIOV as usize);
@@ -209,24 +210,23 @@ impl MetadataFile {
                 Err(error) => return Err(error.into()),
             }
         }
-        self.reaches(offset);
+        self.extend_len(offset);
         Ok(())
     }
 
-    fn reaches(&self, end: u64) {
-        // A look first: nearly always the file is long enough, and all threads look.
+    fn extend_len(&self, end: u64) {
+        // Nearly always the file is long enough, so that no thread has to write here.
         if end > self.len() {
             self.len.fetch_max(end, Ordering::AcqRel);
         }
     }
 
-    /// Makes the file as long again as it was, which had been made longer for what did not
-    /// come.
-    pub fn take_back(&self, len: u64) {
-        // A failure costs space; and a table may point there if one was not written.
-        if self.usable().is_ok() {
+    /// Truncates the file to `len` bytes, after it was made longer for a write that failed.
+    pub fn truncate_back(&self, len: u64) {
+        // If this fails, some space is lost. If the image is broken, a table may point there.
+        if self.check_writable().is_ok() {
             #[cfg(test)]
-            if self.faults.strike(len).is_err() {
+            if self.faults.check(len).is_err() {
                 return;
             }
             if rustix::fs::ftruncate(&self.file, len).is_ok() {
@@ -235,25 +235,25 @@ impl MetadataFile {
         }
     }
 
-    /// Makes the range read as zeros, and the file long enough to have it; its space is
-    /// given back if `unmap` allows.
+    /// Makes the range read as zeros, and the file long enough to contain it. With `unmap`
+    /// the range may be deallocated.
     ///
     /// # Errors
-    /// The medium's.
+    /// The file cannot be written or has no room.
     pub fn zero(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        self.usable()?;
+        self.check_writable()?;
         let end = offset.checked_add(len).ok_or_else(|| beyond(offset))?;
         let old = self.len();
         if end > old {
-            // Behind the end of the file there are zeros only.
+            // The new part of a file reads as zeros.
             #[cfg(test)]
-            self.faults.strike(offset)?;
+            self.faults.check(offset)?;
             match rustix::fs::ftruncate(&self.file, end) {
-                // A block device ends where it ends.
+                // A block device cannot grow.
                 Err(Errno::INVAL) => return Err(io::ErrorKind::StorageFull.into()),
                 result => result?,
             }
-            self.reaches(end);
+            self.extend_len(end);
         }
         if offset < old {
             self.zero_inside(offset, len.min(old - offset), unmap)?;
@@ -263,46 +263,46 @@ impl MetadataFile {
 
     fn zero_inside(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         #[cfg(test)]
-        self.faults.strike(offset)?;
-        let ways = match unmap {
+        self.faults.check(offset)?;
+        let modes = match unmap {
             true => [FallocateFlags::PUNCH_HOLE, FallocateFlags::ZERO_RANGE],
             false => [FallocateFlags::ZERO_RANGE, FallocateFlags::PUNCH_HOLE],
         };
-        for how in ways {
-            match self.fallocate(how, offset, len) {
+        for mode in modes {
+            match self.fallocate(mode, offset, len) {
                 Err(Errno::OPNOTSUPP) => {}
                 result => return Ok(result?),
             }
         }
-        let zeroes = vec![0; len.min(ZEROES as u64) as usize];
+        let zeroes = vec![0; len.min(ZERO_BUFFER as u64) as usize];
         let mut done = 0;
         while done < len {
-            let count = (len - done).min(ZEROES as u64) as usize;
+            let count = (len - done).min(ZERO_BUFFER as u64) as usize;
             self.write_all(&mut [IoSlice::new(&zeroes[..count])], offset + done)?;
             done += count as u64;
         }
         Ok(())
     }
 
-    /// Gives the space of a range back, which then reads as zeros. Where the file system
-    /// cannot, nothing happens.
+    /// Deallocates a range, which then reads as zeros. Does nothing if the file system does
+    /// not support it.
     ///
     /// # Errors
-    /// The medium's.
-    pub fn punch(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.usable()?;
+    /// fallocate(2) fails.
+    pub fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check_writable()?;
         #[cfg(test)]
-        self.faults.strike(offset)?;
+        self.faults.check(offset)?;
         match self.fallocate(FallocateFlags::PUNCH_HOLE, offset, len) {
             Err(Errno::OPNOTSUPP) => Ok(()),
             result => Ok(result?),
         }
     }
 
-    fn fallocate(&self, how: FallocateFlags, offset: u64, len: u64) -> Result<(), Errno> {
+    fn fallocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> Result<(), Errno> {
         loop {
-            let how = how | FallocateFlags::KEEP_SIZE;
-            match rustix::fs::fallocate(&self.file, how, offset, len) {
+            let mode = mode | FallocateFlags::KEEP_SIZE;
+            match rustix::fs::fallocate(&self.file, mode, offset, len) {
                 Err(Errno::INTR) => {}
                 result => return result,
             }
@@ -310,68 +310,68 @@ impl MetadataFile {
     }
 }
 
-/// An entry of a table, or a request, points behind the end of the file.
+/// The error for a table that points beyond the end of the file.
 pub fn beyond(offset: u64) -> io::Error {
     damaged(&format!(
         "offset {offset:#x} is beyond the end of the image's file"
     ))
 }
 
-/// The image contradicts itself.
+/// The error for an image that contradicts itself.
 pub fn damaged(why: &str) -> io::Error {
     io::Error::new(
         io::ErrorKind::InvalidData,
-        format!("the image is damaged: {why} (qemu-img check tells more)"),
+        format!("the image is damaged: {why} (qemu-img check reports the details)"),
     )
 }
 
-/// Media that fail, for tests.
+/// Fault injection for tests.
 #[cfg(test)]
 pub mod faults {
     use std::io;
     use std::ops::Range;
     use std::sync::Mutex;
 
-    /// What fails.
+    /// Which writes fail.
     #[derive(Debug, Default)]
-    pub struct Faults(Mutex<State>);
+    pub struct Faults(Mutex<FaultState>);
 
     #[derive(Debug, Default)]
-    struct State {
-        /// So many writes are done, and none after them, as if the process was killed.
-        lives: Option<u64>,
-        /// So many writes are done, then one is not.
-        once: Option<u64>,
-        /// Writes that begin here fail with this number.
+    struct FaultState {
+        /// How many more writes succeed before all fail, as if the process was killed.
+        writes_left: Option<u64>,
+        /// How many more writes succeed before one fails.
+        writes_until_failure: Option<u64>,
+        /// Writes that begin in this range fail with this errno.
         failing: Option<(Range<u64>, i32)>,
     }
 
     impl Faults {
-        /// After `writes` more, nothing is written any more.
-        pub fn die_after(&self, writes: u64) {
-            self.0.lock().unwrap().lives = Some(writes);
+        /// After `writes` more writes, all fail.
+        pub fn fail_all_after(&self, writes: u64) {
+            self.0.lock().unwrap().writes_left = Some(writes);
         }
 
-        /// After `writes` more, one fails; returns how many were still to come before that one.
+        /// After `writes` more writes, one fails; returns the old number.
         pub fn fail_once_after(&self, writes: Option<u64>) -> Option<u64> {
-            std::mem::replace(&mut self.0.lock().unwrap().once, writes)
+            std::mem::replace(&mut self.0.lock().unwrap().writes_until_failure, writes)
         }
 
-        /// Writes to offsets in `range` fail with `errno`; 0 mends it.
+        /// Writes that begin in `range` fail with `errno`, or succeed again if it is 0.
         pub fn fail(&self, range: Range<u64>, errno: i32) {
             self.0.lock().unwrap().failing = (errno != 0).then_some((range, errno));
         }
 
-        pub(super) fn strike(&self, offset: u64) -> io::Result<()> {
+        pub(super) fn check(&self, offset: u64) -> io::Result<()> {
             let mut state = self.0.lock().unwrap();
-            if let Some(left) = state.once {
-                state.once = left.checked_sub(1);
+            if let Some(left) = state.writes_until_failure {
+                state.writes_until_failure = left.checked_sub(1);
                 if left == 0 {
                     return Err(io::Error::from_raw_os_error(libc::EIO));
                 }
             }
-            if let Some(lives) = &mut state.lives {
-                *lives = lives.checked_sub(1).ok_or(io::ErrorKind::Interrupted)?;
+            if let Some(left) = &mut state.writes_left {
+                *left = left.checked_sub(1).ok_or(io::ErrorKind::Interrupted)?;
             }
             match &state.failing {
                 Some((range, errno)) if range.contains(&offset) => {

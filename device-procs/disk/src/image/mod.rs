@@ -1,4 +1,4 @@
-//! Image formats: where in a file a disk's bytes lie.
+//! Image formats: where in a file the bytes of a disk are.
 
 mod backing;
 pub mod create;
@@ -25,23 +25,23 @@ use device_vhost_user::Buffers;
 
 pub use raw::BLKGETSIZE64;
 
-/// Bytes of a sector as virtio-blk counts (virtio 1.2 section 5.2.4).
+/// Size of a sector of virtio-blk in bytes (virtio 1.2 section 5.2.4).
 pub const SECTOR: u64 = 512;
 
 /// Size and limits of a disk, all in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
-    /// Size of the disk, whole sectors.
+    /// Size of the disk, a multiple of [`SECTOR`].
     pub capacity: u64,
-    /// No writes.
+    /// Whether writes are refused.
     pub read_only: bool,
-    /// Logical block size: what a write replaces as a whole.
+    /// Logical block size: the unit of a write.
     pub logical_block: u32,
-    /// Physical block size: what the medium writes without reading first.
+    /// Physical block size: what the medium can write without a read first.
     pub physical_block: u32,
     /// Preferred size of a request; 0 when there is none.
     pub optimal_io: u32,
-    /// Whether unused ranges can be given back, and in what granularity.
+    /// Granularity of discards; `None` if they are not supported.
     pub discard: Option<u32>,
 }
 
@@ -52,14 +52,14 @@ impl Geometry {
     }
 }
 
-/// How a disk lies in a file.
+/// The format of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ImageFormat {
     /// The file is the disk
     Raw,
-    /// QEMU's, versions 2 and 3
+    /// QEMU's copy-on-write format, versions 2 and 3
     Qcow2,
-    /// QEMU's first, version 1
+    /// QEMU's first copy-on-write format, version 1
     Qcow,
 }
 
@@ -71,36 +71,36 @@ impl FromStr for ImageFormat {
     }
 }
 
-/// What is done with files that an image names.
+/// Whether an image may have a backing file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum BackingPolicy {
-    /// They are not opened, and the image is refused
+    /// No: an image with a backing file is refused
     Deny,
-    /// They are read, wherever they are
+    /// Yes: the backing file is read, whatever its path is
     Allow,
 }
 
-/// Where an image comes from, and what may be done for it.
+/// Where an image comes from, and how its backing files are opened.
 #[derive(Clone, Copy, Debug)]
 pub struct ImageOrigin<'a> {
-    /// What users call it.
+    /// The image's name in messages.
     pub name: &'a str,
-    /// What the names of other files in it are relative to, if that is known.
+    /// The directory of the image, if it is known: its backing file is relative to it.
     pub directory: Option<&'a Path>,
-    /// Whether those are opened.
+    /// Whether backing files are opened.
     pub backing: BackingPolicy,
-    /// Whether they are locked.
+    /// Whether backing files are locked.
     pub lock: bool,
-    /// Images on top of this one.
+    /// Number of images on top of this one.
     pub depth: u32,
 }
 
-/// Makes an image of what [`open_file`] or [`adopt`] has opened. Without a format it is
-/// raw; but a file that looks like another one is not taken for that, nor for raw: its
-/// guest may have made it look so.
+/// Opens the image in `file`, which [`open_file`] or [`adopt`] returned. Without a format it
+/// is raw, unless the file begins like another format. Then it is refused: the guest of a
+/// raw disk may have written that.
 ///
 /// # Errors
-/// One line that says what is wrong with it and what to do.
+/// The image is invalid or not supported. The error says what to do.
 pub fn open(
     file: File,
     format: Option<ImageFormat>,
@@ -113,8 +113,8 @@ pub fn open(
             None => ImageFormat::Raw,
             Some(other) => {
                 return Err(io::Error::other(format!(
-                    "it begins like an image of format {other}: --format {other} if it is one, \
-                     --format raw if its guest wrote that to a raw disk"
+                    "it begins like an image of format {other}: use --format {other} if it is \
+                     one, or --format raw if its guest wrote that to a raw disk"
                 )));
             }
         },
@@ -125,7 +125,7 @@ pub fn open(
             if image.padding() > 0 {
                 tracing::warn!(
                     "{}: the last sector is incomplete: the guest sees {} zero bytes more, \
-                     which are added to the file once it writes to that sector",
+                     which are added to the file when it writes to that sector",
                     origin.name,
                     image.padding()
                 );
@@ -137,10 +137,10 @@ pub fn open(
     })
 }
 
-/// The format that a file begins like, other than raw.
+/// The format that a file begins like, if that is not raw.
 fn looks_like(file: &File) -> Option<&'static str> {
     let mut start = [0; 8];
-    // What is shorter, or cannot be read, is found out later.
+    // A file that is shorter or cannot be read fails later.
     file.read_exact_at(&mut start, 0).ok()?;
     (start[..4] == qcow2::header::MAGIC).then_some(match start[4..] {
         [0, 0, 0, 1] => "qcow",
@@ -148,26 +148,28 @@ fn looks_like(file: &File) -> Option<&'static str> {
     })
 }
 
-/// Whether a disk of `now` bytes can become one of `capacity`.
+/// Checks that a disk of `now` bytes can be resized to `capacity` bytes.
 fn check_growth(now: u64, capacity: u64) -> io::Result<()> {
     if !capacity.is_multiple_of(SECTOR) {
-        return Err(io::Error::other("a disk has whole sectors of 512 bytes"));
+        return Err(io::Error::other(format!(
+            "{capacity} bytes is not a multiple of the sector size, 512 bytes"
+        )));
     }
     if capacity < now {
         return Err(io::Error::other(format!(
-            "it has {now} bytes, and a disk does not shrink"
+            "it has {now} bytes and cannot shrink to {capacity}"
         )));
     }
     Ok(())
 }
 
-/// Opens what an image lies in.
+/// Opens the file or block device of an image.
 ///
 /// # Errors
-/// open(2)'s own; of a medium that could be read and not written, one that says so.
+/// open(2) fails. If the file can be read but not written, the error says so.
 pub fn open_file(path: &Path, read_only: bool) -> io::Result<File> {
     let open = |write| {
-        // O_NONBLOCK: a FIFO without a writer must not hang us.
+        // With O_NONBLOCK, opening a FIFO without a writer does not wait.
         OpenOptions::new()
             .read(true)
             .write(write)
@@ -178,7 +180,8 @@ pub fn open_file(path: &Path, read_only: bool) -> io::Result<File> {
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
             if !read_only && open(false).is_ok() =>
         {
-            let why = format!("it cannot be written: {error} (--read-only serves it as it is)");
+            let why =
+                format!("it cannot be written: {error} (use --read-only to serve it read-only)");
             io::Error::new(error.kind(), why)
         }
         io::ErrorKind::IsADirectory => not_a_disk(),
@@ -186,10 +189,10 @@ pub fn open_file(path: &Path, read_only: bool) -> io::Result<File> {
     })
 }
 
-/// Takes over what an image lies in from whoever opened it.
+/// Takes over the inherited file or block device of an image.
 ///
 /// # Errors
-/// When there is no such descriptor, or it is not open for what is to be done.
+/// The descriptor is not open, or not open for reading and, unless `read_only`, writing.
 pub fn adopt(fd: RawFd, read_only: bool) -> io::Result<File> {
     let file = device_core::fd::inherit_open_for(fd, true, !read_only)?;
     Ok(File::from(file))
@@ -199,7 +202,7 @@ fn not_a_disk() -> io::Error {
     io::Error::other("neither a regular file nor a block device")
 }
 
-/// Where a piece of the disk is.
+/// Where a range of the disk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Extent {
     /// In the file at this offset, for this many bytes.
@@ -209,102 +212,102 @@ pub enum Extent {
         /// Length in bytes.
         len: u64,
     },
-    /// Nowhere: this many bytes read as zeros.
+    /// Not in the file: the range reads as zeros.
     Zero {
         /// Length in bytes.
         len: u64,
     },
-    /// In a form that only the image understands (compressed, in a backing file, not yet
-    /// allocated): [`Image::read`] and [`Image::write`] do it.
+    /// In a form that only the image can read or write (compressed, in a backing file, not
+    /// allocated yet), with [`Image::read`] and [`Image::write`].
     Special {
         /// Length in bytes.
         len: u64,
     },
 }
 
-/// An image format: it maps, and others move data to and from where it says. Ranges given
-/// to it lie within the disk's capacity. Several threads call it at a time.
+/// An image. It maps ranges of the disk to ranges of its file; the device transfers the
+/// data. All ranges are within the disk's capacity. Several threads use it at a time.
 ///
-/// What a place in the file was mapped to once stays the place of that piece of the disk
-/// for as long as queues run: a transfer may still be under way there.
+/// A range of the file keeps belonging to the range of the disk that it was mapped to as
+/// long as queues run, for a transfer may still be in flight there.
 ///
-/// The process may be killed at any time, and another one that opened the image long ago
-/// goes on with it: so what [`Image::write`] and the like have done is in the file
-/// (write(2), not fsync(2)) when they return, and at no moment is the file in a state
-/// from which another one could not go on.
+/// The process may be killed at any time, and another process continues with the image. So
+/// the changes of [`Image::write`] and the like are in the file (write(2), not fsync(2))
+/// when they return, and at every moment another process can continue from what is in the
+/// file.
 pub trait Image: Send + Sync {
     /// Size, which may grow, and limits.
     fn geometry(&self) -> Geometry;
 
-    /// The file that extents refer to.
+    /// The file that [`Extent::Data`] refers to.
     fn file(&self) -> BorrowedFd<'_>;
 
-    /// Whether it takes more than the data in the file to find them again: tables, which
-    /// only a flush puts onto the medium.
-    fn has_tables(&self) -> bool {
+    /// Whether the image has tables that map its data. Then a write is durable only after a
+    /// flush, which puts the tables onto the disk.
+    fn has_metadata(&self) -> bool {
         true
     }
 
-    /// Where the bytes from `offset` on are read, `len` of them or fewer (and not none).
+    /// Where the bytes from `offset` on are read: `len` of them or fewer, at least one.
     ///
     /// # Errors
-    /// When the image's own tables cannot be read.
-    fn map(&self, offset: u64, len: u64) -> io::Result<Extent>;
+    /// The image's tables cannot be read.
+    fn map_read(&self, offset: u64, len: u64) -> io::Result<Extent>;
 
-    /// Where the bytes from `offset` on are written, `len` of them or fewer: `Data`, or
-    /// `Special` for what [`Image::write`] must do.
+    /// Where the bytes from `offset` on are written: `len` of them or fewer, at least one.
+    /// `Special` for what [`Image::write`] must write.
     ///
     /// # Errors
-    /// When the image cannot be written (any more).
-    fn place(&self, offset: u64, len: u64) -> io::Result<Extent>;
+    /// The image cannot be written.
+    fn map_write(&self, offset: u64, len: u64) -> io::Result<Extent>;
 
-    /// Reads what [`Image::map`] calls special.
+    /// Reads a range for which [`Image::map_read`] returned `Special`.
     ///
     /// # Errors
-    /// The medium's.
+    /// The file cannot be read, or the image is damaged.
     fn read(&self, _offset: u64, _buffers: &Buffers<'_>) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Writes what [`Image::place`] calls special, making room for it.
+    /// Writes a range for which [`Image::map_write`] returned `Special`, and allocates it.
     ///
     /// # Errors
-    /// The medium's, which may be full. After an error the range reads as before, as far
-    /// as it was not overwritten in place.
+    /// The file cannot be written; it may have no room. Then the range reads as before, as
+    /// far as it was not overwritten in place.
     fn write(&self, _offset: u64, _buffers: &Buffers<'_>) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Gives the range back; what it then reads as is undefined.
+    /// Deallocates the range. What it then reads as is undefined.
     ///
     /// # Errors
-    /// `Unsupported`, or the medium's.
+    /// `Unsupported`, or the file cannot be written.
     fn discard(&self, offset: u64, len: u64) -> io::Result<()>;
 
-    /// Makes the range read as zeros, giving it back if `unmap` allows.
+    /// Makes the range read as zeros. With `unmap` it may be deallocated.
     ///
     /// # Errors
-    /// The medium's.
+    /// The file cannot be written.
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()>;
 
-    /// Makes the disk larger. With the size of the disk as it is: looks whether what
-    /// it lies in has grown.
+    /// Makes the disk larger. If `capacity` is its current size, checks whether the file or
+    /// block device has grown.
     ///
     /// # Errors
-    /// One line that says why not; then nothing has changed.
+    /// The disk cannot have this size. Then nothing has changed.
     fn grow(&self, capacity: u64) -> io::Result<()>;
 
-    /// What tests make fail.
+    /// The file whose faults tests inject.
     #[cfg(test)]
-    fn guard_of(&self) -> Option<&metadata_file::MetadataFile> {
+    fn metadata_file(&self) -> Option<&metadata_file::MetadataFile> {
         None
     }
 
-    /// Forgets what is known of the file's content: another process may have changed it.
-    /// Nothing else is under way meanwhile.
+    /// Drops all cached metadata, for another process may have changed the file. No request
+    /// is in flight meanwhile.
     ///
     /// # Errors
-    /// When the image's own tables cannot be read.
+    /// The image's tables cannot be read.
     fn reload(&self) -> io::Result<()> {
         Ok(())
     }

@@ -12,17 +12,16 @@ use rustix::io::Errno;
 
 use super::{Extent, Geometry, Image, SECTOR, not_a_disk};
 
-// Requests of linux/fs.h; crate libc does not have them.
+// Requests of linux/fs.h that crate libc does not have.
 const BLKROGET: libc::c_ulong = 0x125e;
-/// Size of a block device in bytes.
+/// Returns the size of a block device in bytes.
 pub const BLKGETSIZE64: libc::c_ulong = 0x8008_1272;
 const BLKSSZGET: libc::c_ulong = 0x1268;
 const BLKPBSZGET: libc::c_ulong = 0x127b;
 const BLKIOOPT: libc::c_ulong = 0x1279;
 
-/// Where the file system cannot zero a range, it is written in pieces of this
-/// many bytes.
-const ZEROES: usize = 64 * 1024;
+/// Where the file system cannot zero a range, this many zero bytes are written at a time.
+const ZERO_BUFFER: usize = 64 * 1024;
 
 /// A raw image.
 pub struct RawImage {
@@ -30,20 +29,19 @@ pub struct RawImage {
     geometry: Geometry,
     /// Size of the disk in bytes.
     capacity: AtomicU64,
-    /// Size of the file in bytes: that of the disk, or less than a sector short of it.
+    /// Size of the file in bytes. The last sector may be incomplete.
     len: AtomicU64,
     is_device: bool,
-    /// Held by whoever makes the file longer.
-    growing: Mutex<()>,
+    /// Held while the file is made longer.
+    growth_lock: Mutex<()>,
 }
 
 impl RawImage {
-    /// A regular file or a block device as a disk. A file that ends within a sector
-    /// makes a disk that ends with the sector, as QEMU has it.
+    /// The disk in a regular file or a block device. If a file ends within a sector, the
+    /// disk ends with that sector, as in QEMU.
     ///
     /// # Errors
-    /// Anything that is neither file nor block device, that is empty, and a medium
-    /// that cannot be written, are refused.
+    /// It is neither a file nor a block device, or empty, or a read-only block device.
     pub fn new(file: File, read_only: bool) -> io::Result<Self> {
         let metadata = file.metadata()?;
         let geometry = if metadata.file_type().is_block_device() {
@@ -62,7 +60,9 @@ impl RawImage {
             return Err(not_a_disk());
         };
         if geometry.capacity == 0 {
-            return Err(io::Error::other("it is empty: no disk has 0 bytes"));
+            return Err(io::Error::other(
+                "it is empty: a disk has at least one sector",
+            ));
         }
         let len = match metadata.is_file() {
             true => metadata.len(),
@@ -74,29 +74,32 @@ impl RawImage {
             capacity: AtomicU64::new(geometry.capacity),
             len: AtomicU64::new(len),
             is_device: !metadata.is_file(),
-            growing: Mutex::new(()),
+            growth_lock: Mutex::new(()),
         })
     }
 
-    /// Bytes that the disk has and the file has not: the end of the last sector.
+    /// Bytes of the disk that are not in the file: the end of the last sector.
     pub fn padding(&self) -> u64 {
         let capacity = self.capacity.load(Ordering::Acquire);
         capacity.saturating_sub(self.len.load(Ordering::Acquire))
     }
 
-    /// Size of what the disk lies in, now.
+    /// The current size of the file or block device.
     fn measure(&self) -> io::Result<u64> {
         if self.is_device {
             return ioctl_number::<u64>(&self.file, BLKGETSIZE64);
         }
-        // fstat(2), not statx(2): the sandbox knows only the former.
+        // fstat(2), not statx(2), which the sandbox does not allow.
         let len = rustix::fs::fstat(&self.file)?.st_size;
         Ok(u64::try_from(len).unwrap_or(0))
     }
 
-    /// Makes the file `len` bytes long, unless it is longer.
+    /// Makes the file at least `len` bytes long.
     fn lengthen(&self, len: u64) -> io::Result<()> {
-        let _alone = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _lock = self
+            .growth_lock
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if self.measure()? < len {
             rustix::fs::ftruncate(&self.file, len)?;
         }
@@ -116,7 +119,7 @@ impl RawImage {
 
 fn ioctl_number<T: Default + Copy>(file: &File, request: libc::c_ulong) -> io::Result<T> {
     let mut value = T::default();
-    // SAFETY: each caller's request writes one value of type T (linux/fs.h).
+    // SAFETY: every request that is passed here writes one value of type T (linux/fs.h).
     if unsafe { libc::ioctl(file.as_raw_fd(), request, &mut value) } < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -138,8 +141,8 @@ fn block_device(file: &File, read_only: bool) -> io::Result<Geometry> {
     })
 }
 
-/// Whether the file system can punch holes, tried where there is nothing: a hole
-/// behind the end of the file changes neither its content nor its size.
+/// Whether the file system can punch holes. Tries it beyond the end of the file, where a hole
+/// changes neither contents nor size.
 fn can_punch(file: &File, size: u64) -> bool {
     let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     rustix::fs::fallocate(file, mode, size, 4096).is_ok()
@@ -157,11 +160,11 @@ impl Image for RawImage {
         self.file.as_fd()
     }
 
-    fn has_tables(&self) -> bool {
+    fn has_metadata(&self) -> bool {
         false
     }
 
-    fn map(&self, offset: u64, len: u64) -> io::Result<Extent> {
+    fn map_read(&self, offset: u64, len: u64) -> io::Result<Extent> {
         let left = self.len.load(Ordering::Acquire).saturating_sub(offset);
         Ok(match len.min(left) {
             0 => Extent::Zero { len },
@@ -169,9 +172,9 @@ impl Image for RawImage {
         })
     }
 
-    fn place(&self, offset: u64, len: u64) -> io::Result<Extent> {
+    fn map_write(&self, offset: u64, len: u64) -> io::Result<Extent> {
         if offset.saturating_add(len) > self.len.load(Ordering::Acquire) {
-            // Before the write, so that a reader meanwhile finds zeros and no end.
+            // Before the write, so that a concurrent read does not see the end of the file.
             self.lengthen(self.capacity.load(Ordering::Acquire))?;
         }
         Ok(Extent::Data { offset, len })
@@ -180,18 +183,18 @@ impl Image for RawImage {
     fn grow(&self, capacity: u64) -> io::Result<()> {
         let now = self.capacity.load(Ordering::Acquire);
         super::check_growth(now, capacity)?;
-        let there = self.measure()?;
-        // As it is: as large as what it lies in, which may have grown.
+        let available = self.measure()?;
+        // The current size: the file or block device may have grown.
         let capacity = match capacity == now {
-            true => (there / SECTOR * SECTOR).max(now),
+            true => (available / SECTOR * SECTOR).max(now),
             false => capacity,
         };
-        if self.is_device && capacity > there {
-            let why = format!("the block device has {there} bytes");
+        if self.is_device && capacity > available {
+            let why = format!("the block device has only {available} bytes");
             return Err(io::Error::other(why));
         }
         if !self.is_device && capacity > now {
-            if self.geometry.read_only && there < capacity {
+            if self.geometry.read_only && available < capacity {
                 return Err(io::Error::other("it is read-only"));
             }
             self.lengthen(capacity)?;
@@ -203,10 +206,10 @@ impl Image for RawImage {
     }
 
     fn reload(&self) -> io::Result<()> {
-        // Another process may have made it larger.
-        let there = self.measure()?;
+        // Another process may have made the file larger.
+        let available = self.measure()?;
         if !self.is_device {
-            self.len.fetch_max(there, Ordering::AcqRel);
+            self.len.fetch_max(available, Ordering::AcqRel);
         }
         self.grow(self.capacity.load(Ordering::Acquire))
     }
@@ -217,19 +220,19 @@ impl Image for RawImage {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
-        let how = if unmap {
+        let mode = if unmap {
             FallocateFlags::PUNCH_HOLE
         } else {
             FallocateFlags::ZERO_RANGE
         };
-        match self.fallocate(how | FallocateFlags::KEEP_SIZE, offset, len) {
+        match self.fallocate(mode | FallocateFlags::KEEP_SIZE, offset, len) {
             Err(Errno::OPNOTSUPP) => {}
             result => return Ok(result?),
         }
-        let zeroes = vec![0; ZEROES];
+        let zeroes = vec![0; ZERO_BUFFER];
         let mut done = 0;
         while done < len {
-            let count = (len - done).min(ZEROES as u64);
+            let count = (len - done).min(ZERO_BUFFER as u64);
             self.file
                 .write_all_at(&zeroes[..count as usize], offset + done)?;
             done += count;
@@ -246,7 +249,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_measured_and_its_ranges_zeroed() {
+    fn ranges_of_a_file_are_zeroed_and_its_size_stays() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), vec![0xaa; 10_000]).unwrap();
         let image = RawImage::new(open(file.path(), false).unwrap(), false).unwrap();
@@ -262,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_disk_is_refused() {
+    fn only_files_and_block_devices_with_data_are_accepted() {
         let refused = |path: &str| {
             let file = open(Path::new(path), true);
             file.and_then(|file| RawImage::new(file, true)).is_err()
@@ -275,19 +278,19 @@ mod tests {
     }
 
     #[test]
-    fn a_last_sector_that_is_incomplete_is_padded_and_grows_when_written() {
+    fn an_incomplete_last_sector_is_padded_and_completed_by_a_write() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), vec![0xaa; 1000]).unwrap();
         let image = RawImage::new(open(file.path(), false).unwrap(), false).unwrap();
         assert_eq!(image.padding(), 24);
         let data = |offset, len| Extent::Data { offset, len };
-        assert_eq!(image.map(0, 1024).unwrap(), data(0, 1000));
-        assert_eq!(image.map(1000, 24).unwrap(), Extent::Zero { len: 24 });
-        assert_eq!(image.place(0, 512).unwrap(), data(0, 512));
+        assert_eq!(image.map_read(0, 1024).unwrap(), data(0, 1000));
+        assert_eq!(image.map_read(1000, 24).unwrap(), Extent::Zero { len: 24 });
+        assert_eq!(image.map_write(0, 512).unwrap(), data(0, 512));
         assert_eq!(file.as_file().metadata().unwrap().len(), 1000);
-        assert_eq!(image.place(512, 512).unwrap(), data(512, 512));
+        assert_eq!(image.map_write(512, 512).unwrap(), data(512, 512));
         assert_eq!(file.as_file().metadata().unwrap().len(), 1024);
-        assert_eq!(image.map(0, 1024).unwrap(), data(0, 1024));
+        assert_eq!(image.map_read(0, 1024).unwrap(), data(0, 1024));
         assert_eq!(image.padding(), 0);
     }
 }

@@ -45,7 +45,7 @@ impl TestDisk {
         let mut at = offset;
         while !buffers.is_empty() {
             let left = buffers.len() as u64;
-            let extent = self.image.map(at, left)?;
+            let extent = self.image.map_read(at, left)?;
             let (Extent::Data { len, .. } | Extent::Zero { len } | Extent::Special { len }) =
                 extent;
             assert!(len > 0 && len <= left, "{extent:?}");
@@ -73,15 +73,15 @@ impl TestDisk {
         let mut at = offset;
         while !buffers.is_empty() {
             let left = buffers.len() as u64;
-            let extent = self.image.place(at, left)?;
+            let extent = self.image.map_write(at, left)?;
             let (Extent::Data { len, .. } | Extent::Zero { len } | Extent::Special { len }) =
                 extent;
             assert!(len > 0 && len <= left, "{extent:?}");
             let piece = buffers.take(len as usize).unwrap();
             match extent {
-                Extent::Data { offset, .. } => match self.image.guard_of() {
+                Extent::Data { offset, .. } => match self.image.metadata_file() {
                     // Where tests make it fail.
-                    Some(guard) => guard.write_guest(&piece, offset)?,
+                    Some(image_file) => image_file.write_guest(&piece, offset)?,
                     None => transfer::write(self.image.file(), offset, &piece)?,
                 },
                 _ => self.image.write(at, &piece)?,

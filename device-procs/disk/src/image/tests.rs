@@ -142,7 +142,11 @@ fn another_process_goes_on_wherever_one_was_killed() {
             std::fs::write(subject.shop.path("disk"), &original).unwrap();
             let heir = subject.shop.open_again("disk", subject.format).unwrap();
             let disk = subject.shop.open_again("disk", subject.format).unwrap();
-            disk.image.guard_of().unwrap().faults.die_after(lives);
+            disk.image
+                .metadata_file()
+                .unwrap()
+                .faults
+                .fail_all_after(lives);
             let mut model = subject.content.clone();
             let mut last = None;
             for step in &steps {
@@ -190,7 +194,11 @@ fn another_process_goes_on_wherever_tables_grew() {
         std::fs::write(shop.path("disk"), &original).unwrap();
         let heir = shop.open_again("disk", ImageFormat::Qcow2).unwrap();
         let disk = shop.open_again("disk", ImageFormat::Qcow2).unwrap();
-        disk.image.guard_of().unwrap().faults.die_after(lives);
+        disk.image
+            .metadata_file()
+            .unwrap()
+            .faults
+            .fail_all_after(lives);
         let mut model = full.clone();
         model[SIZE - (128 << 10)..].fill(0);
         let mut sizes = vec![SIZE];
@@ -243,7 +251,7 @@ fn a_full_medium_fails_the_requests_that_need_space() {
         let mut model = subject.content.clone();
         let disk = subject.open();
         exercise(&disk, &mut model, &mut random, 40);
-        let faults = &disk.image.guard_of().unwrap().faults;
+        let faults = &disk.image.metadata_file().unwrap().faults;
         for _ in 0..times(3) {
             let end = std::fs::metadata(subject.shop.path("disk")).unwrap().len();
             faults.fail(end..u64::MAX, libc::ENOSPC);
@@ -280,21 +288,21 @@ fn tables_that_cannot_be_written_end_all_writing() {
             let mut model = subject.content.clone();
             let disk = subject.open();
             exercise(&disk, &mut model, &mut random, 10);
-            let guard = disk.image.guard_of().unwrap();
+            let image_file = disk.image.metadata_file().unwrap();
             // A place that tables may be at, and data.
             let at = random.below(original.len() as u64);
-            guard.faults.fail(at..at + 32 * 1024, libc::EIO);
+            image_file.faults.fail(at..at + 32 * 1024, libc::EIO);
             for step in changes(&mut random, 200) {
                 match step.run(&disk) {
                     Ok(_) => apply(&step, &mut model, &disk),
                     Err(_) => model = compare_around(&disk, &model, &step),
                 }
-                if guard.usable().is_err() {
+                if image_file.check_writable().is_err() {
                     break;
                 }
             }
-            guard.faults.fail(0..0, 0);
-            if guard.usable().is_err() {
+            image_file.faults.fail(0..0, 0);
+            if image_file.check_writable().is_err() {
                 for step in changes(&mut random, 20) {
                     if matches!(step, Step::Write(..)) {
                         let error = step.run(&disk).unwrap_err();
@@ -522,8 +530,8 @@ fn a_single_failure_costs_no_more_than_its_request() {
         for writes in (0..).step_by(every) {
             std::fs::write(subject.shop.path("disk"), &original).unwrap();
             let disk = subject.open();
-            let guard = disk.image.guard_of().unwrap();
-            guard.faults.fail_once_after(Some(writes));
+            let image_file = disk.image.metadata_file().unwrap();
+            image_file.faults.fail_once_after(Some(writes));
             let mut model = subject.content.clone();
             let mut failed = 0;
             for step in &steps {
@@ -535,9 +543,9 @@ fn a_single_failure_costs_no_more_than_its_request() {
                     }
                 }
             }
-            let was_reached = guard.faults.fail_once_after(None).is_none();
+            let was_reached = image_file.faults.fail_once_after(None).is_none();
             compare(&disk, &model);
-            let usable = guard.usable().is_ok();
+            let usable = image_file.check_writable().is_ok();
             if usable {
                 assert!(failed <= 1, "{writes}: {failed}");
                 exercise(&disk, &mut model, &mut Random::new(writes), 10);

@@ -20,17 +20,14 @@ fn engine(file: &File) -> IoEngine {
     IoEngine::new(file.as_fd(), None).unwrap()
 }
 
-fn iovec(memory: &mut [u8]) -> libc::iovec {
-    libc::iovec {
-        iov_base: memory.as_mut_ptr().cast(),
-        iov_len: memory.len(),
-    }
+fn iovec(memory: &mut [u8]) -> GuestIovec {
+    GuestIovec::new(memory.as_mut_ptr(), memory.len())
 }
 
-fn part(request: usize, task: IoOp, offset: u64, memory: Vec<libc::iovec>) -> IoTransfer {
+fn transfer(request: usize, op: IoOp, offset: u64, memory: Vec<GuestIovec>) -> IoTransfer {
     IoTransfer {
         request,
-        task,
+        op,
         path: IoPath::Cached,
         offset,
         memory,
@@ -38,86 +35,88 @@ fn part(request: usize, task: IoOp, offset: u64, memory: Vec<libc::iovec>) -> Io
     }
 }
 
-/// As many as there can be, and nobody takes one before all have ended: the driver waits
-/// for all of them, so nothing else makes the thread call the kernel.
+/// With the most transfers in flight, all completions arrive although no other request makes
+/// the thread enter the kernel.
 #[test]
-fn no_end_of_a_transfer_waits_for_another_request() {
+fn no_completion_waits_for_another_request() {
     let file = file(&[7; 4096]);
     let mut engine = engine(&file);
     let poller = Poller::new().unwrap();
     poller.add_readable(&engine, 0).unwrap();
-    let mut memory = vec![[0u8; 4]; MAX_PARTS as usize];
+    let mut memory = vec![[0u8; 4]; MAX_TRANSFERS as usize];
     for (number, memory) in memory.iter_mut().enumerate() {
-        let part = part(number, IoOp::Read, 0, vec![iovec(memory)]);
-        engine.begin(part).unwrap();
+        let transfer = transfer(number, IoOp::Read, 0, vec![iovec(memory)]);
+        engine.queue(transfer).unwrap();
     }
     assert!(engine.is_full());
-    let one_more = part(0, IoOp::Flush, 0, vec![]);
-    assert!(engine.begin(one_more).is_err());
-    engine.submit().unwrap();
+    let one_more = transfer(0, IoOp::Flush, 0, vec![]);
+    assert!(engine.queue(one_more).is_err());
     let start = Instant::now();
     let mut ended = HashMap::new();
-    while engine.is_busy() {
+    loop {
+        engine.step().unwrap();
+        while let Some((number, result)) = engine.next_completed() {
+            result.unwrap();
+            *ended.entry(number).or_insert(0) += 1;
+        }
+        if !engine.is_busy() {
+            break;
+        }
         assert!(start.elapsed() < DEADLINE, "{} have ended", ended.len());
         let mut tokens = Vec::new();
         poller
             .wait(&mut tokens, Some(Duration::from_secs(1)))
             .unwrap();
-        while let Some((number, result)) = engine.ended() {
-            result.unwrap();
-            *ended.entry(number).or_insert(0) += 1;
-        }
-        engine.submit().unwrap();
     }
     assert_eq!(ended.len(), memory.len());
     assert!(ended.values().all(|&times| times == 1));
     assert!(memory.iter().all(|it| it == &[7; 4]));
 }
 
-/// More pieces than one call takes, in one part.
+/// A transfer has more iovecs than one call takes.
 #[test]
-fn what_was_short_goes_on() {
-    let content: Vec<u8> = (0..3 * MAX_PIECES).map(|at| (at % 251) as u8).collect();
+fn a_short_transfer_continues() {
+    let content: Vec<u8> = (0..3 * MAX_IOVECS).map(|at| (at % 251) as u8).collect();
     let file = file(&content);
     let mut engine = engine(&file);
     let mut memory = vec![0; content.len()];
-    let pieces = memory.chunks_mut(1).map(iovec).collect();
-    engine.begin(part(1, IoOp::Read, 0, pieces)).unwrap();
+    let iovecs = memory.chunks_mut(1).map(iovec).collect();
+    engine.queue(transfer(1, IoOp::Read, 0, iovecs)).unwrap();
     engine.wait().unwrap();
-    let (request, result) = engine.ended().unwrap();
+    let (request, result) = engine.next_completed().unwrap();
     result.unwrap();
     assert_eq!((request, engine.is_busy()), (1, false));
     assert!(memory == content);
 
     let mut changed: Vec<u8> = content.iter().map(|byte| !byte).collect();
-    let pieces = changed.chunks_mut(1).map(iovec).collect();
+    let iovecs = changed.chunks_mut(1).map(iovec).collect();
     let durable = IoOp::Write { durable: true };
-    engine.begin(part(2, durable, 0, pieces)).unwrap();
+    engine.queue(transfer(2, durable, 0, iovecs)).unwrap();
     engine.wait().unwrap();
-    engine.ended().unwrap().1.unwrap();
+    engine.next_completed().unwrap().1.unwrap();
     file.read_exact_at(&mut memory, 0).unwrap();
     assert!(memory == changed);
 }
 
 #[test]
-fn bounces_are_no_more_than_fit() {
+fn memory_of_bounce_buffers_is_limited() {
     let file = file(&[7; 4096]);
     let mut engine = engine(&file);
     let mut memory = vec![0u8; 4096];
-    let mut begun = 0;
+    let mut queued = 0;
     while !engine.is_full() {
         engine
-            .begin(IoTransfer {
-                bounce: Some(Bounce::new(1 << 20, 4096).unwrap()),
-                ..part(0, IoOp::Read, 0, vec![iovec(&mut memory)])
+            .queue(IoTransfer {
+                bounce: Some(BounceBuffer::new(1 << 20, 4096).unwrap()),
+                ..transfer(0, IoOp::Read, 0, vec![iovec(&mut memory)])
             })
             .unwrap();
-        begun += 1;
+        queued += 1;
     }
-    assert_eq!(begun, MAX_BOUNCED >> 20);
+    assert_eq!(queued, MAX_BOUNCED >> 20);
     while engine.is_busy() {
         engine.wait().unwrap();
-        while let Some((_, result)) = engine.ended() {
+        while let Some((_, result)) = engine.next_completed() {
             // The file ends before the buffer does.
             result.unwrap_err();
         }
@@ -126,16 +125,16 @@ fn bounces_are_no_more_than_fit() {
     assert_eq!((engine.bounced, &memory[..]), (0, &[7; 4096][..]));
 }
 
-/// What the ring is not for, and what seccomp cannot see (docs/sandbox.md).
+/// The ring is restricted, because seccomp cannot see what it does (docs/sandbox.md).
 #[test]
-fn the_ring_does_nothing_else() {
+fn the_ring_allows_only_reads_writes_and_flushes() {
     let file = file(&[7; 4096]);
     let mut engine = engine(&file);
     let fd = types::Fd(file.as_raw_fd());
     let mut memory = [0u8; 8];
     let path = c"/dev/null".as_ptr();
-    let pieces = [iovec(&mut memory)];
-    let readv = || opcode::Readv::new(fd, pieces.as_ptr(), 1).build();
+    let iovecs = [iovec(&mut memory)];
+    let readv = || opcode::Readv::new(fd, GuestIovec::as_ptr(&iovecs), 1).build();
     let forbidden = [
         ("nop", opcode::Nop::new().build()),
         (
@@ -170,13 +169,13 @@ fn the_ring_does_nothing_else() {
         ),
         (
             "a registered file",
-            opcode::Readv::new(types::Fixed(0), pieces.as_ptr(), 1).build(),
+            opcode::Readv::new(types::Fixed(0), GuestIovec::as_ptr(&iovecs), 1).build(),
         ),
-        ("a thread of the kernel's", readv().flags(Flags::ASYNC)),
-        ("a chain", readv().flags(Flags::IO_LINK)),
+        ("a kernel thread", readv().flags(Flags::ASYNC)),
+        ("a linked entry", readv().flags(Flags::IO_LINK)),
     ];
     let mut result = |entry: &Entry| {
-        // SAFETY: it is refused; else it would use memory that is there.
+        // SAFETY: the entry is refused; otherwise it would use memory that is mapped.
         unsafe { engine.ring.submission().push(entry) }.unwrap();
         engine.ring.submit_and_wait(1).unwrap();
         let entry = engine.ring.completion().next().unwrap();
@@ -186,7 +185,7 @@ fn the_ring_does_nothing_else() {
         assert_eq!(result(entry), -libc::EACCES, "{name}");
     }
     assert_eq!(result(&readv()), 8);
-    // And takes nothing but files.
+    // Only the registered file can be replaced.
     let submitter = engine.ring.submitter();
     let refused = [
         submitter.register_files(&[-1]).map(drop),
@@ -199,6 +198,6 @@ fn the_ring_does_nothing_else() {
     for (number, result) in refused.into_iter().enumerate() {
         assert!(result.is_err(), "{number}");
     }
-    engine.hold(Some(file.as_fd())).unwrap();
-    engine.hold(None).unwrap();
+    engine.hold_socket(Some(file.as_fd())).unwrap();
+    engine.hold_socket(None).unwrap();
 }

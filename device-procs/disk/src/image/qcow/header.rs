@@ -27,7 +27,7 @@ const MAX_ENTRIES: u64 = 4 << 20;
 
 /// What a header says.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Header {
+pub struct QcowHeader {
     /// Size of the disk in bytes.
     pub size: u64,
     /// log2 of the size of a cluster in bytes.
@@ -44,26 +44,26 @@ fn refused(why: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, why.into())
 }
 
-impl Header {
+impl QcowHeader {
     /// Reads and checks the header.
     ///
     /// # Errors
     /// The medium's; else a line that says what is wrong with the image.
-    pub fn read(guard: &MetadataFile) -> io::Result<Self> {
-        let len = guard.look_again()?;
+    pub fn read(image_file: &MetadataFile) -> io::Result<Self> {
+        let len = image_file.refresh_len()?;
         if len < LEN as u64 {
             return Err(refused("it is no qcow image"));
         }
         let mut bytes = [0; LEN];
-        guard.read(&mut bytes, 0)?;
-        let (mut header, (name, name_len)) = Header::parse(&bytes, len).map_err(refused)?;
+        image_file.read(&mut bytes, 0)?;
+        let (mut header, (name, name_len)) = QcowHeader::parse(&bytes, len).map_err(refused)?;
         if name != 0 {
             let bad = || refused("the name of its backing file is not where it should be");
             if name_len == 0 || name_len > 1023 {
                 return Err(bad());
             }
             let mut bytes = vec![0; name_len as usize];
-            guard.read(&mut bytes, name).map_err(|_| bad())?;
+            image_file.read(&mut bytes, name).map_err(|_| bad())?;
             header.backing = Some(String::from_utf8(bytes).map_err(|_| bad())?);
         }
         Ok(header)
@@ -84,7 +84,7 @@ impl Header {
         if word(36) != 0 {
             return Err("it is encrypted, which is not supported".into());
         }
-        let header = Header {
+        let header = QcowHeader {
             size: long(SIZE),
             cluster_bits: bytes[32].into(),
             l2_bits: bytes[33].into(),
@@ -114,7 +114,7 @@ impl Header {
     pub fn check_size(&self) -> Result<(), String> {
         let size = self.size;
         if size < 512 {
-            return Err("it is empty: no disk has 0 bytes".into());
+            return Err("it is empty: a disk has at least one sector".into());
         }
         if size > i64::MAX as u64 || self.l1_entries() > MAX_ENTRIES {
             return Err(format!("a disk of {size} bytes is too large for it"));
@@ -131,19 +131,19 @@ impl Header {
     ///
     /// # Errors
     /// The medium's.
-    pub fn update(&self, guard: &MetadataFile) -> io::Result<()> {
+    pub fn update(&self, image_file: &MetadataFile) -> io::Result<()> {
         let mut bytes = [0; LEN - SIZE];
-        guard.read(&mut bytes, SIZE as u64)?;
+        image_file.read(&mut bytes, SIZE as u64)?;
         bytes[..8].copy_from_slice(&self.size.to_be_bytes());
         bytes[40 - SIZE..].copy_from_slice(&self.l1.to_be_bytes());
-        guard.write_table(&mut [IoSlice::new(&bytes)], SIZE as u64)
+        image_file.write_table(&mut [IoSlice::new(&bytes)], SIZE as u64)
     }
 
     /// Writes a new image.
     ///
     /// # Errors
     /// The medium's; or one that says that the disk is too large.
-    pub fn create(&self, guard: &MetadataFile) -> io::Result<()> {
+    pub fn create(&self, image_file: &MetadataFile) -> io::Result<()> {
         let name = self.backing.as_deref().unwrap_or("");
         let mut bytes = Vec::with_capacity(LEN);
         bytes.extend(MAGIC);
@@ -158,11 +158,11 @@ impl Header {
         bytes.extend(self.l1.to_be_bytes());
         let end = self.l1 + self.l1_entries() * 8;
         if let Ok(header) = <&[u8; LEN]>::try_from(&bytes[..]) {
-            Header::parse(header, end).map_err(refused)?;
+            QcowHeader::parse(header, end).map_err(refused)?;
         }
         bytes.extend(name.as_bytes());
-        guard.write(&mut [IoSlice::new(&bytes)], 0)?;
-        guard.zero(bytes.len() as u64, end - bytes.len() as u64, true)
+        image_file.write(&mut [IoSlice::new(&bytes)], 0)?;
+        image_file.zero(bytes.len() as u64, end - bytes.len() as u64, true)
     }
 
     /// The header of a new image.
@@ -175,7 +175,7 @@ impl Header {
             (None, None) => (12, 9),
         };
         let name = backing.map_or(0, str::len);
-        Header {
+        QcowHeader {
             size,
             cluster_bits,
             l2_bits,

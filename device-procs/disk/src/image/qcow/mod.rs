@@ -23,19 +23,19 @@ use super::inflate::inflate;
 use super::metadata_file::MetadataFile;
 use super::qcow2::storage::Storage;
 use super::{Extent, Geometry, Image, ImageOrigin, SECTOR, backing};
-use header::Header;
-use tables::{Entry, Tables};
+use header::QcowHeader;
+use tables::{QcowEntry, Tables};
 
 /// A qcow image.
 pub struct QcowImage {
-    guard: MetadataFile,
+    image_file: MetadataFile,
     geometry: Geometry,
     capacity: AtomicU64,
     cluster: u64,
     tables: Tables,
     backing: Option<FormatAccess<Storage>>,
     /// The header as it is in the file; held by whoever changes the image.
-    header: Mutex<Header>,
+    header: Mutex<QcowHeader>,
 }
 
 impl QcowImage {
@@ -48,8 +48,8 @@ impl QcowImage {
             let why = "a qcow image grows with its file, so it must be a regular one";
             return Err(io::Error::other(why));
         }
-        let guard = MetadataFile::new(file, origin.name)?;
-        let header = Header::read(&guard)?;
+        let image_file = MetadataFile::new(file, origin.name)?;
+        let header = QcowHeader::read(&image_file)?;
         // The format has no word for what the other file is. As everywhere, that is raw,
         // unless it looks like something else.
         let backing = match &header.backing {
@@ -69,30 +69,32 @@ impl QcowImage {
             },
             capacity: AtomicU64::new(capacity),
             cluster,
-            tables: Tables::load(&guard, &header)?,
+            tables: Tables::load(&image_file, &header)?,
             backing,
             header: Mutex::new(header),
-            guard,
+            image_file,
         })
     }
 
-    fn find(&self, offset: u64, len: u64) -> io::Result<(Entry, u64)> {
-        self.tables.find(&self.guard, offset, len)
+    fn find(&self, offset: u64, len: u64) -> io::Result<(QcowEntry, u64)> {
+        self.tables.find(&self.image_file, offset, len)
     }
 
     /// What the range from `offset` on, of which `entry` is true, reads as.
-    fn content(&self, entry: Entry, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+    fn content(&self, entry: QcowEntry, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         match entry {
-            Entry::Nothing => match &self.backing {
+            QcowEntry::Nothing => match &self.backing {
                 Some(backing) => backing.read(bytes, offset),
                 None => {
                     bytes.fill(0);
                     Ok(())
                 }
             },
-            Entry::Data(at) => self.guard.read_padded(&mut [IoSliceMut::new(bytes)], at),
-            Entry::Compressed(at, len) => {
-                let cluster = inflate(&self.guard, at, len, self.cluster as usize)?;
+            QcowEntry::Data(at) => self
+                .image_file
+                .read_padded(&mut [IoSliceMut::new(bytes)], at),
+            QcowEntry::Compressed(at, len) => {
+                let cluster = inflate(&self.image_file, at, len, self.cluster as usize)?;
                 let within = (offset & (self.cluster - 1)) as usize;
                 let piece = cluster
                     .get(within..)
@@ -107,45 +109,47 @@ impl QcowImage {
     /// of the file: with these bytes, or as zeros. After an error all is as before.
     fn append(
         &self,
-        entry: Entry,
+        entry: QcowEntry,
         offset: u64,
         len: u64,
         data: Option<&Buffers<'_>>,
     ) -> io::Result<()> {
-        let before = self.guard.len();
+        let before = self.image_file.len();
         self.append_clusters(entry, offset..offset + len, data)
-            .inspect_err(|_| self.guard.take_back(before))
+            .inspect_err(|_| self.image_file.truncate_back(before))
     }
 
     fn append_clusters(
         &self,
-        entry: Entry,
+        entry: QcowEntry,
         range: Range<u64>,
         data: Option<&Buffers<'_>>,
     ) -> io::Result<()> {
         let first = range.start & !(self.cluster - 1);
         let end = range.end.next_multiple_of(self.cluster);
-        let before = self.guard.len();
+        let before = self.image_file.len();
         let host = before.next_multiple_of(self.cluster);
         // All of it is in the file then, as zeros.
-        self.guard
+        self.image_file
             .zero(before, host - before + (end - first), true)?;
-        if entry != Entry::Nothing || self.backing.is_some() {
+        if entry != QcowEntry::Nothing || self.backing.is_some() {
             for around in [first..range.start, range.end..end] {
                 let mut bytes = vec![0; (around.end - around.start) as usize];
                 self.content(entry, around.start, &mut bytes)?;
                 let at = host + (around.start - first);
-                self.guard.write(&mut [IoSlice::new(&bytes)], at)?;
+                self.image_file.write(&mut [IoSlice::new(&bytes)], at)?;
             }
         }
         if let Some(data) = data {
-            self.guard.write_guest(data, host + (range.start - first))?;
+            self.image_file
+                .write_guest(data, host + (range.start - first))?;
         }
         let count = (end - first) / self.cluster;
-        self.tables.enter(&self.guard, first, host, count)
+        self.tables
+            .set_entries(&self.image_file, first, host, count)
     }
 
-    fn turn(&self) -> MutexGuard<'_, Header> {
+    fn lock_header(&self) -> MutexGuard<'_, QcowHeader> {
         self.header.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -159,30 +163,30 @@ impl Image for QcowImage {
     }
 
     fn file(&self) -> BorrowedFd<'_> {
-        self.guard.file()
+        self.image_file.file()
     }
 
     #[cfg(test)]
-    fn guard_of(&self) -> Option<&MetadataFile> {
-        Some(&self.guard)
+    fn metadata_file(&self) -> Option<&MetadataFile> {
+        Some(&self.image_file)
     }
 
-    fn map(&self, offset: u64, len: u64) -> io::Result<Extent> {
+    fn map_read(&self, offset: u64, len: u64) -> io::Result<Extent> {
         let (entry, len) = self.find(offset, len)?;
         Ok(match entry {
             // The last cluster of a file need not be there as a whole.
-            Entry::Data(at) if at.saturating_add(len) <= self.guard.len() => {
+            QcowEntry::Data(at) if at.saturating_add(len) <= self.image_file.len() => {
                 Extent::Data { offset: at, len }
             }
-            Entry::Nothing if self.backing.is_none() => Extent::Zero { len },
+            QcowEntry::Nothing if self.backing.is_none() => Extent::Zero { len },
             _ => Extent::Special { len },
         })
     }
 
-    fn place(&self, offset: u64, len: u64) -> io::Result<Extent> {
-        self.guard.usable()?;
+    fn map_write(&self, offset: u64, len: u64) -> io::Result<Extent> {
+        self.image_file.check_writable()?;
         Ok(match self.find(offset, len)? {
-            (Entry::Data(offset), len) => Extent::Data { offset, len },
+            (QcowEntry::Data(offset), len) => Extent::Data { offset, len },
             _ => Extent::Special { len },
         })
     }
@@ -193,7 +197,7 @@ impl Image for QcowImage {
             let (entry, found) = self.find(offset, left.len() as u64)?;
             let piece = take(&mut left, found)?;
             match (entry, &self.backing) {
-                (Entry::Nothing, Some(backing)) => {
+                (QcowEntry::Nothing, Some(backing)) => {
                     let (vector, _guards) = IoVectorMut::from_volatile_slice(piece.slices());
                     backing.readv(vector, offset)?;
                 }
@@ -209,14 +213,14 @@ impl Image for QcowImage {
     }
 
     fn write(&self, mut offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {
-        self.guard.usable()?;
-        let _turn = self.turn();
+        self.image_file.check_writable()?;
+        let _lock = self.lock_header();
         let mut left = buffers.clone();
         while !left.is_empty() {
             let (entry, found) = self.find(offset, left.len() as u64)?;
             let piece = take(&mut left, found)?;
             match entry {
-                Entry::Data(at) => self.guard.write_guest(&piece, at)?,
+                QcowEntry::Data(at) => self.image_file.write_guest(&piece, at)?,
                 _ => self.append(entry, offset, found, Some(&piece))?,
             }
             offset += found;
@@ -226,11 +230,11 @@ impl Image for QcowImage {
 
     /// Clusters keep their places, but not the space there.
     fn discard(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
-        self.guard.usable()?;
+        self.image_file.check_writable()?;
         while len > 0 {
             let (entry, found) = self.find(offset, len)?;
-            if let Entry::Data(at) = entry {
-                self.guard.punch(at, found)?;
+            if let QcowEntry::Data(at) = entry {
+                self.image_file.punch_hole(at, found)?;
             }
             offset += found;
             len -= found;
@@ -239,13 +243,13 @@ impl Image for QcowImage {
     }
 
     fn write_zeroes(&self, mut offset: u64, mut len: u64, unmap: bool) -> io::Result<()> {
-        self.guard.usable()?;
-        let _turn = self.turn();
+        self.image_file.check_writable()?;
+        let _lock = self.lock_header();
         while len > 0 {
             let (entry, found) = self.find(offset, len)?;
             match entry {
-                Entry::Data(at) => self.guard.zero(at, found, unmap)?,
-                Entry::Nothing if self.backing.is_none() => {}
+                QcowEntry::Data(at) => self.image_file.zero(at, found, unmap)?,
+                QcowEntry::Nothing if self.backing.is_none() => {}
                 _ => self.append(entry, offset, found, None)?,
             }
             offset += found;
@@ -255,8 +259,8 @@ impl Image for QcowImage {
     }
 
     fn grow(&self, capacity: u64) -> io::Result<()> {
-        self.guard.usable()?;
-        let mut header = self.turn();
+        self.image_file.check_writable()?;
+        let mut header = self.lock_header();
         let now = self.capacity.load(Ordering::Acquire);
         super::check_growth(now, capacity)?;
         if capacity == now {
@@ -269,27 +273,27 @@ impl Image for QcowImage {
             let why = "what it lies on is larger than it and would come to light";
             return Err(io::Error::other(why));
         }
-        let mut larger = Header {
+        let mut larger = QcowHeader {
             size: capacity,
             ..header.clone()
         };
         larger.check_size().map_err(io::Error::other)?;
-        let before = self.guard.len();
+        let before = self.image_file.len();
         self.tables
-            .grow(&self.guard, &mut larger)
-            .inspect_err(|_| self.guard.take_back(before))?;
+            .grow(&self.image_file, &mut larger)
+            .inspect_err(|_| self.image_file.truncate_back(before))?;
         *header = larger;
         self.capacity.store(capacity, Ordering::Release);
         Ok(())
     }
 
     fn reload(&self) -> io::Result<()> {
-        let mut header = self.turn();
-        let now = Header::read(&self.guard)?;
+        let mut header = self.lock_header();
+        let now = QcowHeader::read(&self.image_file)?;
         if now.backing != header.backing {
             return Err(io::Error::other("it is another image than before"));
         }
-        self.tables.reload(&self.guard, &now)?;
+        self.tables.reload(&self.image_file, &now)?;
         let capacity = now.size / SECTOR * SECTOR;
         self.capacity.store(capacity, Ordering::Release);
         *header = now;

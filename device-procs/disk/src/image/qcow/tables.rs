@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::super::metadata_file::{MetadataFile, beyond, damaged};
-use super::header::{Header, LEN};
+use super::header::{LEN, QcowHeader};
 
 /// Bytes of memory for L2 tables.
 const MEMORY: usize = 16 << 20;
@@ -18,7 +18,7 @@ const COMPRESSED: u64 = 1 << 63;
 
 /// Where a piece of the disk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entry {
+pub enum QcowEntry {
     /// Nowhere yet.
     Nothing,
     /// At this offset.
@@ -28,60 +28,60 @@ pub enum Entry {
 }
 
 /// An L2 table.
-type Table = Arc<[AtomicU64]>;
+type L2Table = Arc<[AtomicU64]>;
 /// A place for one that was used of late.
-type Place = RwLock<Option<(u64, Table)>>;
+type CacheSlot = RwLock<Option<(u64, L2Table)>>;
 
 /// The image's tables.
 pub struct Tables {
     cluster_bits: u32,
     l2_bits: u32,
-    top: RwLock<Top>,
+    l1: RwLock<L1Table>,
     /// Each L2 table has one place, that it shares with others, and is known by the number
     /// of its L1 entry.
-    recent: Box<[Place]>,
+    l2_cache: Box<[CacheSlot]>,
 }
 
 /// The L1 table, and where tables are.
-struct Top {
+struct L1Table {
     at: u64,
     entries: Vec<u64>,
     /// Ends of header and tables, by their beginnings.
-    taken: BTreeMap<u64, u64>,
+    ranges: BTreeMap<u64, u64>,
 }
 
-impl Top {
-    fn read(guard: &MetadataFile, header: &Header) -> io::Result<Self> {
+impl L1Table {
+    fn read(image_file: &MetadataFile, header: &QcowHeader) -> io::Result<Self> {
         let mut bytes = vec![0; header.l1_entries() as usize * 8];
-        guard.read(&mut bytes, header.l1)?;
-        let mut top = Top {
+        image_file.read(&mut bytes, header.l1)?;
+        let mut l1 = L1Table {
             at: header.l1,
             entries: words(&bytes).collect(),
-            taken: BTreeMap::from([(0, LEN as u64)]),
+            ranges: BTreeMap::from([(0, LEN as u64)]),
         };
-        top.take(header.l1, bytes.len() as u64)?;
+        l1.take(header.l1, bytes.len() as u64)?;
         let len = 8 << header.l2_bits;
-        for index in 0..top.entries.len() {
-            match top.entries[index] {
+        for index in 0..l1.entries.len() {
+            match l1.entries[index] {
                 0 => {}
-                at if at >= guard.len() => return Err(beyond(at)),
-                at => top.take(at, len)?,
+                at if at >= image_file.len() => return Err(beyond(at)),
+                at => l1.take(at, len)?,
             }
         }
-        Ok(top)
+        Ok(l1)
     }
 
     fn take(&mut self, at: u64, len: u64) -> io::Result<()> {
         if self.has(at, len) {
             return Err(damaged(&format!("two tables share the place {at:#x}")));
         }
-        self.taken.insert(at, at.saturating_add(len));
+        self.ranges.insert(at, at.saturating_add(len));
         Ok(())
     }
 
     /// Whether a table is within this range of the file.
     fn has(&self, at: u64, len: u64) -> bool {
-        let before = self.taken.range(..at.saturating_add(len)).next_back();
+        let before = self.ranges.range(..at.saturating_add(len)).next_back();
         before.is_some_and(|(_, &end)| end > at)
     }
 }
@@ -99,35 +99,35 @@ impl Tables {
     ///
     /// # Errors
     /// The medium's; or a line about tables that cannot be.
-    pub fn load(guard: &MetadataFile, header: &Header) -> io::Result<Self> {
+    pub fn load(image_file: &MetadataFile, header: &QcowHeader) -> io::Result<Self> {
         let tables = MEMORY / (8 << header.l2_bits);
         Ok(Tables {
             cluster_bits: header.cluster_bits,
             l2_bits: header.l2_bits,
-            top: RwLock::new(Top::read(guard, header)?),
-            recent: (0..tables).map(|_| RwLock::default()).collect(),
+            l1: RwLock::new(L1Table::read(image_file, header)?),
+            l2_cache: (0..tables).map(|_| RwLock::default()).collect(),
         })
     }
 
-    fn top(&self) -> RwLockReadGuard<'_, Top> {
-        self.top.read().unwrap_or_else(PoisonError::into_inner)
+    fn l1(&self) -> RwLockReadGuard<'_, L1Table> {
+        self.l1.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn top_mut(&self) -> RwLockWriteGuard<'_, Top> {
-        self.top.write().unwrap_or_else(PoisonError::into_inner)
+    fn l1_mut(&self) -> RwLockWriteGuard<'_, L1Table> {
+        self.l1.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Forgets all and reads the L1 table again.
     ///
     /// # Errors
     /// As [`Tables::load`].
-    pub fn reload(&self, guard: &MetadataFile, header: &Header) -> io::Result<()> {
+    pub fn reload(&self, image_file: &MetadataFile, header: &QcowHeader) -> io::Result<()> {
         if (header.cluster_bits, header.l2_bits) != (self.cluster_bits, self.l2_bits) {
             return Err(io::Error::other("it is another image than before"));
         }
-        let top = Top::read(guard, header)?;
-        *self.top_mut() = top;
-        for place in &self.recent {
+        let l1 = L1Table::read(image_file, header)?;
+        *self.l1_mut() = l1;
+        for place in &self.l2_cache {
             *place.write().unwrap_or_else(PoisonError::into_inner) = None;
         }
         Ok(())
@@ -141,8 +141,8 @@ impl Tables {
     }
 
     /// The L2 table for L1 entry `index`, if there is one.
-    fn table(&self, guard: &MetadataFile, index: u64) -> io::Result<Option<Table>> {
-        let place = &self.recent[index as usize % self.recent.len()];
+    fn table(&self, image_file: &MetadataFile, index: u64) -> io::Result<Option<L2Table>> {
+        let place = &self.l2_cache[index as usize % self.l2_cache.len()];
         if let Some((of, table)) = &*place.read().unwrap_or_else(PoisonError::into_inner)
             && *of == index
         {
@@ -151,15 +151,15 @@ impl Tables {
         // Held until the table is read and known to others: whoever changes it looks here.
         let mut place = place.write().unwrap_or_else(PoisonError::into_inner);
         let at = match usize::try_from(index) {
-            Ok(index) => self.top().entries.get(index).copied().unwrap_or(0),
+            Ok(index) => self.l1().entries.get(index).copied().unwrap_or(0),
             Err(_) => 0,
         };
         if at == 0 {
             return Ok(None);
         }
         let mut bytes = vec![0; 8 << self.l2_bits];
-        guard.read_padded(&mut [IoSliceMut::new(&mut bytes)], at)?;
-        let table: Table = words(&bytes).map(AtomicU64::new).collect();
+        image_file.read_padded(&mut [IoSliceMut::new(&mut bytes)], at)?;
+        let table: L2Table = words(&bytes).map(AtomicU64::new).collect();
         *place = Some((index, Arc::clone(&table)));
         Ok(Some(table))
     }
@@ -168,27 +168,27 @@ impl Tables {
     ///
     /// # Errors
     /// When that cannot be.
-    fn decode(&self, guard: &MetadataFile, entry: u64) -> io::Result<Entry> {
+    fn decode(&self, image_file: &MetadataFile, entry: u64) -> io::Result<QcowEntry> {
         if entry == 0 {
-            return Ok(Entry::Nothing);
+            return Ok(QcowEntry::Nothing);
         }
         if entry & COMPRESSED != 0 {
             let bits = 63 - self.cluster_bits;
             let at = entry & ((1 << bits) - 1);
             let len = (entry >> bits) & ((1 << self.cluster_bits) - 1);
-            return Ok(Entry::Compressed(at, len as usize));
+            return Ok(QcowEntry::Compressed(at, len as usize));
         }
         if !entry.is_multiple_of(512) {
             return Err(damaged(&format!("a cluster begins at {entry:#x}")));
         }
-        if entry >= guard.len() && entry >= guard.look_again()? {
+        if entry >= image_file.len() && entry >= image_file.refresh_len()? {
             return Err(beyond(entry));
         }
-        if self.top().has(entry, 1 << self.cluster_bits) {
+        if self.l1().has(entry, 1 << self.cluster_bits) {
             let what = format!("a table has data at {entry:#x}, where tables are");
             return Err(damaged(&what));
         }
-        Ok(Entry::Data(entry))
+        Ok(QcowEntry::Data(entry))
     }
 
     /// Where the disk's byte `offset` is, and for how many bytes, up to `len`, that goes
@@ -196,34 +196,39 @@ impl Tables {
     ///
     /// # Errors
     /// The medium's; or that an entry cannot be.
-    pub fn find(&self, guard: &MetadataFile, offset: u64, len: u64) -> io::Result<(Entry, u64)> {
+    pub fn find(
+        &self,
+        image_file: &MetadataFile,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<(QcowEntry, u64)> {
         let cluster = 1u64 << self.cluster_bits;
         let within = offset & (cluster - 1);
         let (index, first) = self.indices(offset);
-        let Some(table) = self.table(guard, index)? else {
+        let Some(table) = self.table(image_file, index)? else {
             let rest = ((1 << self.l2_bits) - first as u64) * cluster - within;
-            return Ok((Entry::Nothing, len.min(rest)));
+            return Ok((QcowEntry::Nothing, len.min(rest)));
         };
         let get = |at: usize| table.get(at).map(|entry| entry.load(Ordering::Acquire));
-        let entry = self.decode(guard, get(first).unwrap_or(0))?;
+        let entry = self.decode(image_file, get(first).unwrap_or(0))?;
         let mut found = cluster - within;
         for (step, at) in (first + 1..table.len()).enumerate() {
             let step = (step as u64 + 1) * cluster;
             let next = match entry {
-                Entry::Nothing => 0,
-                Entry::Data(start) => start + step,
-                Entry::Compressed(..) => break,
+                QcowEntry::Nothing => 0,
+                QcowEntry::Data(start) => start + step,
+                QcowEntry::Compressed(..) => break,
             };
             if found >= len || get(at) != Some(next) {
                 break;
             }
-            if entry != Entry::Nothing && self.decode(guard, next).is_err() {
+            if entry != QcowEntry::Nothing && self.decode(image_file, next).is_err() {
                 break; // the next one to ask for it hears of it
             }
             found += cluster;
         }
         let entry = match entry {
-            Entry::Data(start) => Entry::Data(start + within),
+            QcowEntry::Data(start) => QcowEntry::Data(start + within),
             other => other,
         };
         Ok((entry, found.min(len)))
@@ -235,9 +240,9 @@ impl Tables {
     ///
     /// # Errors
     /// The medium's; then it is as before.
-    pub fn enter(
+    pub fn set_entries(
         &self,
-        guard: &MetadataFile,
+        image_file: &MetadataFile,
         offset: u64,
         host: u64,
         count: u64,
@@ -245,12 +250,12 @@ impl Tables {
         let (index, first) = self.indices(offset);
         let entries = (0..count).map(|step| host + (step << self.cluster_bits));
         let bytes: Vec<u8> = entries.clone().flat_map(u64::to_be_bytes).collect();
-        let Some(table) = self.table(guard, index)? else {
-            return self.enter_table(guard, index, first, &bytes);
+        let Some(table) = self.table(image_file, index)? else {
+            return self.add_l2_table(image_file, index, first, &bytes);
         };
-        let at = self.top().entries.get(index as usize).copied();
+        let at = self.l1().entries.get(index as usize).copied();
         let at = at.ok_or(io::ErrorKind::InvalidInput)? + first as u64 * 8;
-        guard.write_table(&mut [IoSlice::new(&bytes)], at)?;
+        image_file.write_table(&mut [IoSlice::new(&bytes)], at)?;
         for (slot, entry) in table.iter().skip(first).zip(entries) {
             slot.store(entry, Ordering::Release);
         }
@@ -258,9 +263,9 @@ impl Tables {
     }
 
     /// Appends an L2 table that begins, from entry `first` on, with `bytes`.
-    fn enter_table(
+    fn add_l2_table(
         &self,
-        guard: &MetadataFile,
+        image_file: &MetadataFile,
         index: u64,
         first: usize,
         bytes: &[u8],
@@ -269,14 +274,14 @@ impl Tables {
         let here = table.get_mut(first * 8..first * 8 + bytes.len());
         here.ok_or(io::ErrorKind::InvalidInput)?
             .copy_from_slice(bytes);
-        let at = guard.len().next_multiple_of(1 << self.cluster_bits);
-        guard.write(&mut [IoSlice::new(&table)], at)?;
+        let at = image_file.len().next_multiple_of(1 << self.cluster_bits);
+        image_file.write(&mut [IoSlice::new(&table)], at)?;
         // What points to it comes last.
-        let mut top = self.top_mut();
-        let slot = top.at + index * 8;
-        guard.write_table(&mut [IoSlice::new(&at.to_be_bytes())], slot)?;
-        top.take(at, table.len() as u64)?;
-        if let Some(entry) = top.entries.get_mut(index as usize) {
+        let mut l1 = self.l1_mut();
+        let slot = l1.at + index * 8;
+        image_file.write_table(&mut [IoSlice::new(&at.to_be_bytes())], slot)?;
+        l1.take(at, table.len() as u64)?;
+        if let Some(entry) = l1.entries.get_mut(index as usize) {
             *entry = at;
         }
         Ok(())
@@ -286,24 +291,24 @@ impl Tables {
     ///
     /// # Errors
     /// The medium's; then it is as before.
-    pub fn grow(&self, guard: &MetadataFile, header: &mut Header) -> io::Result<()> {
-        let mut top = self.top_mut();
+    pub fn grow(&self, image_file: &MetadataFile, header: &mut QcowHeader) -> io::Result<()> {
+        let mut l1 = self.l1_mut();
         let wanted = header.l1_entries() as usize;
-        header.l1 = top.at;
-        if wanted > top.entries.len() {
-            let mut bytes: Vec<u8> = top.entries.iter().flat_map(|e| e.to_be_bytes()).collect();
+        header.l1 = l1.at;
+        if wanted > l1.entries.len() {
+            let mut bytes: Vec<u8> = l1.entries.iter().flat_map(|e| e.to_be_bytes()).collect();
             bytes.resize(wanted * 8, 0);
-            let at = guard.len().next_multiple_of(1 << self.cluster_bits);
-            guard.write(&mut [IoSlice::new(&bytes)], at)?;
+            let at = image_file.len().next_multiple_of(1 << self.cluster_bits);
+            image_file.write(&mut [IoSlice::new(&bytes)], at)?;
             header.l1 = at;
         }
-        header.update(guard)?;
-        if header.l1 != top.at {
-            let old = top.at;
-            top.taken.remove(&old);
-            top.take(header.l1, wanted as u64 * 8)?;
-            top.entries.resize(wanted, 0);
-            top.at = header.l1;
+        header.update(image_file)?;
+        if header.l1 != l1.at {
+            let old = l1.at;
+            l1.ranges.remove(&old);
+            l1.take(header.l1, wanted as u64 * 8)?;
+            l1.entries.resize(wanted, 0);
+            l1.at = header.l1;
         }
         Ok(())
     }

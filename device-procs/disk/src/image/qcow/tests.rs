@@ -39,7 +39,7 @@ fn compressed_clusters_are_read_and_replaced() {
     shop.agree("disk", "qcow", &model);
     let disk = shop.open("disk", ImageFormat::Qcow, true).unwrap();
     assert!(matches!(
-        disk.image.map(0, 4096),
+        disk.image.map_read(0, 4096),
         Ok(Extent::Special { .. })
     ));
     drop(disk);

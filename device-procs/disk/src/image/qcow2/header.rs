@@ -23,7 +23,7 @@ const REPAIR: &str = "qemu-img check -r all repairs it";
 
 /// What a header says, as far as it concerns us.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Header {
+pub struct Qcow2Header {
     /// 2 or 3.
     pub version: u32,
     /// log2 of the size of a cluster in bytes.
@@ -42,19 +42,19 @@ pub struct Header {
     pub autoclear: u64,
 }
 
-impl Header {
+impl Qcow2Header {
     /// Reads and checks the header.
     ///
     /// # Errors
     /// The medium's; else a line that says what is wrong with the image and what to do.
-    pub fn read(guard: &MetadataFile, writable: bool) -> io::Result<Self> {
-        let len = guard.look_again()?;
+    pub fn read(image_file: &MetadataFile, writable: bool) -> io::Result<Self> {
+        let len = image_file.refresh_len()?;
         let mut bytes = vec![0; len.min(V3_LEN as u64) as usize];
-        guard.read(&mut bytes, 0)?;
+        image_file.read(&mut bytes, 0)?;
         let refused = |why| io::Error::new(io::ErrorKind::InvalidData, why);
         let cluster = cluster_bits(&bytes).map_err(refused)?;
         bytes.resize(len.min(1 << cluster) as usize, 0);
-        guard.read(&mut bytes, 0)?;
+        image_file.read(&mut bytes, 0)?;
         parse(&bytes, len, writable).map_err(refused)
     }
 }
@@ -100,7 +100,7 @@ fn cluster_bits(bytes: &[u8]) -> Result<u32, String> {
 }
 
 /// Checks the image's first cluster, `bytes`; the file has `len` bytes.
-fn parse(bytes: &[u8], len: u64, writable: bool) -> Result<Header, String> {
+fn parse(bytes: &[u8], len: u64, writable: bool) -> Result<Qcow2Header, String> {
     let cluster_bits = cluster_bits(bytes)?;
     let cluster = 1u64 << cluster_bits;
     let version = be32(bytes, 4);
@@ -110,7 +110,7 @@ fn parse(bytes: &[u8], len: u64, writable: bool) -> Result<Header, String> {
         method => return Err(format!("encryption method {method} is not known")),
     }
 
-    let mut header = Header {
+    let mut header = Qcow2Header {
         version,
         cluster_bits,
         refcount_order: 4,
@@ -231,7 +231,7 @@ fn backing(bytes: &[u8], cluster: u64) -> Result<Option<String>, String> {
 }
 
 /// Whether the tables are where tables can be.
-fn tables(header: &mut Header, bytes: &[u8], len: u64) -> Result<(), String> {
+fn tables(header: &mut Qcow2Header, bytes: &[u8], len: u64) -> Result<(), String> {
     let bits = header.cluster_bits;
     let cluster = 1u64 << bits;
     let damaged = |what: &str| format!("{what}: {REPAIR}");
@@ -241,7 +241,7 @@ fn tables(header: &mut Header, bytes: &[u8], len: u64) -> Result<(), String> {
     };
 
     if header.size == 0 {
-        return Err("it is empty: no disk has 0 bytes".into());
+        return Err("it is empty: a disk has at least one sector".into());
     }
     // One entry of the L1 table for as many clusters as an L2 table has entries.
     let needed = header.size.div_ceil(1 << (2 * bits - 3));

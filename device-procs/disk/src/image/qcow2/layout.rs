@@ -11,7 +11,7 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 
 use super::super::metadata_file::{MetadataFile, beyond, damaged};
-use super::header::{Header, SIZE, V2_LEN, pointers};
+use super::header::{Qcow2Header, SIZE, V2_LEN, pointers};
 
 /// Bits of a table's entry that hold an offset in the file.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
@@ -34,9 +34,9 @@ pub struct Layout {
     /// What the refcount table says: where the refcount blocks are, or 0.
     blocks: Vec<u64>,
     /// Clusters with header or tables of the disk as it is (not of its snapshots).
-    taken: HashSet<u64>,
+    table_clusters: HashSet<u64>,
     /// Room for a table.
-    spare: Vec<u8>,
+    buffer: Vec<u8>,
 }
 
 impl Layout {
@@ -44,7 +44,11 @@ impl Layout {
     ///
     /// # Errors
     /// The medium's; or a line about tables that cannot be.
-    pub fn load(guard: &MetadataFile, header: &Header, writable: bool) -> io::Result<Self> {
+    pub fn load(
+        image_file: &MetadataFile,
+        header: &Qcow2Header,
+        writable: bool,
+    ) -> io::Result<Self> {
         let range = |(offset, entries): (u64, u64)| offset..offset + entries * 8;
         let mut layout = Layout {
             bits: header.cluster_bits,
@@ -53,33 +57,33 @@ impl Layout {
             l1: range(header.l1),
             refcounts: range(header.refcounts),
             blocks: Vec::new(),
-            taken: HashSet::from([0]),
-            spare: Vec::new(),
+            table_clusters: HashSet::from([0]),
+            buffer: Vec::new(),
         };
-        layout.take_range(layout.l1.clone())?;
-        layout.take_range(layout.refcounts.clone())?;
+        layout.add_range(layout.l1.clone())?;
+        layout.add_range(layout.refcounts.clone())?;
         let l1 = layout.l1.clone();
-        read_table(guard, &l1, |entry| {
+        read_table(image_file, &l1, |entry| {
             if entry & L1_RESERVED != 0 {
                 return Err(damaged(&format!("{entry:#x} is no entry of an L1 table")));
             }
-            layout.take_table(guard, entry & OFFSET)
+            layout.add_table(image_file, entry & OFFSET)
         })?;
-        layout.load_blocks(guard)?;
+        layout.load_blocks(image_file)?;
         if writable {
-            layout.check_refcounts(guard)?;
+            layout.check_refcounts(image_file)?;
         }
         Ok(layout)
     }
 
-    fn load_blocks(&mut self, guard: &MetadataFile) -> io::Result<()> {
+    fn load_blocks(&mut self, image_file: &MetadataFile) -> io::Result<()> {
         let mut blocks = Vec::new();
-        read_table(guard, &self.refcounts.clone(), |entry| {
+        read_table(image_file, &self.refcounts.clone(), |entry| {
             if entry & !OFFSET != 0 {
                 let what = format!("{entry:#x} is no entry of a refcount table");
                 return Err(damaged(&what));
             }
-            self.take_table(guard, entry)?;
+            self.add_table(image_file, entry)?;
             blocks.push(entry);
             Ok(())
         })?;
@@ -88,8 +92,8 @@ impl Layout {
     }
 
     /// What the tables lie in must not be free, or something else will lie there soon.
-    fn check_refcounts(&self, guard: &MetadataFile) -> io::Result<()> {
-        let mut clusters: Vec<u64> = self.taken.iter().copied().collect();
+    fn check_refcounts(&self, image_file: &MetadataFile) -> io::Result<()> {
+        let mut clusters: Vec<u64> = self.table_clusters.iter().copied().collect();
         clusters.sort_unstable();
         let mut block = Vec::new();
         let mut loaded = None;
@@ -100,7 +104,7 @@ impl Layout {
                 if let Some(offset) = self.block(index) {
                     block.resize(1 << self.bits, 0);
                     let mut buffers = [io::IoSliceMut::new(&mut block)];
-                    guard.read_padded(&mut buffers, offset)?;
+                    image_file.read_padded(&mut buffers, offset)?;
                 }
                 loaded = Some(index);
             }
@@ -117,15 +121,15 @@ impl Layout {
         Ok(())
     }
 
-    fn take_range(&mut self, range: Range<u64>) -> io::Result<()> {
+    fn add_range(&mut self, range: Range<u64>) -> io::Result<()> {
         for cluster in range.start >> self.bits..range.end.div_ceil(1 << self.bits) {
-            self.take(cluster)?;
+            self.add_cluster(cluster)?;
         }
         Ok(())
     }
 
-    fn take(&mut self, cluster: u64) -> io::Result<()> {
-        if !self.taken.insert(cluster) {
+    fn add_cluster(&mut self, cluster: u64) -> io::Result<()> {
+        if !self.table_clusters.insert(cluster) {
             let offset = cluster << self.bits;
             return Err(damaged(&format!("two tables share the place {offset:#x}")));
         }
@@ -133,17 +137,17 @@ impl Layout {
     }
 
     /// Notes a table of one cluster; there is none at 0.
-    fn take_table(&mut self, guard: &MetadataFile, offset: u64) -> io::Result<()> {
+    fn add_table(&mut self, image_file: &MetadataFile, offset: u64) -> io::Result<()> {
         if offset == 0 {
             return Ok(());
         }
         if !offset.is_multiple_of(1 << self.bits) {
             return Err(damaged(&format!("a table begins at {offset:#x}")));
         }
-        if offset >= guard.len() {
+        if offset >= image_file.len() {
             return Err(beyond(offset));
         }
-        self.take(offset >> self.bits)
+        self.add_cluster(offset >> self.bits)
     }
 
     /// Size of a cluster, and where in one the disk's byte `offset` is.
@@ -155,7 +159,8 @@ impl Layout {
     /// Whether one of the tables is within this range of the file.
     pub fn has_table(&self, offset: u64, len: u64) -> bool {
         let last = offset.saturating_add(len.saturating_sub(1));
-        (offset >> self.bits..=last >> self.bits).any(|cluster| self.taken.contains(&cluster))
+        (offset >> self.bits..=last >> self.bits)
+            .any(|cluster| self.table_clusters.contains(&cluster))
     }
 
     /// Number of the refcount block for `cluster`, and which of its entries that has.
@@ -184,7 +189,7 @@ impl Layout {
     /// The first cluster in this range of the file that counts as free there.
     pub fn first_free(
         &self,
-        guard: &MetadataFile,
+        image_file: &MetadataFile,
         offset: u64,
         len: u64,
     ) -> io::Result<Option<u64>> {
@@ -199,7 +204,7 @@ impl Layout {
             let end = in_block.min(at + (last - cluster) + 1);
             let start = self.refcount_bytes(at).0.start;
             let mut refcounts = vec![0; self.refcount_bytes(end - 1).0.end - start];
-            guard.read_padded(
+            image_file.read_padded(
                 &mut [io::IoSliceMut::new(&mut refcounts)],
                 block + start as u64,
             )?;
@@ -217,10 +222,14 @@ impl Layout {
 
     /// Where in the file, offset and length, the cluster with the disk's byte `offset` is,
     /// if it is a compressed one.
-    pub fn compressed(&self, guard: &MetadataFile, offset: u64) -> io::Result<Option<(u64, u64)>> {
+    pub fn compressed(
+        &self,
+        image_file: &MetadataFile,
+        offset: u64,
+    ) -> io::Result<Option<(u64, u64)>> {
         let entry = |at: u64| {
             let mut word = [0; 8];
-            guard.read(&mut word, at)?;
+            image_file.read(&mut word, at)?;
             io::Result::Ok(u64::from_be_bytes(word))
         };
         let l2_bits = self.bits - 3;
@@ -243,7 +252,7 @@ impl Layout {
 
     /// Marks `cluster` as used in the file, unless it is. What imago has in memory says
     /// so already and is written later.
-    fn mark(&self, guard: &MetadataFile, cluster: u64) -> io::Result<()> {
+    fn mark_used(&self, image_file: &MetadataFile, cluster: u64) -> io::Result<()> {
         let (index, at) = self.refcount_index(cluster);
         // A block that describes itself is not in the table yet.
         let Some(block) = self.block(index) else {
@@ -253,12 +262,12 @@ impl Layout {
         let offset = block + bytes.start as u64;
         let mut refcount = [0; 8];
         let refcount = &mut refcount[..bytes.len()];
-        guard.read(refcount, offset)?;
+        image_file.read(refcount, offset)?;
         if refcount.iter().all(|byte| byte & mask == 0) {
             if let Some(last) = refcount.last_mut() {
                 *last |= mask & mask.wrapping_neg(); // its lowest bit: the number 1
             }
-            guard.write_table(&mut [IoSlice::new(refcount)], offset)?;
+            image_file.write_table(&mut [IoSlice::new(refcount)], offset)?;
         }
         Ok(())
     }
@@ -270,31 +279,31 @@ impl Layout {
     /// nothing is broken.
     pub fn write(
         &mut self,
-        guard: &MetadataFile,
+        image_file: &MetadataFile,
         buffers: &mut [IoSlice<'_>],
         offset: u64,
     ) -> io::Result<()> {
         if offset < 1 << self.bits {
-            return self.write_header(guard, &mut joined(buffers), offset);
+            return self.write_header(image_file, &mut joined(buffers), offset);
         }
         if self.l1.contains(&offset) {
             let bytes = joined(buffers);
-            let old = self.mark_targets(guard, &bytes, offset)?;
-            guard.write_table(buffers, offset)?;
-            self.replace(&old, &bytes);
+            let old = self.mark_targets(image_file, &bytes, offset)?;
+            image_file.write_table(buffers, offset)?;
+            self.update_table_clusters(&old, &bytes);
         } else if self.refcounts.contains(&offset) {
             let bytes = joined(buffers);
-            let old = self.mark_targets(guard, &bytes, offset)?;
-            guard.write_table(buffers, offset)?;
-            self.replace(&old, &bytes);
+            let old = self.mark_targets(image_file, &bytes, offset)?;
+            image_file.write_table(buffers, offset)?;
+            self.update_table_clusters(&old, &bytes);
             let first = ((offset - self.refcounts.start) / 8) as usize;
             for (entry, block) in entries(&bytes).zip(self.blocks.iter_mut().skip(first)) {
                 *block = entry & OFFSET;
             }
-        } else if self.taken.contains(&(offset >> self.bits)) {
-            self.write_changes(guard, buffers, offset)?;
+        } else if self.table_clusters.contains(&(offset >> self.bits)) {
+            self.write_changes(image_file, buffers, offset)?;
         } else {
-            guard.write(buffers, offset)?;
+            image_file.write(buffers, offset)?;
         }
         Ok(())
     }
@@ -303,48 +312,53 @@ impl Layout {
     /// which costs more than to read it, and much more once it must get to the medium.
     fn write_changes(
         &mut self,
-        guard: &MetadataFile,
+        image_file: &MetadataFile,
         buffers: &mut [IoSlice<'_>],
         offset: u64,
     ) -> io::Result<()> {
         const PIECE: usize = 512;
         let [new] = &*buffers else {
-            return guard.write_table(buffers, offset);
+            return image_file.write_table(buffers, offset);
         };
-        self.spare.resize(new.len(), 0);
-        guard.read_padded(&mut [io::IoSliceMut::new(&mut self.spare)], offset)?;
-        let mut pieces = new.chunks(PIECE).zip(self.spare.chunks(PIECE));
+        self.buffer.resize(new.len(), 0);
+        image_file.read_padded(&mut [io::IoSliceMut::new(&mut self.buffer)], offset)?;
+        let mut pieces = new.chunks(PIECE).zip(self.buffer.chunks(PIECE));
         let differ = |(new, old): (&[u8], &[u8])| new != old;
         let Some(first) = pieces.position(differ) else {
             return Ok(());
         };
-        let mut pieces = new.chunks(PIECE).zip(self.spare.chunks(PIECE));
+        let mut pieces = new.chunks(PIECE).zip(self.buffer.chunks(PIECE));
         let last = pieces.rposition(differ).unwrap_or(first);
         let range = first * PIECE..new.len().min((last + 1) * PIECE);
         let offset = offset + range.start as u64;
-        guard.write_table(&mut [IoSlice::new(&new[range])], offset)
+        image_file.write_table(&mut [IoSlice::new(&new[range])], offset)
     }
 
     /// Marks what the entries `new`, to be written at `offset`, point to; returns what
     /// is there so far.
-    fn mark_targets(&self, guard: &MetadataFile, new: &[u8], offset: u64) -> io::Result<Vec<u8>> {
+    fn mark_targets(
+        &self,
+        image_file: &MetadataFile,
+        new: &[u8],
+        offset: u64,
+    ) -> io::Result<Vec<u8>> {
         let mut old = vec![0; new.len()];
-        guard.read(&mut old, offset)?;
+        image_file.read(&mut old, offset)?;
         for (new, old) in entries(new).zip(entries(&old)) {
             if new & OFFSET != old & OFFSET && new & OFFSET != 0 {
-                self.mark(guard, (new & OFFSET) >> self.bits)?;
+                self.mark_used(image_file, (new & OFFSET) >> self.bits)?;
             }
         }
         Ok(old)
     }
 
-    fn replace(&mut self, old: &[u8], new: &[u8]) {
+    fn update_table_clusters(&mut self, old: &[u8], new: &[u8]) {
         for (old, new) in entries(old).zip(entries(new)) {
             if old & OFFSET != 0 {
-                self.taken.remove(&((old & OFFSET) >> self.bits));
+                self.table_clusters.remove(&((old & OFFSET) >> self.bits));
             }
             if new & OFFSET != 0 {
-                self.taken.insert((new & OFFSET) >> self.bits);
+                self.table_clusters.insert((new & OFFSET) >> self.bits);
             }
         }
     }
@@ -354,8 +368,8 @@ impl Layout {
     ///
     /// # Errors
     /// The medium's; the image is read-only then.
-    pub fn set_size(&mut self, guard: &MetadataFile, size: u64) -> io::Result<()> {
-        guard.write_table(&mut [IoSlice::new(&size.to_be_bytes())], SIZE as u64)?;
+    pub fn set_size(&mut self, image_file: &MetadataFile, size: u64) -> io::Result<()> {
+        image_file.write_table(&mut [IoSlice::new(&size.to_be_bytes())], SIZE as u64)?;
         self.size = size;
         Ok(())
     }
@@ -363,13 +377,13 @@ impl Layout {
     /// imago writes the version 2 part, with new places for the tables.
     fn write_header(
         &mut self,
-        guard: &MetadataFile,
+        image_file: &MetadataFile,
         bytes: &mut [u8],
         offset: u64,
     ) -> io::Result<()> {
         if offset != 0 || bytes.len() != V2_LEN {
             let error = damaged("something else was to be written over its header");
-            guard.give_up(&error);
+            image_file.set_broken(&error);
             return Err(error);
         }
         bytes[SIZE..SIZE + 8].copy_from_slice(&self.size.to_be_bytes());
@@ -380,16 +394,16 @@ impl Layout {
             |range: &Range<u64>| range.start >> self.bits..range.end.div_ceil(1 << self.bits);
         if l1 != self.l1 {
             for cluster in clusters(&l1) {
-                self.mark(guard, cluster)?;
+                self.mark_used(image_file, cluster)?;
             }
         }
-        guard.write_table(&mut [IoSlice::new(bytes)], offset)?;
+        image_file.write_table(&mut [IoSlice::new(bytes)], offset)?;
         for (old, new) in [(&self.l1, &l1), (&self.refcounts, &refcounts)] {
             if old != new {
                 clusters(old).for_each(|cluster| {
-                    self.taken.remove(&cluster);
+                    self.table_clusters.remove(&cluster);
                 });
-                self.taken.extend(clusters(new));
+                self.table_clusters.extend(clusters(new));
             }
         }
         self.l1 = l1;
@@ -397,11 +411,11 @@ impl Layout {
             self.refcounts = refcounts;
             for block in std::mem::take(&mut self.blocks) {
                 if block > 0 {
-                    self.taken.remove(&(block >> self.bits));
+                    self.table_clusters.remove(&(block >> self.bits));
                 }
             }
-            self.load_blocks(guard)
-                .inspect_err(|error| guard.give_up(error))?;
+            self.load_blocks(image_file)
+                .inspect_err(|error| image_file.set_broken(error))?;
         }
         Ok(())
     }
@@ -425,14 +439,14 @@ fn joined(buffers: &[IoSlice<'_>]) -> Vec<u8> {
 
 /// Calls `each` with every entry of a table.
 fn read_table(
-    guard: &MetadataFile,
+    image_file: &MetadataFile,
     range: &Range<u64>,
     mut each: impl FnMut(u64) -> io::Result<()>,
 ) -> io::Result<()> {
     let mut at = range.start;
     while at < range.end {
         let mut bytes = vec![0; (range.end - at).min(PIECE) as usize];
-        guard.read_padded(&mut [io::IoSliceMut::new(&mut bytes)], at)?;
+        image_file.read_padded(&mut [io::IoSliceMut::new(&mut bytes)], at)?;
         entries(&bytes).try_for_each(&mut each)?;
         at += bytes.len() as u64;
     }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Most clusters that are remembered: 1 MiB of memory, 8 GiB of disk in clusters of
 /// 64 KiB.
-const MOST: u64 = 1 << 17;
+const MAX_SLOTS: u64 = 1 << 17;
 /// Bits of a cluster's number in the file. With more it is not remembered.
 const HOST_BITS: u32 = 40;
 
@@ -23,7 +23,7 @@ impl MappingCache {
     /// For a disk of `capacity` bytes in clusters of `1 << cluster_bits`.
     pub fn new(cluster_bits: u32, capacity: u64) -> Self {
         let clusters = (capacity >> cluster_bits) + 1;
-        let slots = clusters.next_power_of_two().min(MOST);
+        let slots = clusters.next_power_of_two().min(MAX_SLOTS);
         MappingCache {
             cluster_bits,
             slot_bits: slots.ilog2(),
@@ -63,7 +63,7 @@ impl MappingCache {
     }
 
     /// Remembers that the `len` bytes of the disk from `offset` on are at `host`.
-    pub fn note(&self, offset: u64, host: u64, len: u64) {
+    pub fn insert(&self, offset: u64, host: u64, len: u64) {
         let first = offset >> self.cluster_bits;
         let last = offset.saturating_add(len.saturating_sub(1)) >> self.cluster_bits;
         for cluster in first..=last {
@@ -77,7 +77,7 @@ impl MappingCache {
     }
 
     /// Forgets where the clusters of this range are.
-    pub fn forget(&self, offset: u64, len: u64) {
+    pub fn remove(&self, offset: u64, len: u64) {
         let last = offset.saturating_add(len.saturating_sub(1)) >> self.cluster_bits;
         for cluster in offset >> self.cluster_bits..=last {
             if self.get(cluster).is_some()
@@ -102,45 +102,36 @@ mod tests {
 
     #[test]
     fn what_is_noted_is_found_and_what_follows_it_with_it() {
-        let mappings = MappingCache::new(16, 1 << 30);
-        assert_eq!(mappings.find(0, 512), None);
-        mappings.note(0x2_0000, 0x50_0000, 0x2_0000);
-        assert_eq!(mappings.find(0x2_1000, 512), Some((0x50_1000, 512)));
-        assert_eq!(
-            mappings.find(0x2_1000, 1 << 20),
-            Some((0x50_1000, 0x1_f000))
-        );
+        let cache = MappingCache::new(16, 1 << 30);
+        assert_eq!(cache.find(0, 512), None);
+        cache.insert(0x2_0000, 0x50_0000, 0x2_0000);
+        assert_eq!(cache.find(0x2_1000, 512), Some((0x50_1000, 512)));
+        assert_eq!(cache.find(0x2_1000, 1 << 20), Some((0x50_1000, 0x1_f000)));
         // The next on the disk, but not in the file.
-        mappings.note(0x4_0000, 0x10_0000, 1);
-        assert_eq!(
-            mappings.find(0x3_0000, 1 << 20),
-            Some((0x51_0000, 0x1_0000))
-        );
-        mappings.forget(0x3_ffff, 1);
-        assert_eq!(mappings.find(0x3_0000, 512), None);
-        assert_eq!(
-            mappings.find(0x2_0000, 1 << 20),
-            Some((0x50_0000, 0x1_0000))
-        );
-        mappings.clear();
-        assert_eq!(mappings.find(0x2_0000, 512), None);
+        cache.insert(0x4_0000, 0x10_0000, 1);
+        assert_eq!(cache.find(0x3_0000, 1 << 20), Some((0x51_0000, 0x1_0000)));
+        cache.remove(0x3_ffff, 1);
+        assert_eq!(cache.find(0x3_0000, 512), None);
+        assert_eq!(cache.find(0x2_0000, 1 << 20), Some((0x50_0000, 0x1_0000)));
+        cache.clear();
+        assert_eq!(cache.find(0x2_0000, 512), None);
     }
 
     #[test]
     fn clusters_that_share_a_slot_are_told_apart() {
-        let mappings = MappingCache::new(9, u64::MAX >> 1);
-        let (one, other) = (512 * 5, 512 * (5 + MOST));
-        mappings.note(one, 0x200, 512);
-        assert_eq!(mappings.find(other, 512), None);
-        mappings.note(other, 0x400, 512);
-        assert_eq!(mappings.find(one, 512), None);
-        mappings.forget(one, 512);
-        assert_eq!(mappings.find(other, 512), Some((0x400, 512)));
+        let cache = MappingCache::new(9, u64::MAX >> 1);
+        let (one, other) = (512 * 5, 512 * (5 + MAX_SLOTS));
+        cache.insert(one, 0x200, 512);
+        assert_eq!(cache.find(other, 512), None);
+        cache.insert(other, 0x400, 512);
+        assert_eq!(cache.find(one, 512), None);
+        cache.remove(one, 512);
+        assert_eq!(cache.find(other, 512), Some((0x400, 512)));
         // Numbers that have no room are not mistaken for others.
-        mappings.note(1 << 62, 0x800, 512);
-        assert_eq!(mappings.find(1 << 62, 512), None);
-        mappings.note(one, 1 << 60, 512);
-        assert_eq!(mappings.find(one, 512), None);
-        assert_eq!(mappings.find(u64::MAX - 511, 512), None);
+        cache.insert(1 << 62, 0x800, 512);
+        assert_eq!(cache.find(1 << 62, 512), None);
+        cache.insert(one, 1 << 60, 512);
+        assert_eq!(cache.find(one, 512), None);
+        assert_eq!(cache.find(u64::MAX - 511, 512), None);
     }
 }

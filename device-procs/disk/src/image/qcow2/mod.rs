@@ -29,7 +29,7 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, ShallowMapp
 
 use super::metadata_file::MetadataFile;
 use super::{Extent, Geometry, Image, ImageOrigin, SECTOR, backing};
-use header::{AUTOCLEAR, Header};
+use header::{AUTOCLEAR, Qcow2Header};
 use mapping_cache::MappingCache;
 use storage::Storage;
 
@@ -47,18 +47,18 @@ pub struct Qcow2Image {
     backing: Option<u64>,
     mappings: MappingCache,
     /// Held by whoever changes the tables.
-    turn: Mutex<()>,
+    table_lock: Mutex<()>,
     /// What the tables say of new clusters is not in the file yet.
-    unsettled: AtomicBool,
+    tables_dirty: AtomicBool,
     /// Held for writing while clusters that are mapped become zeros, and for reading from
     /// a look into the tables until [`MappingCache`] knows of it.
-    zeroing: RwLock<()>,
+    zero_lock: RwLock<()>,
 }
 
 /// What the tables say of a range.
 enum Mapped {
     /// Data at this offset; `ours` when it can be written there.
-    Data { at: u64, ours: bool },
+    Data { at: u64, writable: bool },
     /// Zeros: the tables say so, and may keep a place for what is written there; or they
     /// say nothing.
     Zero { marked: bool },
@@ -67,11 +67,11 @@ enum Mapped {
 }
 
 /// A qcow2 image as imago sees it.
-pub struct Opened {
+pub struct OpenedQcow2 {
     /// The image.
     pub access: FormatAccess<Storage>,
     storage: Storage,
-    header: Header,
+    header: Qcow2Header,
     /// Size of the backing file's disk.
     backing: Option<u64>,
 }
@@ -80,20 +80,20 @@ pub struct Opened {
 ///
 /// # Errors
 /// One line that says what is wrong with the image and what to do about it.
-pub fn access(file: File, origin: &ImageOrigin<'_>, writable: bool) -> io::Result<Opened> {
-    let guard = MetadataFile::new(file, origin.name)?;
-    let header = Header::read(&guard, writable)?;
+pub fn access(file: File, origin: &ImageOrigin<'_>, writable: bool) -> io::Result<OpenedQcow2> {
+    let image_file = MetadataFile::new(file, origin.name)?;
+    let header = Qcow2Header::read(&image_file, writable)?;
     let backing = match &header.backing {
         None => None,
         Some((name, Some(format))) => Some(backing::open(name, Some(format), origin)?),
         Some((name, None)) => return Err(backing::without_format(name, origin)),
     };
-    let storage = Storage::new(guard);
+    let storage = Storage::new(image_file);
     storage.load(&header, writable)?;
     if writable && header.autoclear != 0 {
         let none = 0u64.to_be_bytes();
-        let guard = storage.guard();
-        guard.write_table(&mut [io::IoSlice::new(&none)], AUTOCLEAR)?;
+        let image_file = storage.image_file();
+        image_file.write_table(&mut [io::IoSlice::new(&none)], AUTOCLEAR)?;
     }
     let below = backing.as_ref().map(FormatAccess::size);
     let image = Qcow2::<Storage>::builder(storage.clone())
@@ -101,7 +101,7 @@ pub fn access(file: File, origin: &ImageOrigin<'_>, writable: bool) -> io::Resul
         .backing(backing)
         .data_file(None)
         .open(DenyImplicitOpenGate::default())?;
-    Ok(Opened {
+    Ok(OpenedQcow2 {
         access: FormatAccess::new(image),
         storage,
         header,
@@ -115,7 +115,7 @@ impl Qcow2Image {
     /// # Errors
     /// As there.
     pub fn open(file: File, origin: &ImageOrigin<'_>, read_only: bool) -> io::Result<Self> {
-        let Opened {
+        let OpenedQcow2 {
             access,
             storage,
             header,
@@ -140,28 +140,30 @@ impl Qcow2Image {
             marks_zeroes,
             backing,
             mappings: MappingCache::new(header.cluster_bits, capacity),
-            turn: Mutex::new(()),
-            unsettled: AtomicBool::new(false),
-            zeroing: RwLock::new(()),
+            table_lock: Mutex::new(()),
+            tables_dirty: AtomicBool::new(false),
+            zero_lock: RwLock::new(()),
         })
     }
 
-    fn guard(&self) -> &MetadataFile {
-        self.storage.guard()
+    fn image_file(&self) -> &MetadataFile {
+        self.storage.image_file()
     }
 
-    fn turn(&self) -> MutexGuard<'_, ()> {
-        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_tables(&self) -> MutexGuard<'_, ()> {
+        self.table_lock
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes from `offset` to the end of its cluster.
-    fn rest(&self, offset: u64) -> u64 {
+    fn bytes_to_cluster_end(&self, offset: u64) -> u64 {
         let cluster = 1 << self.bits;
         cluster - (offset & (cluster - 1))
     }
 
     /// What the tables say of the range that begins at `offset`, and for how much of it.
-    fn look(&self, offset: u64, len: u64) -> io::Result<(Mapped, u64)> {
+    fn lookup(&self, offset: u64, len: u64) -> io::Result<(Mapped, u64)> {
         let (mapping, found) = self.access.get_shallow_mapping(offset, len)?;
         if found == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
@@ -169,18 +171,18 @@ impl Qcow2Image {
         let mapped = match mapping {
             ShallowMapping::Raw {
                 offset: at,
-                writable: ours,
+                writable,
                 ..
             } => {
                 self.storage.check_existing(at, found)?;
-                Mapped::Data { at, ours }
+                Mapped::Data { at, writable }
             }
             ShallowMapping::Zero { explicit, .. } => Mapped::Zero { marked: explicit },
             ShallowMapping::Special { .. } => {
                 let mut at = offset;
                 while at < offset.saturating_add(found) {
                     self.storage.check_compressed(at)?;
-                    at += self.rest(at);
+                    at += self.bytes_to_cluster_end(at);
                 }
                 Mapped::Special
             }
@@ -190,20 +192,23 @@ impl Qcow2Image {
     }
 
     /// As [`Qcow2Image::look`], and remembers it; and whether that is in the file, too.
-    fn find(&self, offset: u64, len: u64) -> io::Result<(Mapped, u64, bool)> {
-        let _unchanged = self.zeroing.read().unwrap_or_else(PoisonError::into_inner);
-        let (mapped, found) = self.look(offset, len)?;
-        // This after that: what becomes known is marked as unsettled before.
-        let settled = !self.unsettled.load(Ordering::Acquire);
-        if let Mapped::Data { at, ours } = mapped
-            && (ours || self.geometry.read_only)
+    fn lookup_and_cache(&self, offset: u64, len: u64) -> io::Result<(Mapped, u64, bool)> {
+        let _lock = self
+            .zero_lock
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let (mapped, found) = self.lookup(offset, len)?;
+        // This after that: what becomes known is marked as tables_dirty before.
+        let settled = !self.tables_dirty.load(Ordering::Acquire);
+        if let Mapped::Data { at, writable } = mapped
+            && (writable || self.geometry.read_only)
             && settled
         {
             if !self.geometry.read_only {
                 self.storage.check_used(at, found)?;
             }
-            if self.has(at, found)? {
-                self.mappings.note(offset, at, found);
+            if self.file_covers(at, found)? {
+                self.mappings.insert(offset, at, found);
             }
         }
         Ok((mapped, found, settled))
@@ -211,18 +216,18 @@ impl Qcow2Image {
 
     /// Whether the file is long enough for this range. The last cluster need not be there
     /// as a whole.
-    fn has(&self, at: u64, len: u64) -> io::Result<bool> {
+    fn file_covers(&self, at: u64, len: u64) -> io::Result<bool> {
         let end = at.saturating_add(len);
         let end = end.next_multiple_of(1 << self.bits); // `MappingCache` goes by clusters
-        Ok(end <= self.guard().len() || end <= self.guard().look_again()?)
+        Ok(end <= self.image_file().len() || end <= self.image_file().refresh_len()?)
     }
 
     /// Has imago write its tables: what it knows is in the file afterwards.
-    fn settle(&self) -> io::Result<()> {
+    fn flush_tables(&self) -> io::Result<()> {
         self.access
             .flush()
-            .inspect_err(|error| self.guard().give_up(error))?;
-        self.unsettled.store(false, Ordering::Release);
+            .inspect_err(|error| self.image_file().set_broken(error))?;
+        self.tables_dirty.store(false, Ordering::Release);
         Ok(())
     }
 
@@ -235,20 +240,20 @@ impl Qcow2Image {
         mut fill: impl FnMut(u64, u64) -> io::Result<()>,
     ) -> io::Result<()> {
         while len > 0 {
-            let (mapped, mut piece) = self.look(offset, len)?;
+            let (mapped, mut piece) = self.lookup(offset, len)?;
             if let Mapped::Zero { marked: true } = mapped {
                 // One by one: behind another one imago moves it from the place it has, and
                 // a transfer may still be under way there.
-                piece = piece.min(self.rest(offset));
+                piece = piece.min(self.bytes_to_cluster_end(offset));
             }
             if let Mapped::Special = mapped {
-                self.check_around(offset, piece)?;
+                self.check_copied_clusters(offset, piece)?;
             }
             let mapping = self.access.prepare_data_mapping(offset, piece, true)?;
             let (at, done) = (mapping.offset(), mapping.length());
             self.storage.check_data(at, done)?;
             fill(at, done)?;
-            self.unsettled.store(true, Ordering::Release);
+            self.tables_dirty.store(true, Ordering::Release);
             self.access.commit_data_mapping(mapping)?;
             offset += done;
             len -= done;
@@ -258,7 +263,7 @@ impl Qcow2Image {
 
     /// Looks at what imago copies when a range is written: the rest of its first and its
     /// last cluster.
-    fn check_around(&self, offset: u64, len: u64) -> io::Result<()> {
+    fn check_copied_clusters(&self, offset: u64, len: u64) -> io::Result<()> {
         let cluster = 1u64 << self.bits;
         for at in [offset, offset.saturating_add(len)] {
             if !at.is_multiple_of(cluster) {
@@ -272,21 +277,21 @@ impl Qcow2Image {
 
     /// Ends what changed the tables, well or not: clusters that were not needed after all
     /// are free again.
-    fn end(&self, result: io::Result<()>) -> io::Result<()> {
-        let settled = self.settle();
+    fn finish_update(&self, result: io::Result<()>) -> io::Result<()> {
+        let settled = self.flush_tables();
         result.and(settled)
     }
 
     /// Makes a range zeros: all of it, with or without the right to give its space back;
     /// or, with `None`, only what is a whole cluster.
     fn zero(&self, offset: u64, len: u64, all: Option<bool>) -> io::Result<()> {
-        self.guard().usable()?;
-        let _turn = self.turn();
-        let result = self.zero_in_turn(offset, len, all);
-        self.end(result)
+        self.image_file().check_writable()?;
+        let _lock = self.lock_tables();
+        let result = self.zero_locked(offset, len, all);
+        self.finish_update(result)
     }
 
-    fn zero_in_turn(&self, offset: u64, len: u64, all: Option<bool>) -> io::Result<()> {
+    fn zero_locked(&self, offset: u64, len: u64, all: Option<bool>) -> io::Result<()> {
         let cluster = 1u64 << self.bits;
         let end = offset.saturating_add(len);
         let first = offset.next_multiple_of(cluster);
@@ -313,36 +318,39 @@ impl Qcow2Image {
     fn mark_zeroes(&self, mut at: u64, end: u64) -> io::Result<()> {
         let mut freed = Vec::new();
         while at < end {
-            let (mapped, mut len) = self.look(at, end - at)?;
+            let (mapped, mut len) = self.lookup(at, end - at)?;
             if !matches!(mapped, Mapped::Zero { .. }) {
-                let _alone = self.zeroing.write().unwrap_or_else(PoisonError::into_inner);
-                self.mappings.forget(at, len);
+                let _lock = self
+                    .zero_lock
+                    .write()
+                    .unwrap_or_else(PoisonError::into_inner);
+                self.mappings.remove(at, len);
                 let (start, done) = self.access.inner().ensure_zero_mapping(at, len)?;
                 if start != at || done == 0 {
                     return Err(io::Error::other("clusters could not be marked as zeros"));
                 }
                 len = done;
             }
-            if let Mapped::Data { at, ours: true } = mapped {
+            if let Mapped::Data { at, writable: true } = mapped {
                 freed.push((at, len));
             }
             at += len;
         }
         // Not before the file says that they are zeros.
-        self.settle()?;
+        self.flush_tables()?;
         freed
             .into_iter()
-            .try_for_each(|(at, len)| self.guard().punch(at, len))
+            .try_for_each(|(at, len)| self.image_file().punch_hole(at, len))
     }
 
     /// Writes zeros where there is something else.
     fn write_zero_bytes(&self, mut at: u64, end: u64, unmap: bool) -> io::Result<()> {
         while at < end {
-            let (mapped, len) = self.look(at, end - at)?;
+            let (mapped, len) = self.lookup(at, end - at)?;
             match mapped {
                 Mapped::Zero { .. } => {}
-                Mapped::Data { at, ours: true } => self.guard().zero(at, len, unmap)?,
-                _ => self.allocate(at, len, |at, len| self.guard().zero(at, len, unmap))?,
+                Mapped::Data { at, writable: true } => self.image_file().zero(at, len, unmap)?,
+                _ => self.allocate(at, len, |at, len| self.image_file().zero(at, len, unmap))?,
             }
             at += len;
         }
@@ -351,9 +359,11 @@ impl Qcow2Image {
 }
 
 /// Size of the disk: whole sectors, as QEMU has it.
-fn capacity(header: &Header) -> io::Result<u64> {
+fn capacity(header: &Qcow2Header) -> io::Result<u64> {
     match header.size / SECTOR * SECTOR {
-        0 => Err(io::Error::other("it is empty: no disk has 0 bytes")),
+        0 => Err(io::Error::other(
+            "it is empty: a disk has at least one sector",
+        )),
         capacity => Ok(capacity),
     }
 }
@@ -367,34 +377,36 @@ impl Image for Qcow2Image {
     }
 
     fn file(&self) -> BorrowedFd<'_> {
-        self.guard().file()
+        self.image_file().file()
     }
 
     #[cfg(test)]
-    fn guard_of(&self) -> Option<&MetadataFile> {
-        Some(self.guard())
+    fn metadata_file(&self) -> Option<&MetadataFile> {
+        Some(self.image_file())
     }
 
-    fn map(&self, offset: u64, len: u64) -> io::Result<Extent> {
+    fn map_read(&self, offset: u64, len: u64) -> io::Result<Extent> {
         if let Some((offset, len)) = self.mappings.find(offset, len) {
             return Ok(Extent::Data { offset, len });
         }
-        let (mapped, len, _) = self.find(offset, len)?;
+        let (mapped, len, _) = self.lookup_and_cache(offset, len)?;
         Ok(match mapped {
-            Mapped::Data { at, .. } if self.has(at, len)? => Extent::Data { offset: at, len },
+            Mapped::Data { at, .. } if self.file_covers(at, len)? => {
+                Extent::Data { offset: at, len }
+            }
             Mapped::Zero { .. } => Extent::Zero { len },
             Mapped::Data { .. } | Mapped::Special => Extent::Special { len },
         })
     }
 
-    fn place(&self, offset: u64, len: u64) -> io::Result<Extent> {
-        self.guard().usable()?;
+    fn map_write(&self, offset: u64, len: u64) -> io::Result<Extent> {
+        self.image_file().check_writable()?;
         if let Some((offset, len)) = self.mappings.find(offset, len) {
             return Ok(Extent::Data { offset, len });
         }
-        Ok(match self.find(offset, len)? {
+        Ok(match self.lookup_and_cache(offset, len)? {
             // What is written must be found even if this process is killed right after.
-            (Mapped::Data { at, ours: true }, len, true) => Extent::Data { offset: at, len },
+            (Mapped::Data { at, writable: true }, len, true) => Extent::Data { offset: at, len },
             // All of it, so that the tables are written once for all.
             _ => Extent::Special { len },
         })
@@ -405,15 +417,15 @@ impl Image for Qcow2Image {
     }
 
     fn write(&self, offset: u64, buffers: &Buffers<'_>) -> io::Result<()> {
-        self.guard().usable()?;
-        let _turn = self.turn();
+        self.image_file().check_writable()?;
+        let _lock = self.lock_tables();
         let mut left = buffers.clone();
         let result = self.allocate(offset, buffers.len() as u64, |at, len| {
             let piece = usize::try_from(len).ok().and_then(|len| left.take(len));
             let piece = piece.ok_or_else(|| io::Error::other("a place of a wrong length"))?;
-            self.guard().write_guest(&piece, at)
+            self.image_file().write_guest(&piece, at)
         });
-        self.end(result)
+        self.finish_update(result)
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
@@ -428,8 +440,8 @@ impl Image for Qcow2Image {
     }
 
     fn grow(&self, capacity: u64) -> io::Result<()> {
-        self.guard().usable()?;
-        let _turn = self.turn();
+        self.image_file().check_writable()?;
+        let _lock = self.lock_tables();
         super::check_growth(self.access.size() / SECTOR * SECTOR, capacity)?;
         if self.geometry.read_only || capacity <= self.access.size() {
             return match self.geometry.read_only && capacity > self.access.size() {
@@ -443,22 +455,25 @@ impl Image for Qcow2Image {
             _ => PreallocateMode::None,
         };
         let result = self.access.resize_grow(capacity, mode);
-        self.end(result)?;
+        self.finish_update(result)?;
         self.storage.set_size(capacity)?;
         self.capacity.store(capacity, Ordering::Release);
         Ok(())
     }
 
     fn reload(&self) -> io::Result<()> {
-        let _turn = self.turn();
-        let _alone = self.zeroing.write().unwrap_or_else(PoisonError::into_inner);
-        let header = Header::read(self.guard(), !self.geometry.read_only)?;
+        let _lock = self.lock_tables();
+        let _lock = self
+            .zero_lock
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let header = Qcow2Header::read(self.image_file(), !self.geometry.read_only)?;
         self.storage.load(&header, !self.geometry.read_only)?;
         self.mappings.clear();
         // SAFETY: all that imago had to write is in the file, for `settle` follows every
         // change; or there was an error, and the file is what counts.
         unsafe { self.access.inner().invalidate_cache() }?;
-        self.unsettled.store(false, Ordering::Release);
+        self.tables_dirty.store(false, Ordering::Release);
         self.capacity.store(capacity(&header)?, Ordering::Release);
         Ok(())
     }

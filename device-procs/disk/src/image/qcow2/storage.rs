@@ -10,16 +10,16 @@ use imago::storage::drivers::CommonStorageHelper;
 
 use super::super::inflate::inflate;
 use super::super::metadata_file::{MetadataFile, beyond, damaged};
-use super::header::Header;
+use super::header::Qcow2Header;
 use super::layout::Layout;
 
 /// A file that imago works on.
 #[derive(Clone, Debug)]
-pub struct Storage(Arc<Inner>);
+pub struct Storage(Arc<StorageInner>);
 
 #[derive(Debug)]
-struct Inner {
-    guard: MetadataFile,
+struct StorageInner {
+    image_file: MetadataFile,
     /// Of a qcow2 image.
     layout: RwLock<Option<Layout>>,
     helper: CommonStorageHelper,
@@ -27,25 +27,25 @@ struct Inner {
 
 impl Storage {
     /// A file without tables, or one whose tables come later.
-    pub fn new(guard: MetadataFile) -> Self {
-        Storage(Arc::new(Inner {
-            guard,
+    pub fn new(image_file: MetadataFile) -> Self {
+        Storage(Arc::new(StorageInner {
+            image_file,
             layout: RwLock::new(None),
             helper: CommonStorageHelper::default(),
         }))
     }
 
     /// The file.
-    pub fn guard(&self) -> &MetadataFile {
-        &self.0.guard
+    pub fn image_file(&self) -> &MetadataFile {
+        &self.0.image_file
     }
 
     /// Finds the image's tables.
     ///
     /// # Errors
     /// As [`Layout::load`].
-    pub fn load(&self, header: &Header, writable: bool) -> io::Result<()> {
-        let layout = Layout::load(&self.0.guard, header, writable)?;
+    pub fn load(&self, header: &Qcow2Header, writable: bool) -> io::Result<()> {
+        let layout = Layout::load(&self.0.image_file, header, writable)?;
         *self
             .0
             .layout
@@ -65,7 +65,7 @@ impl Storage {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         let layout = layout.as_mut().ok_or(io::ErrorKind::InvalidInput)?;
-        layout.set_size(&self.0.guard, size)
+        layout.set_size(&self.0.image_file, size)
     }
 
     /// Whether the disk's bytes can be in this range of the file.
@@ -89,7 +89,7 @@ impl Storage {
     pub fn check_compressed(&self, offset: u64) -> io::Result<()> {
         let layout = self.0.layout.read().unwrap_or_else(PoisonError::into_inner);
         let range = match layout.as_ref() {
-            Some(layout) => layout.compressed(&self.0.guard, offset)?,
+            Some(layout) => layout.compressed(&self.0.image_file, offset)?,
             None => None,
         };
         drop(layout);
@@ -106,11 +106,11 @@ impl Storage {
         let Some(layout) = layout.as_ref() else {
             return Ok(None);
         };
-        let Some((at, len)) = layout.compressed(&self.0.guard, offset)? else {
+        let Some((at, len)) = layout.compressed(&self.0.image_file, offset)? else {
             return Ok(None);
         };
         let (size, within) = layout.cluster(offset);
-        let cluster = inflate(&self.0.guard, at, len as usize, size)?;
+        let cluster = inflate(&self.0.image_file, at, len as usize, size)?;
         Ok(Some((within, cluster)))
     }
 
@@ -122,7 +122,7 @@ impl Storage {
     pub fn check_used(&self, offset: u64, len: u64) -> io::Result<()> {
         let layout = self.0.layout.read().unwrap_or_else(PoisonError::into_inner);
         let free = match layout.as_ref() {
-            Some(layout) => layout.first_free(&self.0.guard, offset, len)?,
+            Some(layout) => layout.first_free(&self.0.image_file, offset, len)?,
             None => None,
         };
         free.map_or(Ok(()), |at| {
@@ -136,7 +136,7 @@ impl Storage {
     /// # Errors
     /// As there.
     pub fn check_existing(&self, offset: u64, len: u64) -> io::Result<()> {
-        if offset >= self.0.guard.len() && offset >= self.0.guard.look_again()? {
+        if offset >= self.0.image_file.len() && offset >= self.0.image_file.refresh_len()? {
             return Err(beyond(offset));
         }
         self.check_data(offset, len)
@@ -145,18 +145,20 @@ impl Storage {
 
 impl fmt::Display for Storage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0.guard.name())
+        f.write_str(self.0.image_file.name())
     }
 }
 
 impl imago::Storage for Storage {
     fn size(&self) -> io::Result<u64> {
-        self.0.guard.look_again()
+        self.0.image_file.refresh_len()
     }
 
     // SAFETY: as the trait says.
     unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
-        self.0.guard.read_padded(&mut bufv.into_inner(), offset)
+        self.0
+            .image_file
+            .read_padded(&mut bufv.into_inner(), offset)
     }
 
     // SAFETY: as the trait says.
@@ -168,8 +170,8 @@ impl imago::Storage for Storage {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         match layout.as_mut() {
-            Some(layout) => layout.write(&self.0.guard, &mut buffers, offset),
-            None => self.0.guard.write(&mut buffers, offset),
+            Some(layout) => layout.write(&self.0.image_file, &mut buffers, offset),
+            None => self.0.image_file.write(&mut buffers, offset),
         }
     }
 
@@ -177,7 +179,7 @@ impl imago::Storage for Storage {
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
         // It zeroes data only.
         self.check_data(offset, length)?;
-        self.0.guard.zero(offset, length, false)
+        self.0.image_file.zero(offset, length, false)
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -185,7 +187,7 @@ impl imago::Storage for Storage {
     }
 
     fn sync(&self) -> io::Result<()> {
-        Ok(rustix::fs::fdatasync(self.0.guard.file())?)
+        Ok(rustix::fs::fdatasync(self.0.image_file.file())?)
     }
 
     // SAFETY: as the trait says.
@@ -198,6 +200,6 @@ impl imago::Storage for Storage {
     }
 
     fn resize(&self, new_size: u64, _prealloc_mode: PreallocateMode) -> io::Result<()> {
-        Ok(rustix::fs::ftruncate(self.0.guard.file(), new_size)?)
+        Ok(rustix::fs::ftruncate(self.0.image_file.file(), new_size)?)
     }
 }

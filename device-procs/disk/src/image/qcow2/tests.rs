@@ -326,7 +326,7 @@ fn what_is_below_is_locked() {
 
 /// What was written to a disk that is made of clusters of `1 << bits` is at `offset`.
 fn place(disk: &TestDisk, offset: u64) -> u64 {
-    match disk.image.place(offset, 512).unwrap() {
+    match disk.image.map_write(offset, 512).unwrap() {
         Extent::Data { offset, .. } => offset,
         other => panic!("{other:?}"),
     }
@@ -371,14 +371,14 @@ fn what_is_not_in_the_file_yet_is_no_place() {
         depth: 0,
     };
     let image = Qcow2Image::open(file, &origin, false).unwrap();
-    let fill = |at, len| image.guard().zero(at, len, false);
+    let fill = |at, len| image.image_file().zero(at, len, false);
     image.allocate(0, 512, fill).unwrap();
-    let special = |offset| matches!(image.place(offset, 512), Ok(Extent::Special { .. }));
+    let special = |offset| matches!(image.map_write(offset, 512), Ok(Extent::Special { .. }));
     for _ in 0..2 {
         assert!(special(512));
-        image.map(512, 512).unwrap();
+        image.map_read(512, 512).unwrap();
     }
-    image.settle().unwrap();
+    image.flush_tables().unwrap();
     assert!(!special(512) && !special(0));
 }
 
@@ -505,7 +505,11 @@ fn what_is_below_stays_there_when_the_disk_grows() {
                 // The rest of its cluster, beyond the end, comes from below.
                 disk.write(64 << 10, &[9; 512]).unwrap();
             }
-            disk.image.guard_of().unwrap().faults.die_after(lives);
+            disk.image
+                .metadata_file()
+                .unwrap()
+                .faults
+                .fail_all_after(lives);
             let grown = disk.image.grow(LARGER).is_ok();
             drop(disk);
             shop.is_sound("disk", ImageFormat::Qcow2);
