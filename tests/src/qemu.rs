@@ -59,7 +59,7 @@ fn must_be_there() {
 }
 
 /// Output of QEMU for `-device name` without further options.
-pub fn complaint(name: &str) -> String {
+pub fn qemu_error(name: &str) -> String {
     must_be_there();
     let output = Command::new(PROGRAM)
         .args(["-M", "q35", "-nodefaults", "-display", "none"])

@@ -1,5 +1,5 @@
-//! Mistakes that the runner sees before it needs KVM: exit code, one line that
-//! names the thing, nothing left behind.
+//! Mistakes that the runner finds before it needs KVM. It ends with the right exit code and
+//! one line that names the mistake, and leaves no file behind.
 
 use std::fs::{File, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -10,12 +10,12 @@ use outrigger_tests::binaries::binary;
 use outrigger_tests::process::Launch;
 use outrigger_tests::runner::{Place, check_line, mistake};
 
-/// Exit code for a command line that makes no sense.
+/// Exit code for an invalid command line.
 const USAGE: i32 = 2;
 const FAILURE: i32 = 1;
 
 #[test]
-fn options_that_are_wrong_repeated_or_contradict_each_other() {
+fn wrong_repeated_or_contradicting_options_are_usage_errors() {
     let long = format!("/{}", "x".repeat(120));
     let device = format!("--kernel k --device d,type=block,socket={long}");
     let control = format!("--kernel k --control {long}");
@@ -115,7 +115,7 @@ fn options_that_are_wrong_repeated_or_contradict_each_other() {
 }
 
 #[test]
-fn files_that_cannot_be_opened() {
+fn files_that_cannot_be_opened_are_named() {
     let place = Place::default();
     let kernel = place.file("kernel", "k");
     let empty = place.file("empty", "");
@@ -141,7 +141,7 @@ fn files_that_cannot_be_opened() {
             ),
         ]);
     }
-    // A name of several lines does not make the message one.
+    // A file name with newlines and escape sequences does not break the line.
     let mut lines = mistake("--kernel", FAILURE, &["a\\nb\\u{1b}[1m", "No such file"]);
     lines.args.push(place.name("a\nb\u{1b}[1m"));
     place.expect(&[lines]);
@@ -175,7 +175,7 @@ fn files_that_cannot_be_opened() {
     ]);
 }
 
-/// A command that runs the runner where /dev is empty, if this user can have that.
+/// A command that runs the runner with an empty /dev, if this user can create that.
 fn without_devices() -> Option<Command> {
     let root = rustix::process::geteuid().is_root();
     let namespaces = if root { "--mount" } else { "-Urm" };
@@ -195,7 +195,7 @@ fn without_devices() -> Option<Command> {
 }
 
 #[test]
-fn a_host_without_kvm() {
+fn a_missing_dev_kvm_is_reported_with_a_remedy() {
     let place = Place::default();
     let kernel = place.file("kernel", "k");
     let control = place.name("control");
@@ -236,7 +236,7 @@ fn a_host_without_kvm() {
 }
 
 #[test]
-fn a_user_who_may_not_open_kvm() {
+fn a_dev_kvm_without_access_is_reported_with_a_remedy() {
     const NOBODY: u32 = 65534;
     if !rustix::process::geteuid().is_root() {
         eprintln!("skipped: only root can become somebody else");

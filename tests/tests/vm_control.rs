@@ -1,4 +1,4 @@
-//! The control socket, events and exit codes.
+//! The control socket, the event stream and the exit codes of the runner.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use outrigger_tests::wait_until;
 use rustix::process::Signal;
 
 #[test]
-fn status_tells_what_there_is() {
+fn status_shows_the_machine_and_its_devices() {
     if skip_kvm() {
         return;
     }
@@ -27,7 +27,7 @@ fn status_tells_what_there_is() {
 }
 
 #[test]
-fn a_paused_machine_stands_still_and_goes_on() {
+fn a_paused_machine_uses_no_cpu_and_resumes() {
     if skip_kvm() {
         return;
     }
@@ -44,7 +44,7 @@ fn a_paused_machine_stands_still_and_goes_on() {
         assert!(machine.runner.ticks() <= before + 1, "it uses no CPU");
         assert!(machine.control("resume").ok);
         let dots = machine.serial().len();
-        wait_until("the guest goes on", || machine.serial().len() > dots);
+        wait_until("the guest runs again", || machine.serial().len() > dots);
     }
     assert!(machine.control("stop").ok);
     machine.expect(0);
@@ -61,7 +61,7 @@ fn a_paused_machine_stands_still_and_goes_on() {
 }
 
 #[test]
-fn io_goes_on_where_a_pause_stopped_it() {
+fn io_continues_after_each_pause() {
     if skip_kvm() {
         return;
     }
@@ -82,7 +82,7 @@ fn io_goes_on_where_a_pause_stopped_it() {
 }
 
 #[test]
-fn reset_by_command_boots_again_also_when_paused() {
+fn a_reset_command_reboots_a_running_or_paused_machine() {
     if skip_kvm() {
         return;
     }
@@ -93,7 +93,7 @@ fn reset_by_command_boots_again_also_when_paused() {
             assert!(machine.control("pause").ok);
         }
         assert!(machine.control("reset").ok);
-        wait_until("it has booted again", || {
+        wait_until("the guest has booted again", || {
             machine.serial().matches("idle").count() == round
         });
         let status = machine.control("status").status.unwrap();
@@ -115,7 +115,7 @@ fn commands_in_quick_succession_lose_no_reset() {
         assert!(machine.control(command).ok, "{command}");
     }
     let boots = || machine.serial().matches("idle").count();
-    wait_until("the guest is up", || boots() > 0);
+    wait_until("the guest has booted", || boots() > 0);
     assert!(machine.control("stop").ok);
     machine.expect(0);
 }
@@ -134,7 +134,7 @@ fn a_stale_control_socket_is_replaced() {
 }
 
 #[test]
-fn nonsense_gets_an_error_and_changes_nothing() {
+fn an_invalid_command_gets_an_error_and_changes_nothing() {
     if skip_kvm() {
         return;
     }
@@ -151,7 +151,7 @@ fn nonsense_gets_an_error_and_changes_nothing() {
 }
 
 #[test]
-fn sigterm_ends_the_machine_in_order() {
+fn sigterm_stops_the_machine_with_exit_code_0() {
     if skip_kvm() {
         return;
     }
@@ -165,7 +165,7 @@ fn sigterm_ends_the_machine_in_order() {
 }
 
 #[test]
-fn a_device_that_dies_ends_the_machine_with_its_name_if_so_wished() {
+fn on_loss_stop_ends_the_machine_and_names_the_device() {
     if skip_kvm() {
         return;
     }
@@ -188,7 +188,7 @@ fn a_device_that_dies_ends_the_machine_with_its_name_if_so_wished() {
 }
 
 #[test]
-fn a_stopped_device_does_not_hold_up_pause_and_stop() {
+fn a_stopped_device_process_does_not_block_pause_and_stop() {
     if skip_kvm() {
         return;
     }
@@ -198,7 +198,7 @@ fn a_stopped_device_does_not_hold_up_pause_and_stop() {
         .start();
     machine.wait_event("driver-ok", |e| matches!(e, MachineEvent::DriverOk { .. }));
     machine.process("disk0").signal(Signal::STOP);
-    // The device is cut off after its deadline, and that ends the machine.
+    // The back end misses its deadline, and its loss ends the machine.
     machine.try_control("pause");
     machine.expect(5);
     assert!(
@@ -209,7 +209,7 @@ fn a_stopped_device_does_not_hold_up_pause_and_stop() {
 }
 
 #[test]
-fn the_runner_is_sealed() {
+fn the_runner_runs_under_seccomp() {
     if skip_kvm() {
         return;
     }
@@ -220,7 +220,7 @@ fn the_runner_is_sealed() {
 }
 
 #[test]
-fn options_that_make_no_sense_are_usage_errors() {
+fn invalid_options_are_usage_errors() {
     if skip_kvm() {
         return;
     }

@@ -1,4 +1,4 @@
-//! Machines that boot the embedded guest, with real device processes.
+//! The embedded guest with real device processes.
 
 use outrigger_protocol::control::MachineEvent;
 use outrigger_tests::loops::Loop;
@@ -36,7 +36,7 @@ fn the_main_job_uses_disk_net_and_console() {
     assert!(last.iter().any(|&b| b != 0), "the last sector");
 }
 
-/// Whether this host has less memory than `mib`, swap included; it says so.
+/// Whether this host has less than `mib` MiB of memory, including swap. Prints that.
 fn skip_memory(mib: u64) -> bool {
     let info = rustix::system::sysinfo();
     let host = (info.totalram + info.totalswap) * u64::from(info.mem_unit) / MIB;
@@ -63,7 +63,7 @@ fn ram_of_64_mib_is_usable_at_both_ends() {
 }
 
 #[test]
-fn ram_of_6_gib_is_usable_below_and_beyond_the_hole() {
+fn ram_of_6_gib_is_usable_below_and_above_the_hole() {
     ram("6G", 6144);
 }
 
@@ -73,7 +73,7 @@ fn ram_with_transparent_huge_pages() {
 }
 
 #[test]
-fn a_block_device_is_a_disk() {
+fn a_block_device_of_the_host_is_a_disk() {
     if skip_kvm() {
         return;
     }
@@ -106,13 +106,13 @@ fn a_block_device_is_a_disk() {
     );
 }
 
-/// Huge pages that the host sets aside for as long as this lives.
+/// Huge pages that are reserved on the host until this is dropped.
 struct HugePages(String);
 
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 impl HugePages {
-    /// `None` when the host has none to give, or not to us.
+    /// `None` when the host has none free, or does not let this user reserve any.
     fn reserve(count: u64) -> Option<Self> {
         let before = std::fs::read_to_string(POOL).ok()?;
         let had: u64 = before.trim().parse().ok()?;
@@ -156,7 +156,7 @@ fn sixty_four_vcpus_start() {
 }
 
 #[test]
-fn ram_is_sealed_shared_and_allocated_only_when_touched() {
+fn ram_is_sealed_shared_and_allocated_on_first_access() {
     if skip_kvm() || skip_memory(4096) {
         return;
     }
@@ -165,7 +165,7 @@ fn ram_is_sealed_shared_and_allocated_only_when_touched() {
         .disk(MIB)
         .start();
     machine.wait_serial("idle");
-    // 4 GiB are mapped; resident is what the guest and its loader touched.
+    // 4 GiB are mapped; only the pages that the guest or the runner accessed are resident.
     let resident = machine.runner.resident();
     assert!(resident < 64 * MIB, "{resident} bytes resident");
     let fds = std::fs::read_dir(machine.runner.proc("fd")).unwrap();
@@ -176,10 +176,10 @@ fn ram_is_sealed_shared_and_allocated_only_when_touched() {
                 .is_ok_and(|target| target.to_string_lossy().contains("outrigger-ram"))
         })
         .collect();
-    assert_eq!(ram.len(), 2, "below and beyond the hole");
+    assert_eq!(ram.len(), 2, "below and above the hole");
     for path in ram {
         let file = std::fs::File::options().write(true).open(&path).unwrap();
-        assert!(file.set_len(4096).is_err(), "it can be shrunk");
+        assert!(file.set_len(4096).is_err(), "the file can be shrunk");
     }
 }
 
@@ -196,7 +196,7 @@ fn the_exit_port_gives_the_exit_code() {
 }
 
 #[test]
-fn a_triple_fault_is_a_failed_guest_with_registers() {
+fn a_triple_fault_prints_registers_and_ends_with_code_4() {
     if skip_kvm() {
         return;
     }
@@ -226,7 +226,7 @@ fn both_reset_registers_reset() {
 }
 
 #[test]
-fn the_machine_resets_again_and_again() {
+fn a_guest_can_reset_the_machine_many_times() {
     if skip_kvm() {
         return;
     }
@@ -241,7 +241,7 @@ fn the_machine_resets_again_and_again() {
 }
 
 #[test]
-fn a_device_is_reset_and_set_up_again_in_the_middle_of_io() {
+fn a_device_can_be_reset_during_io_and_set_up_again() {
     if skip_kvm() {
         return;
     }
@@ -253,7 +253,7 @@ fn a_device_is_reset_and_set_up_again_in_the_middle_of_io() {
 }
 
 #[test]
-fn rings_that_cannot_be_make_the_device_need_a_reset() {
+fn vrings_outside_memory_make_the_device_need_a_reset() {
     if skip_kvm() {
         return;
     }
@@ -267,12 +267,12 @@ fn rings_that_cannot_be_make_the_device_need_a_reset() {
     assert!(serial.contains("guest: pass"), "{serial}");
     assert!(
         machine.process("disk0").is_running(),
-        "it is the same process"
+        "the process is the same"
     );
 }
 
 #[test]
-fn what_nobody_claims_reads_as_ones() {
+fn unclaimed_addresses_read_as_ones() {
     if skip_kvm() {
         return;
     }
@@ -284,7 +284,7 @@ fn what_nobody_claims_reads_as_ones() {
 }
 
 #[test]
-fn the_clock_tells_the_time() {
+fn the_rtc_has_the_time_of_the_host() {
     if skip_kvm() {
         return;
     }
@@ -337,7 +337,7 @@ fn a_machine_without_platform_runs() {
     if skip_kvm() {
         return;
     }
-    // Nothing can be said or ended without one; the disk's driver shows life.
+    // There is no serial port and no power-off; DRIVER_OK shows that the guest runs.
     let machine = Machine::embedded("job=main")
         .without_platform()
         .disk(64 * MIB)

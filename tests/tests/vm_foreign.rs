@@ -1,5 +1,5 @@
-//! Device processes that other people wrote, under our runner. `test.sh` says in
-//! OUTRIGGER_PEERS where those of crates.io are; QEMU's is in PATH.
+//! Device processes of other projects with the runner. `test.sh` sets OUTRIGGER_PEERS to
+//! the directory with those of crates.io; QEMU's is in PATH.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,17 +10,17 @@ use outrigger_tests::machine::{Machine, skip_kvm};
 use outrigger_tests::process::{Launch, Process};
 use outrigger_tests::wait_until;
 
-/// Starts `launch`, which will make `socket`.
+/// Starts `launch` and waits until it has created `socket`.
 fn serving(launch: Launch, socket: &Path) -> Process {
     let process = launch.spawn();
-    wait_until("the socket is there", || {
+    wait_until("the socket exists", || {
         assert!(process.is_running(), "{}", process.log());
         socket.exists()
     });
     process
 }
 
-/// qemu-storage-daemon with `image`, and its socket.
+/// A qemu-storage-daemon that exports `image`, and its socket.
 fn storage_daemon(image: &Path, queues: usize) -> (Process, PathBuf) {
     let launch = Launch::program(Path::new("qemu-storage-daemon"));
     let socket = launch.directory().join("socket");
@@ -40,9 +40,9 @@ fn storage_daemon(image: &Path, queues: usize) -> (Process, PathBuf) {
     (process, socket)
 }
 
-/// What its driver has accepted there, it finds at device-disk, too.
+/// device-disk offers all features that the driver accepted from qemu-storage-daemon.
 #[test]
-fn linux_has_its_root_on_qemu_storage_daemon_and_moves_on() {
+fn linux_root_moves_from_qemu_storage_daemon_to_device_disk() {
     if skip_kvm() {
         return;
     }
@@ -76,14 +76,14 @@ fn linux_has_its_root_on_qemu_storage_daemon_and_moves_on() {
 }
 
 #[test]
-fn linux_uses_an_entropy_device_and_a_shared_folder() {
+fn linux_uses_vhost_device_rng_and_virtiofsd() {
     if skip_kvm() {
         return;
     }
     let machine = linux("vmlinux", "outrigger.job=rng,share");
     let rng = peer("vhost-device-rng");
     let prefix = rng.directory().join("socket");
-    // It serves several sockets, and numbers them.
+    // It serves several sockets and appends a number to each path.
     let rng_socket = rng.directory().join("socket0");
     let rng = serving(
         rng.args(["--socket-path".as_ref(), prefix.as_os_str()]),

@@ -1,5 +1,5 @@
-//! Flat images: the examples, what is shown of registers, how a guest ends that
-//! cannot go on, and what the probe says.
+//! Flat images: the examples, the registers that are printed, and guests that cannot go on.
+//! And the report of `--probe`.
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -16,7 +16,7 @@ fn examples() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/harness")
 }
 
-/// Runs an example by its own script: exit code, output and standard error.
+/// Runs the script of an example; returns exit code, stdout and stderr.
 fn run_example(name: &str, options: &[&str]) -> (i32, String, String) {
     let programs = binary("vcpu-runner");
     binary("device-platform");
@@ -32,7 +32,7 @@ fn run_example(name: &str, options: &[&str]) -> (i32, String, String) {
 }
 
 #[test]
-fn the_examples_print_what_they_should() {
+fn the_examples_print_the_expected_output() {
     if skip_kvm() {
         return;
     }
@@ -47,7 +47,7 @@ fn the_examples_print_what_they_should() {
     }
 }
 
-/// Blocks of registers in what a runner wrote, by their titles.
+/// The blocks of registers in the output of a runner: title and lines.
 fn blocks(said: &str) -> Vec<(String, Vec<String>)> {
     let mut blocks: Vec<(String, Vec<String>)> = Vec::new();
     for line in said.lines() {
@@ -60,11 +60,11 @@ fn blocks(said: &str) -> Vec<(String, Vec<String>)> {
     blocks
 }
 
-/// Lines of a block.
+/// Number of lines of a block.
 const BLOCK: usize = 18;
 
 #[test]
-fn registers_are_shown_before_the_run() {
+fn registers_are_printed_before_the_run() {
     if skip_kvm() {
         return;
     }
@@ -123,16 +123,16 @@ fn run_flat(image: &[u8], options: &[&str]) -> (Process, Place) {
     (process, place)
 }
 
-/// Loads a floating-point number from memory that is none: every host's KVM has to
-/// emulate that, and none can.
+/// Loads a floating-point number from an address without memory. KVM has to emulate the
+/// instruction, and cannot on any host.
 const NOT_EMULATED: &[u8] = b"\xdd\x05\x00\x00\x00\xd0"; // fldl 0xd0000000
-/// There is no interrupt table, so the exception becomes a triple fault.
+/// There is no interrupt table, so the exception causes a triple fault.
 const UNDEFINED: &[u8] = b"\x0f\x0b"; // ud2
-/// Jumps to where no memory is.
+/// Jumps to an address without memory.
 const ASTRAY: &[u8] = b"\xe9\xfb\xff\xef\xcf"; // jmp 0xd0000000
 
 #[test]
-fn a_guest_that_cannot_go_on_shows_its_registers_once() {
+fn registers_are_printed_once_when_a_guest_cannot_go_on() {
     if skip_kvm() {
         return;
     }
@@ -193,13 +193,13 @@ fn a_guest_that_cannot_go_on_shows_its_registers_once() {
         }
         assert!(
             !Path::new(&place.name("control")).exists(),
-            "its socket is left"
+            "the control socket was not removed"
         );
     }
 }
 
 #[test]
-fn the_control_socket_goes_with_the_runner_and_another_ones_stays() {
+fn the_runner_removes_only_its_own_control_socket() {
     if skip_kvm() {
         return;
     }
@@ -207,15 +207,19 @@ fn the_control_socket_goes_with_the_runner_and_another_ones_stays() {
     for sandbox in ["on", "off"] {
         let (process, place) = run_flat(SPIN, &["--sandbox", sandbox]);
         let control = place.name("control");
-        wait_until("it is served", || UnixStream::connect(&control).is_ok());
+        wait_until("the control socket is served", || {
+            UnixStream::connect(&control).is_ok()
+        });
         process.signal(Signal::TERM);
         assert_eq!(process.wait().code(), Some(0), "{}", process.log());
         assert!(!Path::new(&control).exists());
     }
-    // Somebody has put a file of another machine in its place meanwhile.
+    // Another process replaces the socket by a file of its own.
     let (process, place) = run_flat(SPIN, &[]);
     let control = place.name("control");
-    wait_until("it is served", || UnixStream::connect(&control).is_ok());
+    wait_until("the control socket is served", || {
+        UnixStream::connect(&control).is_ok()
+    });
     std::fs::remove_file(&control).unwrap();
     place.file("control", "another's");
     process.signal(Signal::TERM);
@@ -228,7 +232,7 @@ fn a_reset_loads_the_images_again() {
     if skip_kvm() {
         return;
     }
-    // Prints a letter that it then changes in memory, and resets the machine.
+    // Prints a letter, changes it in memory, and resets the machine.
     let mut image = vec![
         0xa0, 0x20, 0x00, 0x10, 0x00, // mov 0x100020, %al
         0xe6, 0xf1, // out %al, $0xf1
@@ -249,7 +253,7 @@ fn a_reset_loads_the_images_again() {
     let socket = platform.directory().join("socket");
     let endpoint = format!("socket={}", socket.display());
     let (process, _place) = run_flat(&image, &["--platform", &endpoint]);
-    wait_until("it has started five times", || {
+    wait_until("the guest has started five times", || {
         std::fs::read(&output).is_ok_and(|printed| printed.len() >= 5)
     });
     process.signal(Signal::TERM);
@@ -259,7 +263,7 @@ fn a_reset_loads_the_images_again() {
 }
 
 #[test]
-fn the_probe_says_what_there_is() {
+fn the_probe_reports_a_host_that_runs_guests() {
     if skip_kvm() {
         return;
     }

@@ -1,6 +1,6 @@
-//! A Linux guest with its disk, net, console and platform each in a process of its
-//! own. The guest is what `tests/guest/build.sh` makes; `test.sh` says where in
-//! OUTRIGGER_LINUX_GUEST.
+//! A Linux guest whose disk, network, console and platform are one process each.
+//! `tests/guest/build.sh` builds the guest; `test.sh` sets OUTRIGGER_LINUX_GUEST to its
+//! directory.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -13,7 +13,7 @@ use outrigger_tests::linux::{
 use outrigger_tests::machine::{Machine, Running, skip_kvm};
 use outrigger_tests::wait_until;
 
-/// Reads from the console's socket until `text` has come.
+/// Reads from the console's socket until `text` has arrived.
 fn read_until(machine: &Running, stream: &mut UnixStream, seen: &mut String, text: &str) {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut buffer = [0; 512];
@@ -45,7 +45,7 @@ fn linux_with_two_cpus_uses_all_four_device_processes() {
         .start();
 
     let console = machine.directory().join("console");
-    wait_until("the console's socket is there", || console.exists());
+    wait_until("the console's socket exists", || console.exists());
     let mut stream = UnixStream::connect(console).unwrap();
     wait_serial(&machine, "STEP net: pass");
     let mut seen = String::new();
@@ -66,14 +66,14 @@ fn linux_with_two_cpus_uses_all_four_device_processes() {
 }
 
 #[test]
-fn linux_goes_on_when_the_platform_is_killed_in_the_middle_of_its_boot() {
+fn linux_boots_while_the_platform_is_killed() {
     if skip_kvm() {
         return;
     }
     let mut machine = linux("vmlinux", "outrigger.job=serial")
         .args(["--memory", "128M"])
         .start();
-    // In the kernel's boot, then while it prints.
+    // While the kernel boots, then while the guest prints.
     std::thread::sleep(Duration::from_millis(700));
     machine.replace_platform();
     for text in ["SERIAL 020", "SERIAL 100", "SERIAL 150"] {
@@ -94,7 +94,7 @@ fn linux_goes_on_when_the_platform_is_killed_in_the_middle_of_its_boot() {
 }
 
 #[test]
-fn linux_reboots_and_finds_its_disk_as_it_left_it() {
+fn a_reboot_keeps_the_contents_of_the_disk() {
     if skip_kvm() {
         return;
     }
@@ -127,24 +127,24 @@ fn linux_boots_from_a_bzimage() {
     );
 }
 
-/// The kernel without the note that offers a PVH entry point (Xen ELF note 18).
+/// Writes a copy of the kernel without the note of its PVH entry point (Xen ELF note 18).
 fn without_pvh_note(kernel: &Path, copy: &Path) {
     const NAME: &[u8] = b"Xen\0";
     let mut bytes = std::fs::read(kernel).unwrap();
     let note = |name_at: usize, bytes: &[u8]| {
-        // A note's header, just before its name: name size, value size, type.
+        // The header of a note precedes its name: name size, value size, type.
         let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
         name_at >= 12 && word(name_at - 12) == 4 && word(name_at - 4) == 18
     };
     let found: Vec<usize> = (0..bytes.len() - NAME.len())
         .filter(|&at| bytes[at..].starts_with(NAME) && note(at, &bytes))
         .collect();
-    assert_eq!(found.len(), 1, "one such note");
+    assert_eq!(found.len(), 1, "notes with a PVH entry point");
     bytes[found[0] - 4] = 0xff;
     std::fs::write(copy, bytes).unwrap();
 }
 
-/// The older way in, and the older interrupts.
+/// The older boot protocol and the older interrupts.
 #[test]
 fn linux_boots_by_the_64_bit_protocol_and_uses_its_disk_by_intx() {
     if skip_kvm() {
@@ -168,7 +168,7 @@ fn linux_boots_by_the_64_bit_protocol_and_uses_its_disk_by_intx() {
 }
 
 #[test]
-fn a_panic_is_a_failed_guest() {
+fn a_kernel_panic_resets_the_machine() {
     if skip_kvm() {
         return;
     }

@@ -1,5 +1,5 @@
-//! Device processes that die, stand still or are swapped, as the runner deals with
-//! it; under load, with kills at every point, is `vm_chaos`.
+//! The runner when device processes die, are stopped or are swapped. Kills under load at
+//! every point are in `vm_chaos`.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -13,7 +13,7 @@ use outrigger_tests::scripted::{self, Answer};
 use outrigger_tests::wait_until;
 use rustix::process::Signal;
 
-/// A device-disk for `image` that listens at `socket`; several may use the image.
+/// A device-disk for `image` that listens at `socket`. Several can use the image.
 fn disk<'a>(image: &Path, socket: &Path, more: impl IntoIterator<Item = &'a str>) -> Process {
     Launch::new("device-disk")
         .args(["--lock", "off", "--blk-file"])
@@ -22,7 +22,7 @@ fn disk<'a>(image: &Path, socket: &Path, more: impl IntoIterator<Item = &'a str>
         .listening_at(socket)
 }
 
-/// A machine that reads from its disk for a while.
+/// A machine whose guest reads from its disk `count` times.
 fn reading(count: u32, more: &[&str]) -> Running {
     let machine = Machine::embedded(&format!("job=disk-irq count={count} qdepth=4"))
         .args(["--memory", "64M"])
@@ -51,11 +51,11 @@ fn state(machine: &Running) -> DeviceState {
     machine.control("status").status.unwrap().devices[0].state
 }
 
-fn is_lost(machine: &Running) {
+fn wait_until_lost(machine: &Running) {
     wait_until("the device is lost", || state(machine) == DeviceState::Lost);
 }
 
-fn is_running(machine: &Running) {
+fn wait_until_running(machine: &Running) {
     wait_until("the device runs", || state(machine) == DeviceState::Running);
 }
 
@@ -80,22 +80,22 @@ fn swap(machine: &Running, socket: &Path) -> Result<Duration, String> {
 }
 
 #[test]
-fn a_lost_disk_is_waited_for_and_comes_back() {
+fn a_disk_reconnects_after_each_kill_of_its_process() {
     if skip_kvm() {
         return;
     }
     let mut machine = reading(20_000, &[]);
     machine.process("disk0").signal(Signal::KILL);
-    is_lost(&machine);
-    // Meanwhile the machine does as it is told.
+    wait_until_lost(&machine);
+    // Meanwhile the machine carries out commands.
     assert!(machine.control("pause").ok && machine.control("resume").ok);
     assert_eq!(state(&machine), DeviceState::Lost);
     let next = disk(&image(&machine), &socket(&machine), []);
     machine.replace("disk0", next);
-    is_running(&machine);
+    wait_until_running(&machine);
     for _ in 0..5 {
         kill(&mut machine, |image, socket| disk(image, socket, []));
-        is_running(&machine);
+        wait_until_running(&machine);
     }
     machine.passes();
     let events = machine.events();
@@ -110,20 +110,20 @@ fn a_lost_disk_is_waited_for_and_comes_back() {
 }
 
 #[test]
-fn a_disk_lost_while_the_machine_is_paused_or_reset_comes_back() {
+fn a_disk_that_is_lost_during_a_pause_or_reset_reconnects() {
     if skip_kvm() {
         return;
     }
     let mut machine = reading(5_000, &[]);
     assert!(machine.control("pause").ok);
     kill(&mut machine, |image, socket| disk(image, socket, []));
-    wait_until("it is back, and stands still", || {
+    wait_until("the device is connected and paused", || {
         state(&machine) == DeviceState::Paused
     });
     assert!(machine.control("resume").ok);
     machine.process("disk0").signal(Signal::KILL);
-    is_lost(&machine);
-    // The guest boots again and finds a device that answers nothing yet.
+    wait_until_lost(&machine);
+    // The guest boots again while its disk has no back end.
     assert!(machine.control("reset").ok);
     let next = disk(&image(&machine), &socket(&machine), []);
     machine.replace("disk0", next);
@@ -131,7 +131,7 @@ fn a_disk_lost_while_the_machine_is_paused_or_reset_comes_back() {
 }
 
 #[test]
-fn what_does_not_suit_is_refused_and_the_next_one_taken() {
+fn an_incompatible_process_is_refused_and_the_next_one_used() {
     if skip_kvm() {
         return;
     }
@@ -152,11 +152,11 @@ fn what_does_not_suit_is_refused_and_the_next_one_taken() {
 }
 
 #[test]
-fn an_end_comes_when_it_was_asked_for() {
+fn on_loss_stop_ends_the_machine_after_its_time_limit() {
     if skip_kvm() {
         return;
     }
-    // With a limit, and a process that comes in time.
+    // A process connects within the time limit.
     let mut machine = reading(3_000, &["--on-loss", "stop:20"]);
     kill(&mut machine, |image, socket| disk(image, socket, []));
     machine.passes();
@@ -170,13 +170,13 @@ fn an_end_comes_when_it_was_asked_for() {
 }
 
 #[test]
-fn a_stopped_disk_has_a_deadline_and_its_successor_waits_for_its_end() {
+fn a_stopped_disk_process_must_end_before_it_is_replaced() {
     if skip_kvm() {
         return;
     }
     let mut machine = reading(300_000, &[]);
     machine.process("disk0").signal(Signal::STOP);
-    // Whoever asks what goes on gets an answer while a pause waits for the disk.
+    // `status` is answered while a pause waits for the disk.
     let path = machine.directory().join("control");
     let mut pausing = UnixStream::connect(&path).unwrap();
     pausing.write_all(b"{\"command\":\"pause\"}\n").unwrap();
@@ -192,7 +192,8 @@ fn a_stopped_disk_has_a_deadline_and_its_successor_waits_for_its_end() {
     assert!(answer.contains("true"), "{answer}");
     assert_eq!(state(&machine), DeviceState::Lost);
     assert!(machine.control("resume").ok);
-    // It could wake up at any time, so nobody takes its place while it is there.
+    // The stopped process could continue at any time, so no other one is connected while
+    // it exists.
     let other = machine.directory().join("other.sock");
     let successor = disk(&image(&machine), &other, []);
     let error = swap(&machine, &other).unwrap_err();
@@ -201,10 +202,10 @@ fn a_stopped_disk_has_a_deadline_and_its_successor_waits_for_its_end() {
     let outage = swap(&machine, &other).unwrap();
     eprintln!("stopped for {outage:?}");
     drop(machine.replace("disk0", successor));
-    is_running(&machine);
+    wait_until_running(&machine);
 
-    // One that goes on leaves of itself, and takes its own place. Until it has left, it
-    // could write into the memory of the next guest.
+    // A process that continues closes its connection and connects again. Until it has
+    // closed it, it could write into the memory of the next guest.
     machine.process("disk0").signal(Signal::STOP);
     let refused = machine.control("reset").error.unwrap();
     assert!(
@@ -213,7 +214,7 @@ fn a_stopped_disk_has_a_deadline_and_its_successor_waits_for_its_end() {
     );
     assert_eq!(state(&machine), DeviceState::Lost);
     machine.process("disk0").signal(Signal::CONT);
-    is_running(&machine);
+    wait_until_running(&machine);
     assert!(machine.control("reset").ok);
     machine.process("disk0").signal(Signal::STOP);
     let asked = Instant::now();
@@ -223,7 +224,7 @@ fn a_stopped_disk_has_a_deadline_and_its_successor_waits_for_its_end() {
 }
 
 #[test]
-fn a_disk_is_swapped_and_stays_when_the_other_does_not_suit() {
+fn a_swap_to_an_incompatible_process_keeps_the_old_one() {
     if skip_kvm() {
         return;
     }
@@ -268,7 +269,7 @@ fn a_disk_is_swapped_and_stays_when_the_other_does_not_suit() {
 }
 
 #[test]
-fn whoever_watches_is_told() {
+fn a_client_that_watches_gets_events_between_replies() {
     if skip_kvm() {
         return;
     }
@@ -278,9 +279,9 @@ fn whoever_watches_is_told() {
     stream.write_all(b"{\"command\":\"watch\"}\n").unwrap();
     let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
     assert_eq!(lines.next().unwrap().unwrap(), "{\"ok\":true}");
-    // One that does not read is dropped, some time, and holds nobody up.
-    let mut deaf = UnixStream::connect(&path).unwrap();
-    deaf.write_all(b"{\"command\":\"watch\"}\n").unwrap();
+    // A client that does not read is disconnected after a while and blocks nothing.
+    let mut silent = UnixStream::connect(&path).unwrap();
+    silent.write_all(b"{\"command\":\"watch\"}\n").unwrap();
     kill(&mut machine, |image, socket| disk(image, socket, []));
     let mut seen = Vec::new();
     while !matches!(seen.last(), Some(MachineEvent::DeviceRunning { .. })) {
@@ -291,7 +292,7 @@ fn whoever_watches_is_told() {
         matches!(seen[0], MachineEvent::DeviceLost { .. }),
         "{seen:?}"
     );
-    // Answers come in between.
+    // Replies come between the events.
     stream.write_all(b"{\"command\":\"stop\"}\n").unwrap();
     let rest: Vec<String> = lines.map_while(Result::ok).collect();
     assert!(rest.iter().any(|line| line == "{\"ok\":true}"), "{rest:?}");
@@ -299,7 +300,7 @@ fn whoever_watches_is_told() {
 }
 
 #[test]
-fn what_only_a_launcher_can_do_is_said() {
+fn commands_of_the_launcher_are_refused() {
     if skip_kvm() {
         return;
     }
@@ -328,7 +329,7 @@ fn what_only_a_launcher_can_do_is_said() {
 }
 
 #[test]
-fn a_process_that_comes_and_is_slow_holds_nobody_up() {
+fn a_slow_handshake_blocks_neither_pause_nor_reset() {
     if skip_kvm() {
         return;
     }
@@ -336,12 +337,12 @@ fn a_process_that_comes_and_is_slow_holds_nobody_up() {
     machine.process("disk0").signal(Signal::KILL);
     machine.process("disk0").wait();
     std::fs::remove_file(socket(&machine)).unwrap();
-    // Each answer comes just before it would be too late.
+    // Each reply comes just before its deadline.
     scripted::serve(&socket(&machine), |_| {
         std::thread::sleep(Duration::from_millis(4500));
         Answer::Proper
     });
-    machine.wait_event("somebody comes", |e| {
+    machine.wait_event("the device is reconnecting", |e| {
         matches!(e, MachineEvent::DeviceReconnecting { .. })
     });
     let asked = Instant::now();
@@ -352,7 +353,7 @@ fn a_process_that_comes_and_is_slow_holds_nobody_up() {
         "{:?}",
         asked.elapsed()
     );
-    // Its guest runs.
+    // The guest runs.
     let ticks = machine.runner.ticks();
     wait_until("the guest runs", || machine.runner.ticks() > ticks + 2);
     std::fs::remove_file(socket(&machine)).unwrap();
@@ -362,7 +363,7 @@ fn a_process_that_comes_and_is_slow_holds_nobody_up() {
 }
 
 #[test]
-fn a_swap_to_a_silent_process_does_not_end_the_search() {
+fn reconnecting_continues_after_a_swap_to_a_silent_process() {
     if skip_kvm() {
         return;
     }
@@ -371,17 +372,17 @@ fn a_swap_to_a_silent_process_does_not_end_the_search() {
     machine.process("disk0").wait();
     let silent = machine.directory().join("silent.sock");
     let _listener = std::os::unix::net::UnixListener::bind(&silent).unwrap();
-    is_lost(&machine);
+    wait_until_lost(&machine);
     let error = swap(&machine, &silent).unwrap_err();
     assert!(error.contains("no complete answer"), "{error}");
     let next = disk(&image(&machine), &socket(&machine), []);
     machine.replace("disk0", next);
-    is_running(&machine);
+    wait_until_running(&machine);
     machine.passes();
 }
 
 #[test]
-fn a_driver_is_told_that_its_device_needs_a_reset_and_works_after_it() {
+fn on_loss_error_sets_needs_reset_and_the_driver_recovers() {
     if skip_kvm() {
         return;
     }
@@ -397,15 +398,15 @@ fn a_driver_is_told_that_its_device_needs_a_reset_and_works_after_it() {
     machine.process("disk0").signal(Signal::KILL);
     machine.wait_serial("needs a reset");
     assert!(lost.elapsed() >= Duration::from_secs(1));
-    // The driver has begun anew with nobody there; then somebody comes.
+    // The driver has started again without a back end; now one connects.
     let next = disk(&path, &socket, []);
     machine.replace("disk0", next);
     machine.passes();
 }
 
-/// What the driver has set is told to the process that comes.
+/// A back end that connects gets what the driver wrote to the configuration space.
 #[test]
-fn a_disk_that_was_set_to_write_through_stays_so() {
+fn write_through_is_kept_over_a_reconnect_and_a_swap() {
     if skip_kvm() {
         return;
     }
@@ -418,8 +419,8 @@ fn a_disk_that_was_set_to_write_through_stays_so() {
     let process = disk(&path, &socket, debug);
     let mut machine = machine.served("disk0", "block", process, &socket).start();
     machine.wait_serial("writeback is 0");
-    let told = |machine: &Running| {
-        wait_until("it is told", || {
+    let is_write_through = |machine: &Running| {
+        wait_until("the back end is set to write-through", || {
             let log = machine.process("disk0").log();
             let last = log
                 .lines()
@@ -427,17 +428,17 @@ fn a_disk_that_was_set_to_write_through_stays_so() {
             last.is_some_and(|last| last.contains("write-through"))
         });
     };
-    told(&machine);
+    is_write_through(&machine);
     kill(&mut machine, |image, socket| disk(image, socket, debug));
-    is_running(&machine);
-    told(&machine);
-    // By a swap, too.
+    wait_until_running(&machine);
+    is_write_through(&machine);
+    // The same after a swap.
     let other = socket.with_extension("other");
     let next = disk(&path, &other, debug);
     swap(&machine, &other).unwrap();
     machine.replace("disk0", next);
-    told(&machine);
-    // Nor does the driver ever see anything else.
+    is_write_through(&machine);
+    // The driver never sees another value.
     let serial = machine.serial();
     assert!(!serial.contains("writeback is 1"), "{serial}");
     assert!(machine.control("stop").ok);

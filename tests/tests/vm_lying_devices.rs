@@ -1,5 +1,5 @@
-//! Device processes that lie, stay silent or leave: the runner ends with one line
-//! that names the device and the message, and never hangs or panics.
+//! Device processes that violate the protocol, stay silent or leave: the runner ends with
+//! one line that names the device and the message. It never hangs or panics.
 
 use std::sync::mpsc::channel;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use outrigger_tests::machine::{Machine, Running, skip_kvm};
 use outrigger_tests::scripted::{self, Answer, answer, header, request::*};
 
-/// A runner with the device `x` served by `script`, and further keys for it.
+/// A runner whose device `x` is served by `script`; `keys` are appended to its option.
 fn start(keys: &str, script: impl Fn(u32) -> Answer + Send + 'static) -> Running {
     let machine = Machine::embedded("job=disk-io").without_platform();
     let socket = machine.directory().join("liar");
@@ -18,7 +18,7 @@ fn start(keys: &str, script: impl Fn(u32) -> Answer + Send + 'static) -> Running
         .start()
 }
 
-/// The runner ends with `code` and one line, which has all of `words`.
+/// The runner ends with `code` and one line that contains all of `words`.
 fn expect(machine: &Running, code: i32, words: &[&str]) {
     machine.expect(code);
     let log = machine.runner.log();
@@ -34,7 +34,7 @@ fn expect(machine: &Running, code: i32, words: &[&str]) {
     assert!(!log.contains("panicked"), "{log}");
 }
 
-/// Like [`start`], with one message answered by `lie`.
+/// Like [`start`], but the reply to `message` is `lie`.
 fn lie_at(message: u32, lie: impl Fn() -> Answer + Send + 'static) -> Running {
     start("", move |request| {
         if request == message {
@@ -46,7 +46,7 @@ fn lie_at(message: u32, lie: impl Fn() -> Answer + Send + 'static) -> Running {
 }
 
 #[test]
-fn lies_in_the_handshake_are_named() {
+fn protocol_violations_in_the_handshake_are_named() {
     if skip_kvm() {
         return;
     }
@@ -71,7 +71,7 @@ fn lies_in_the_handshake_are_named() {
             Answer::Bytes(answer(GET_QUEUE_NUM, &[1; 8]), 0)
         }),
         (
-            "no answer but a question",
+            "a request instead of a reply",
             GET_FEATURES,
             "GET_FEATURES",
             || Answer::Bytes([header(GET_FEATURES, 1, 8), vec![0; 8]].concat(), 0),
@@ -94,12 +94,9 @@ fn lies_in_the_handshake_are_named() {
         ("no queues", GET_QUEUE_NUM, "GET_QUEUE_NUM", || {
             Answer::Payload(vec![0; 8])
         }),
-        (
-            "absurdly many queues",
-            GET_QUEUE_NUM,
-            "GET_QUEUE_NUM",
-            || Answer::Payload(vec![0xff; 8]),
-        ),
+        ("too many queues", GET_QUEUE_NUM, "GET_QUEUE_NUM", || {
+            Answer::Payload(vec![0xff; 8])
+        }),
         ("no configuration", GET_CONFIG, "GET_CONFIG", || {
             Answer::Payload(vec![])
         }),
@@ -127,7 +124,7 @@ fn silence_in_the_handshake_has_a_deadline() {
     if skip_kvm() {
         return;
     }
-    // Side by side: each of them waits for the whole deadline.
+    // At the same time: each of them waits for the whole deadline.
     let cases = [
         (GET_FEATURES, "GET_FEATURES"),
         (GET_CONFIG, "GET_CONFIG"),
@@ -148,7 +145,7 @@ fn silence_in_the_handshake_has_a_deadline() {
 }
 
 #[test]
-fn lies_after_the_handshake_end_the_machine() {
+fn protocol_violations_after_the_handshake_end_the_machine() {
     if skip_kvm() {
         return;
     }
@@ -167,9 +164,12 @@ fn lies_after_the_handshake_end_the_machine() {
             &["queue 0", "SET_VRING_NUM"],
             || Answer::Bytes(vec![0xff; 40], 3),
         ),
-        ("unasked", SET_VRING_ENABLE, &["without a request"], || {
-            Answer::Bytes([answer(SET_VRING_ENABLE, &[0; 8]), vec![1; 20]].concat(), 0)
-        }),
+        (
+            "data without a request",
+            SET_VRING_ENABLE,
+            &["without a request"],
+            || Answer::Bytes([answer(SET_VRING_ENABLE, &[0; 8]), vec![1; 20]].concat(), 0),
+        ),
         (
             "nonsense on the channel",
             SET_VRING_ENABLE,
@@ -193,19 +193,19 @@ fn lies_after_the_handshake_end_the_machine() {
     }
 }
 
-/// Some processes listen to a doorbell as soon as they have it, and forget what they hear
-/// of a ring that is not enabled yet.
+/// Some back ends poll a doorbell as soon as they have it, and drop the events of a vring
+/// that is not enabled yet.
 #[test]
-fn a_ring_is_enabled_before_its_doorbell_can_be_heard() {
+fn a_vring_is_enabled_before_it_gets_its_doorbell() {
     if skip_kvm() {
         return;
     }
-    let (teller, told) = channel();
-    // MQ and CONFIG, but no REPLY_ACK: nobody waits for anybody.
+    let (sender, messages) = channel();
+    // MQ and CONFIG, but no REPLY_ACK: the runner does not wait for the back end.
     let protocol = (1u64 | 1 << 9).to_ne_bytes();
     let machine = start("", move |request| {
         if matches!(request, SET_VRING_ENABLE | SET_VRING_KICK) {
-            teller.send(request).unwrap();
+            sender.send(request).unwrap();
         }
         match request {
             GET_PROTOCOL_FEATURES => Answer::Payload(protocol.to_vec()),
@@ -213,7 +213,7 @@ fn a_ring_is_enabled_before_its_doorbell_can_be_heard() {
         }
     });
     for expected in [SET_VRING_ENABLE, SET_VRING_KICK] {
-        let message = told.recv_timeout(Duration::from_secs(60));
+        let message = messages.recv_timeout(Duration::from_secs(60));
         assert_eq!(message, Ok(expected), "{}", machine.runner.log());
     }
 }

@@ -1,6 +1,5 @@
-//! device-net is killed, and swapped to another tap, while a Linux guest talks over it:
-//! frames may be lost, and TCP makes up for them; the guest sees no error and its
-//! interface stays up.
+//! device-net is killed, or swapped to another tap, while a Linux guest uses it. Frames may
+//! be lost, and TCP sends them again. The guest sees no error, and its interface stays up.
 
 use std::process::Command;
 use std::time::Duration;
@@ -21,10 +20,10 @@ fn ip(words: &str) {
     assert!(status.success(), "ip {words}");
 }
 
-/// Puts this thread, and all processes that it starts, into a network of their own: a
-/// bridge with two taps, which are there whether or not a process serves them.
+/// Moves this thread, and all processes that it starts, into a new network namespace with a
+/// bridge and two taps. The taps exist whether or not a process serves them.
 fn network() {
-    // SAFETY: the descriptor table stays shared.
+    // SAFETY: unshare(2) of the network namespace does not unshare the descriptor table.
     unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
     ip("link set lo up");
     ip("link add br0 type bridge");
@@ -38,7 +37,7 @@ fn network() {
 }
 
 #[test]
-fn a_download_goes_on_over_the_deaths_of_device_net() {
+fn a_download_continues_over_kills_of_device_net() {
     if skip_kvm() {
         return;
     }
@@ -49,7 +48,7 @@ fn a_download_goes_on_over_the_deaths_of_device_net() {
         let launch = Launch::new("device-net").args(["--tap", TAPS[0]]);
         launch.lifetime(linux::PATIENCE).listening_at(&socket)
     };
-    // A little at a time, so that the deaths come in the middle.
+    // Slowly, so that the kills happen during the download.
     let pace = Duration::from_millis(60);
     let port = linux::serve_slowly(pace);
     let job = format!("outrigger.job=net {}", linux::net_parameters(port));
@@ -65,10 +64,13 @@ fn a_download_goes_on_over_the_deaths_of_device_net() {
         machine.process("net0").wait();
         drop(machine.replace("net0", start()));
         kills += 1;
-        wait_until("the device is back, or the guest done", || {
-            !machine.runner.is_running()
-                || machine.events().iter().filter(|e| is_back(e)).count() == kills
-        });
+        wait_until(
+            "the device is connected again, or the guest has ended",
+            || {
+                !machine.runner.is_running()
+                    || machine.events().iter().filter(|e| is_back(e)).count() == kills
+            },
+        );
     }
     wait_end(&machine, 0);
     let serial = machine.serial();
@@ -82,7 +84,7 @@ fn is_back(event: &MachineEvent) -> bool {
 }
 
 #[test]
-fn a_download_goes_on_over_swaps_to_another_tap() {
+fn a_download_continues_over_swaps_to_another_tap() {
     if skip_kvm() {
         return;
     }
@@ -119,7 +121,7 @@ fn a_download_goes_on_over_swaps_to_another_tap() {
         if code == 0 {
             swaps += 1;
         } else {
-            // It may have ended just now.
+            // The guest may have ended meanwhile.
             assert!(launcher.read("serial").contains("STEP net: "), "{error}");
         }
     }

@@ -1,12 +1,11 @@
-//! The promise of the design: the runner takes no part in I/O.
+//! The runner takes no part in I/O: it is not woken for a request.
 
 use std::path::Path;
 
 use outrigger_tests::machine::{Machine, Running, skip_kvm};
 
-/// Context switches of every thread of the runner since its start, by thread
-/// name, as /proc counts them, without those of the vCPUs' own threads when they
-/// are preempted by others (the guest runs in them).
+/// Context switches of all threads of the runner since its start, as /proc counts them,
+/// without the involuntary ones of vCPU threads: the guest runs in those.
 fn switches(machine: &Running) -> u64 {
     let tasks = std::fs::read_dir(machine.runner.proc("task")).unwrap();
     let mut total = 0;
@@ -17,8 +16,8 @@ fn switches(machine: &Running) -> u64 {
             let line = status.lines().find(|l| l.starts_with(name)).unwrap();
             line.split_whitespace().nth(1).unwrap().parse().unwrap()
         };
-        // Voluntary: it waited for something. A runner that took part in I/O
-        // would wait for each request.
+        // Voluntary: the thread waited for something. A runner that took part in I/O would
+        // wait for each request.
         total += field("voluntary_ctxt_switches");
         if !read(&path.join("comm")).starts_with("vcpu-") {
             total += field("nonvoluntary_ctxt_switches");
@@ -31,8 +30,8 @@ fn read(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap()
 }
 
-/// Runs `count` requests; returns how often the runner was switched to or from
-/// between the driver's start and the guest's result.
+/// Runs `count` requests; returns the context switches of the runner between the start of
+/// the driver and its result.
 fn run(count: u64) -> u64 {
     let machine = Machine::embedded(&format!("job=disk-io count={count}"))
         .args(["--memory", "64M"])
@@ -51,8 +50,8 @@ fn the_runner_is_not_woken_for_io() {
     }
     let (few, many) = (run(1_000), run(10_000));
     eprintln!("context switches of the runner: {few} for 1,000 requests, {many} for 10,000");
-    // Nine thousand requests more; what remains is the machine's own noise, the
-    // status line's port accesses among it.
+    // For 9,000 more requests, the difference is noise, such as the port accesses for the
+    // status line.
     assert!(
         many < few + 200,
         "{few} for 1,000 requests, {many} for 10,000"

@@ -8,7 +8,7 @@ use outrigger_tests::wait_until;
 use rustix::process::Signal;
 
 #[test]
-fn the_platform_is_killed_again_and_again_and_the_serial_log_has_no_hole() {
+fn the_serial_output_is_complete_over_kills_of_the_platform() {
     if skip_kvm() {
         return;
     }
@@ -16,7 +16,7 @@ fn the_platform_is_killed_again_and_again_and_the_serial_log_has_no_hole() {
     let mut machine = Machine::embedded(&format!("job=serial lines={lines}")).start();
     let mut kills = 0;
     for next in (20..lines).step_by(40) {
-        wait_until("the guest has come this far", || {
+        wait_until("the guest has printed so many lines", || {
             !machine.runner.is_running() || machine.serial().contains(&format!("line {next:06}"))
         });
         if !machine.runner.is_running() {
@@ -40,7 +40,7 @@ fn the_platform_is_killed_again_and_again_and_the_serial_log_has_no_hole() {
 }
 
 #[test]
-fn a_trap_waits_for_a_platform_that_is_away_and_the_machine_can_be_paused() {
+fn a_trap_waits_for_a_stopped_platform_and_can_be_paused() {
     if skip_kvm() {
         return;
     }
@@ -52,7 +52,9 @@ fn a_trap_waits_for_a_platform_that_is_away_and_the_machine_can_be_paused() {
     assert!(machine.control("resume").ok);
     let seen = machine.serial().len();
     machine.replace_platform();
-    wait_until("the guest goes on", || machine.serial().len() > seen + 100);
+    wait_until("the guest prints again", || {
+        machine.serial().len() > seen + 100
+    });
     assert!(machine.control("stop").ok);
     machine.expect(0);
 }
@@ -84,8 +86,8 @@ fn the_serial_interrupt_arrives() {
     if skip_kvm() {
         return;
     }
-    // The receive side needs input: see the console tests of the platform; here
-    // its interrupt line reaches the guest's IOAPIC.
+    // Receiving needs input: see the console tests of the platform. This checks that the
+    // interrupt line reaches the guest's I/O APIC.
     let machine = Machine::embedded("job=serial-irq").start();
     machine.wait_serial("serial-irq: ready");
     assert!(machine.control("stop").ok);

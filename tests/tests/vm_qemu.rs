@@ -1,5 +1,5 @@
-//! Our device processes under QEMU: a Linux guest uses them and reports, and the host
-//! checks what it left behind.
+//! The device processes with QEMU as the front end: a Linux guest uses them and reports,
+//! and the host checks the image afterwards.
 
 use std::path::PathBuf;
 
@@ -7,9 +7,9 @@ use outrigger_tests::images::{check_format, convert, qemu_img};
 use outrigger_tests::linux;
 use outrigger_tests::machine::skip_kvm;
 use outrigger_tests::process::{Launch, Process};
-use outrigger_tests::qemu::{Board, Qemu, complaint};
+use outrigger_tests::qemu::{Board, Qemu, qemu_error};
 
-/// device-disk with two queues and an empty image of a `format` in its directory.
+/// A device-disk with two queues and a new image of `format`, and the directory of both.
 fn disk(format: &str) -> (Process, PathBuf) {
     let launch = Launch::new("device-disk").lifetime(linux::PATIENCE);
     let image = launch.directory().join("disk.img");
@@ -21,7 +21,7 @@ fn disk(format: &str) -> (Process, PathBuf) {
     (process, image)
 }
 
-/// device-net and the parameters with which the guest finds somebody behind it.
+/// A device-net, and the kernel parameters that tell the guest the address of its peer.
 fn net() -> (Process, String) {
     let launch = Launch::new("device-net").lifetime(linux::PATIENCE);
     let process = launch.args(["--isolated"]).listening();
@@ -29,14 +29,14 @@ fn net() -> (Process, String) {
     (process, linux::net_parameters(port))
 }
 
-/// What the guest and the device processes have to say at the end.
+/// Checks the output of the guest and the logs of the device processes.
 fn check(serial: &str, steps: &[&str], devices: &[&Process]) {
     for step in steps {
         assert!(serial.contains(&format!("STEP {step}: pass")), "{serial}");
     }
     for device in devices {
         assert!(device.is_running(), "{}", device.log());
-        // Neither the guest nor QEMU did anything that the device complains of.
+        // No device process has logged a warning about the guest or QEMU.
         assert!(!device.log().contains("WARN"), "{}", device.log());
         assert!(!device.log().contains("ERROR"), "{}", device.log());
     }
@@ -55,7 +55,7 @@ fn q35_with_two_cpus_uses_a_disk_of_two_queues_and_a_network() {
         .net(&net)
         .start();
     machine.wait_serial("GUEST pass");
-    // By ACPI.
+    // The guest powers off by ACPI.
     assert_eq!(machine.process.wait().code(), Some(0));
     let serial = machine.serial();
     check(&serial, &["cpus", "disk", "net"], &[&disk, &net]);
@@ -74,7 +74,7 @@ fn microvm_uses_a_disk_of_two_queues_and_a_network() {
         .device("vhost-user-blk", &disk, ",num-queues=2")
         .net(&net)
         .start();
-    // Without ACPI it cannot power off.
+    // Without ACPI the guest cannot power off.
     let serial = machine.wait_serial("GUEST pass");
     drop(machine);
     check(&serial, &["disk", "net"], &[&disk, &net]);
@@ -84,24 +84,24 @@ fn microvm_uses_a_disk_of_two_queues_and_a_network() {
     linux::check_image(&raw);
 }
 
-/// QEMU 10.0 has a front end for any type of device and keeps it from its users
-/// (user_creatable is false in vhost-user-device.c), and has none for consoles. Where
-/// that changes, this test fails and the console is to be plugged in above.
+/// QEMU 10.0 has no front end for consoles. Its front end for any device type is not
+/// available to users (user_creatable is false in vhost-user-device.c). If that changes,
+/// this test fails, and the console can be added to the tests above.
 #[test]
-fn a_console_has_no_front_end_in_qemu() {
+fn qemu_has_no_front_end_for_a_console() {
     let prefix = "qemu-system-x86_64: -device";
     assert_eq!(
-        complaint("vhost-user-device-pci"),
+        qemu_error("vhost-user-device-pci"),
         format!(
             "{prefix} vhost-user-device-pci: Parameter 'driver' expects a pluggable device type"
         )
     );
     for kind in ["vhost-user-console-pci", "vhost-user-test-device-pci"] {
         assert_eq!(
-            complaint(kind),
+            qemu_error(kind),
             format!("{prefix} {kind}: '{kind}' is not a valid device model name")
         );
     }
-    // One that there is says what it lacks.
-    assert!(complaint("vhost-user-blk-pci").contains("chardev"));
+    // A front end that exists names the property that is missing.
+    assert!(qemu_error("vhost-user-blk-pci").contains("chardev"));
 }

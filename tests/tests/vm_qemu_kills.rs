@@ -1,6 +1,6 @@
-//! QEMU as the front end of a disk process that dies again and again under a Linux guest,
-//! by a signal or at a point of its work: QEMU keeps the table of what is in flight and
-//! connects to the next process.
+//! QEMU as the front end of a disk process that dies many times under a Linux guest, by a
+//! signal or at a fault point. QEMU keeps the in-flight buffer and connects to the next
+//! process.
 
 use std::fs::File;
 use std::path::Path;
@@ -14,10 +14,10 @@ use outrigger_tests::process::{Launch, Process};
 use outrigger_tests::qemu::{Board, Qemu};
 use rustix::process::Signal;
 
-/// Rounds of writing with fsync(2).
+/// How often the guest writes and calls fsync(2).
 const ROUNDS: usize = 8;
 
-/// Points at which a disk dies, if no signal comes first.
+/// Fault points at which a disk process dies, if no signal kills it first.
 const POINTS: [&str; 6] = [
     "popped",
     "done",
@@ -74,7 +74,7 @@ fn survives_deaths(board: Board, cpus: u32) {
             process.wait();
         }
         deaths += 1;
-        // Once in a while nobody is there for a time.
+        // Sometimes there is no process for a while.
         std::thread::sleep(Duration::from_millis(random.below(4) * 50));
         let point = POINTS[random.below(POINTS.len() as u64) as usize];
         let fault = format!("{point}:{}", 1 + random.below(25));
@@ -97,15 +97,15 @@ fn survives_deaths(board: Board, cpus: u32) {
 }
 
 #[test]
-fn microvm_keeps_a_disk_that_dies_again_and_again() {
+fn microvm_loses_no_write_over_many_deaths_of_its_disk() {
     if !skip_kvm() {
         survives_deaths(Board::Microvm, 1);
     }
 }
 
-/// With two CPUs, and so two queues in use; it boots for twice as long.
+/// With two CPUs, so that two queues are in use. The boot takes twice as long.
 #[test]
-fn q35_keeps_a_disk_that_dies_again_and_again() {
+fn q35_loses_no_write_over_many_deaths_of_its_disk() {
     if !skip_kvm() && long() {
         survives_deaths(Board::Q35, 2);
     }

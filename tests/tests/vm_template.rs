@@ -1,5 +1,5 @@
-//! The template device: a device on crate vhost-user-backend, as others write
-//! them, in a machine that knows it by its number only.
+//! The template device: a device that uses crate vhost-user-backend, in a machine that
+//! knows only its device number.
 
 use outrigger_tests::machine::{Machine, skip_kvm};
 use outrigger_tests::process::Launch;
@@ -13,7 +13,7 @@ fn a_guest_writes_and_reads_the_template_device() {
     let launch = Launch::new("template-device");
     let socket = launch.directory().join("socket");
     let device = launch.args([socket.as_os_str(), "64".as_ref()]).spawn();
-    wait_until("it listens", || socket.exists());
+    wait_until("the device listens", || socket.exists());
     let machine = Machine::embedded("job=main need=block")
         .args([
             "--memory",
@@ -28,13 +28,13 @@ fn a_guest_writes_and_reads_the_template_device() {
         serial.contains("131072 sectors, id \"template-device\", 4096 KiB written and verified"),
         "{serial}"
     );
-    // It ends with its front end, and takes its socket along.
+    // The device ends with its front end and removes its socket.
     assert!(device.wait().success(), "{}", device.log());
     assert!(!socket.exists());
 }
 
 #[test]
-fn the_template_device_is_short_enough_to_read() {
+fn the_template_device_has_at_most_150_lines() {
     let folder = concat!(
         env!("CARGO_MANIFEST_DIR"),
         "/../examples/template-device/src"

@@ -99,9 +99,9 @@ fn test_device_with(features: u64, queues: usize) -> TestDevice {
         queue_size: 256,
         config: (0..60).collect(),
     };
-    let interrupts: Arc<dyn IrqRouting> = Arc::clone(&irq_routing) as _;
-    let intx = Intx::start(Arc::clone(&interrupts)).unwrap();
-    let device = VirtioPci::new(info, 0, Arc::clone(&requests) as _, interrupts, intx).unwrap();
+    let routing: Arc<dyn IrqRouting> = Arc::clone(&irq_routing) as _;
+    let intx = Intx::start(Arc::clone(&routing)).unwrap();
+    let device = VirtioPci::new(info, 0, Arc::clone(&requests) as _, routing, intx).unwrap();
     device.write_config(register::COMMAND, &command::MEMORY.to_le_bytes());
     TestDevice {
         device,
@@ -175,7 +175,7 @@ impl TestDevice {
         self.device.read_config(offset, &mut data);
         data
     }
-    /// Capabilities: offset, ID and the 24 bytes from there on.
+    /// The capabilities: offset, ID, and the 24 bytes at the offset.
     fn capabilities(&self) -> Vec<(usize, u8, [u8; 24])> {
         let mut at = usize::from(self.config::<1>(register::CAPABILITIES)[0]);
         let mut all = Vec::new();
@@ -187,8 +187,8 @@ impl TestDevice {
         }
         all
     }
-    /// The virtio structure of type `kind`: configuration offset, cap_len, BAR,
-    /// offset and length.
+    /// The virtio structure of type `kind`: offset of its capability, cap_len, BAR, offset
+    /// and length.
     fn structure(&self, kind: u8) -> (usize, u8, u8, u32, u32) {
         let (at, _, b) = self
             .capabilities()

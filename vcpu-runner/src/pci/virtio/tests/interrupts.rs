@@ -15,7 +15,7 @@ fn notify(dut: &TestDevice, queue: usize) {
     dut.device.call(queue).unwrap().write(1).unwrap();
 }
 
-/// The INTx thread takes a moment.
+/// Waits for the INTx thread.
 fn wait_for(what: &str, condition: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !condition() {
@@ -89,7 +89,7 @@ fn r4_1_5_3_1_an_unmasked_vector_is_an_irqfd_with_its_message() {
         data: 0x41,
     };
     assert_eq!(dut.irq_routing.routes.lock().unwrap()[..], [expected]);
-    // A new message changes the route, not the attachment.
+    // A new message changes the route; the irqfd stays.
     dut.set32(MSIX_TABLE + 16 + 8, 0x42);
     assert_eq!(dut.irq_routing.routes.lock().unwrap()[0].data, 0x42);
     assert_eq!(dut.attached(), [FIRST_GSI]);
@@ -174,11 +174,11 @@ fn r4_1_4_5_1_without_msix_a_queue_sets_the_isr_and_the_pin() {
     let dut = test_device();
     dut.activate();
     notify(&dut, 1);
-    wait_for("the line goes up", || line_is(&dut, true));
+    wait_for("the line is asserted", || line_is(&dut, true));
     let status = u16::from_le_bytes(dut.config(register::STATUS));
     assert_ne!(status & 1 << 3, 0, "interrupt status in the PCI header");
     assert_eq!(dut.get8(ISR), 1);
-    assert!(line_is(&dut, false), "reading the ISR lets go of the line");
+    assert!(line_is(&dut, false), "reading the ISR deasserts the line");
     assert_eq!(dut.get8(ISR), 0, "reading cleared it");
     let status = u16::from_le_bytes(dut.config(register::STATUS));
     assert_eq!(status & 1 << 3, 0);
@@ -189,7 +189,7 @@ fn r4_1_4_5_1_without_msix_a_configuration_change_sets_its_bit() {
     let dut = test_device();
     dut.activate();
     dut.device.set_config(vec![9; 60]);
-    wait_for("the line goes up", || line_is(&dut, true));
+    wait_for("the line is asserted", || line_is(&dut, true));
     assert_eq!(dut.get8(ISR), 2);
 }
 
@@ -211,7 +211,7 @@ fn r4_1_4_5_1_intx_disable_masks_the_pin_but_not_the_isr() {
 }
 
 #[test]
-fn the_pin_register_says_which_line() {
+fn the_interrupt_pin_and_line_registers_are_set() {
     let dut = test_device();
     assert_eq!(dut.config::<1>(register::INTERRUPT_PIN), [1]);
     let line = dut.config::<1>(register::INTERRUPT_LINE)[0];

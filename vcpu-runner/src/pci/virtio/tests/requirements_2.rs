@@ -24,7 +24,7 @@ fn r2_1_2_no_queue_runs_before_driver_ok() {
 }
 
 #[test]
-fn r2_1_2_doorbells_rung_early_are_kept() {
+fn r2_1_2_doorbells_before_driver_ok_are_kept() {
     let dut = test_device();
     dut.accept(OFFERED);
     dut.set_up_queue(0);
@@ -39,7 +39,7 @@ fn r2_1_2_a_device_in_error_sets_needs_reset_and_notifies() {
     dut.enable_msix();
     dut.device.set_needs_reset();
     assert_ne!(dut.status() & NEEDS_RESET, 0);
-    // The configuration's event waits for its vector to be unmasked.
+    // The vector of configuration changes is masked, so the event is pending.
     dut.set16(reg::CONFIG_VECTOR, 2);
     assert_eq!(dut.get8(MSIX_PENDING), 1 << 2);
 }
@@ -101,7 +101,7 @@ fn r2_2_2_any_subset_with_version_1_is_accepted() {
 }
 
 #[test]
-fn r2_2_2_features_are_fixed_after_features_ok() {
+fn r2_2_2_features_do_not_change_after_features_ok() {
     let dut = test_device();
     dut.accept(1 << VIRTIO_F_VERSION_1);
     dut.set32(reg::DRIVER_FEATURE_SELECT, 0);
@@ -133,7 +133,7 @@ fn r2_4_1_status_is_zero_only_when_the_queues_have_stopped() {
 }
 
 #[test]
-fn r2_4_1_nothing_is_accepted_while_a_reset_goes_on() {
+fn r2_4_1_writes_are_ignored_during_a_reset() {
     let dut = test_device();
     dut.activate();
     dut.take_requests();

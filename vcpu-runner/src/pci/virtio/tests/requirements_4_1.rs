@@ -128,7 +128,7 @@ fn r4_1_4_3_queue_size_is_a_power_of_two_up_to_the_maximum() {
 }
 
 #[test]
-fn r4_1_4_3_only_enabled_queues_start_and_as_they_were_set_up() {
+fn r4_1_4_3_only_enabled_queues_start_with_the_setup_of_the_driver() {
     let dut = test_device();
     dut.activate();
     let [TransportRequest::Activate { features, queues }] = &dut.take_requests()[..] else {
@@ -197,27 +197,27 @@ fn r4_1_4_6_1_device_configuration_is_aligned() {
 fn r4_1_4_9_1_the_bar_is_reachable_through_configuration_space() {
     let dut = test_device();
     let (at, ..) = dut.structure(5);
-    let window = |offset: u64, length: u32| {
+    let describe = |offset: u64, length: u32| {
         dut.device.write_config(at + 4, &[0]);
         dut.device
             .write_config(at + 8, &(offset as u32).to_le_bytes());
         dut.device.write_config(at + 12, &length.to_le_bytes());
     };
-    window(reg::STATUS, 1);
+    describe(reg::STATUS, 1);
     dut.device.write_config(at + 16, &[ACKNOWLEDGE]);
     assert_eq!(dut.status(), ACKNOWLEDGE);
     assert_eq!(dut.config::<1>(at + 16), [ACKNOWLEDGE]);
-    window(DEVICE + 4, 4);
+    describe(DEVICE + 4, 4);
     assert_eq!(dut.config::<4>(at + 16), [4, 5, 6, 7]);
-    window(reg::NUM_QUEUES, 2);
+    describe(reg::NUM_QUEUES, 2);
     assert_eq!(dut.config::<2>(at + 16), [QUEUES as u8, 0]);
-    // It works with decoding off, too: that is what firmware uses it for.
+    // It works with memory decoding off, too; firmware needs that.
     dut.device.write_config(register::COMMAND, &[0, 0]);
     assert_eq!(dut.config::<2>(at + 16), [QUEUES as u8, 0]);
 }
 
 #[test]
-fn r4_1_4_9_1_impossible_windows_do_nothing() {
+fn r4_1_4_9_1_invalid_accesses_do_nothing() {
     let dut = test_device();
     let (at, ..) = dut.structure(5);
     for (bar, offset, length) in [
@@ -248,7 +248,7 @@ fn r4_1_3_1_wide_fields_can_be_accessed_by_halves() {
 }
 
 #[test]
-fn r4_1_odd_accesses_are_harmless() {
+fn r4_1_accesses_of_any_size_and_alignment_do_no_harm() {
     let dut = test_device();
     for offset in (0..u64::from(BAR_SIZE)).step_by(0xffd) {
         for len in 1..=8 {
@@ -264,7 +264,7 @@ fn r4_1_odd_accesses_are_harmless() {
 }
 
 #[test]
-fn r4_1_a_machine_reset_brings_everything_back() {
+fn r4_1_a_machine_reset_resets_all_registers() {
     let dut = test_device();
     let address: [u8; 4] = dut.config(register::BAR0);
     dut.activate();
