@@ -239,7 +239,7 @@ fn a_missing_dev_kvm_is_reported_with_a_remedy() {
 fn a_dev_kvm_without_access_is_reported_with_a_remedy() {
     const NOBODY: u32 = 65534;
     if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: only root can become somebody else");
+        eprintln!("skipped: only root can switch to another user");
         return;
     }
     let closed =

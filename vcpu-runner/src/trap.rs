@@ -45,7 +45,7 @@ const DEADLINE: Duration = Duration::from_secs(5);
 
 /// What the platform connection tells the machine.
 #[derive(Clone, Debug)]
-pub enum PlatformEvent {
+pub enum PlatformChannelEvent {
     /// Connected. `outage`: the time since the connection was lost, if it was.
     Connected {
         /// See above.
@@ -295,7 +295,7 @@ impl TrapChannel {
         self: &Arc<Self>,
         endpoint: Endpoint,
         irq_routing: Arc<dyn IrqRouting>,
-        events: impl Fn(PlatformEvent) + Send + 'static,
+        events: impl Fn(PlatformChannelEvent) + Send + 'static,
     ) -> Result<(), Error> {
         let error = |why: String| Error::Platform {
             operation: "connecting",
@@ -317,20 +317,20 @@ impl TrapChannel {
         mut stream: UnixStream,
         endpoint: &Endpoint,
         irq_routing: &dyn IrqRouting,
-        events: impl Fn(PlatformEvent),
+        events: impl Fn(PlatformChannelEvent),
     ) {
         let _span = tracing::error_span!("platform", device = "platform").entered();
         let mut lost_at: Option<Instant> = None;
         loop {
             let outage = lost_at.map(|at| at.elapsed());
-            events(PlatformEvent::Connected { outage });
+            events(PlatformChannelEvent::Connected { outage });
             let reason = self.receive_messages(&stream, &events);
             lost_at = Some(Instant::now());
             let for_good = matches!(endpoint, Endpoint::Fd(_));
             if for_good {
                 self.close();
             }
-            events(PlatformEvent::Lost { reason, for_good });
+            events(PlatformChannelEvent::Lost { reason, for_good });
             if for_good {
                 return;
             }
@@ -409,12 +409,16 @@ impl TrapChannel {
     }
 
     /// Receives messages until the connection ends; returns the reason for that.
-    fn receive_messages(&self, stream: &UnixStream, events: &impl Fn(PlatformEvent)) -> String {
+    fn receive_messages(
+        &self,
+        stream: &UnixStream,
+        events: &impl Fn(PlatformChannelEvent),
+    ) -> String {
         let reason = loop {
             match channel::receive::<FromPlatform>(stream) {
-                Ok((FromPlatform::PowerOff, _)) => events(PlatformEvent::PowerOff),
-                Ok((FromPlatform::ResetRequest, _)) => events(PlatformEvent::Reset),
-                Ok((FromPlatform::Exit { code }, _)) => events(PlatformEvent::Exit(code)),
+                Ok((FromPlatform::PowerOff, _)) => events(PlatformChannelEvent::PowerOff),
+                Ok((FromPlatform::ResetRequest, _)) => events(PlatformChannelEvent::Reset),
+                Ok((FromPlatform::Exit { code }, _)) => events(PlatformChannelEvent::Exit(code)),
                 Ok((FromPlatform::ResetDone, _)) => {
                     if let Some(done) = self.lock().reset_done.take() {
                         // The other end is closed if its thread waited too long.

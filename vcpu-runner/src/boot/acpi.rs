@@ -20,7 +20,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::Error;
 use crate::layout::{self, INTX_COUNT, INTX_FIRST};
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 
 const OEM: [u8; 6] = *b"OUTRIG";
 const OEM_TABLE: [u8; 8] = *b"OUTRIGGR";
@@ -50,7 +50,7 @@ fn bytes(aml: &dyn Aml) -> Vec<u8> {
 
 /// Writes tables one after the other into the ACPI area.
 struct TableWriter<'a> {
-    ram: &'a Ram,
+    ram: &'a GuestRam,
     next: u64,
 }
 
@@ -77,7 +77,7 @@ impl TableWriter<'_> {
 ///
 /// # Errors
 /// When the tables do not fit into their area.
-pub fn write(ram: &Ram, cpus: usize) -> Result<u64, Error> {
+pub fn write(ram: &GuestRam, cpus: usize) -> Result<u64, Error> {
     // The RSDP comes first, so that a scan of the BIOS area finds it quickly.
     let mut writer = TableWriter {
         ram,
@@ -237,7 +237,7 @@ mod tests {
 
     #[test]
     fn every_table_is_reachable_and_has_a_valid_checksum() {
-        let ram = Ram::new("64M".parse().unwrap()).unwrap();
+        let ram = GuestRam::new("64M".parse().unwrap()).unwrap();
         let rsdp = write(&ram, 3).unwrap();
         assert_eq!(rsdp, layout::ACPI);
         let memory = ram.memory();

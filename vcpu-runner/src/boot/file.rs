@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::Error;
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 
 /// An open file and its name for messages.
 pub(super) struct NamedFile {
@@ -57,7 +57,7 @@ impl NamedFile {
     }
 
     /// Copies its first `size` bytes to `address`.
-    pub fn read_to(&self, ram: &Ram, address: u64, size: u64) -> Result<(), Error> {
+    pub fn read_to(&self, ram: &GuestRam, address: u64, size: u64) -> Result<(), Error> {
         let length = usize::try_from(size).map_err(|e| self.error(e))?;
         let slice = ram
             .memory()

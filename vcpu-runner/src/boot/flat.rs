@@ -10,7 +10,7 @@ use super::entry::{CpuMode, EntryPoint};
 use super::file::NamedFile;
 use super::registers;
 use crate::Error;
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -143,7 +143,7 @@ impl FlatImages {
     /// # Errors
     /// Names the image that lies outside of `ram` or overlaps something else, or says that
     /// no image contains the entry point.
-    pub(super) fn load(&self, ram: &Ram) -> Result<EntryPoint, Error> {
+    pub(super) fn load(&self, ram: &GuestRam) -> Result<EntryPoint, Error> {
         let EntrySpec { mode, address } = self.entry;
         let entry = EntryPoint::Flat(mode, address);
         let mut occupied: Vec<(Range<u64>, String)> = registers::tables(entry)
@@ -188,7 +188,7 @@ impl FlatImages {
     }
 }
 
-fn within(range: &Range<u64>, ram: &Ram) -> bool {
+fn within(range: &Range<u64>, ram: &GuestRam) -> bool {
     ram.ranges()
         .iter()
         .any(|&(start, size)| start <= range.start && range.end <= start + size)
@@ -198,7 +198,7 @@ fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
 }
 
-fn describe(ram: &Ram) -> String {
+fn describe(ram: &GuestRam) -> String {
     let ranges: Vec<String> = ram
         .ranges()
         .iter()
@@ -246,7 +246,7 @@ mod tests {
     #[test]
     fn images_are_copied_and_a_wrong_one_is_named() {
         let dir = tempfile::tempdir().unwrap();
-        let ram = Ram::new("16M".parse().unwrap()).unwrap();
+        let ram = GuestRam::new("16M".parse().unwrap()).unwrap();
         let file = |name: &str, content: &[u8]| {
             let path = dir.path().join(name);
             std::fs::write(&path, content).unwrap();

@@ -11,7 +11,7 @@ use super::memory_map::Initrd;
 use super::{EntryPoint, acpi, linux, pvh};
 use crate::Error;
 use crate::layout;
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 
 /// A kernel, its initrd and its command line.
 pub struct KernelBoot {
@@ -45,7 +45,7 @@ impl KernelBoot {
     ///
     /// # Errors
     /// Says what does not fit into memory, or that the file is not a kernel.
-    pub fn load(&self, ram: &Ram, cpus: usize) -> Result<EntryPoint, Error> {
+    pub fn load(&self, ram: &GuestRam, cpus: usize) -> Result<EntryPoint, Error> {
         let image = kernel_image::load(&self.kernel, ram)?;
         let initrd = self
             .initrd
@@ -74,7 +74,7 @@ impl KernelBoot {
 
 /// Loads the initrd at the end of the RAM below the device hole, where no kernel
 /// decompresses itself to.
-fn place_initrd(initrd: &NamedFile, ram: &Ram, kernel_end: u64) -> Result<Initrd, Error> {
+fn place_initrd(initrd: &NamedFile, ram: &GuestRam, kernel_end: u64) -> Result<Initrd, Error> {
     let size = initrd.size()?;
     let end = ram.low_end();
     let address = end
@@ -98,7 +98,7 @@ mod tests {
     #[test]
     fn a_file_that_is_not_a_kernel_is_named() {
         let dir = tempfile::tempdir().unwrap();
-        let ram = Ram::new("16M".parse().unwrap()).unwrap();
+        let ram = GuestRam::new("16M".parse().unwrap()).unwrap();
         let text = |e: Error| e.to_string();
         let missing = dir.path().join("missing");
         assert!(text(KernelBoot::open(&missing, None, "").err().unwrap()).contains("missing"));

@@ -14,7 +14,7 @@ use vm_memory::GuestAddress;
 use super::file::NamedFile;
 use crate::Error;
 use crate::layout::HIGH_MEMORY;
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 
 const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 /// Offset of the 64-bit entry point of a bzImage.
@@ -40,7 +40,7 @@ pub(super) struct LoadedKernel {
 }
 
 /// Loads `kernel` into `ram`.
-pub(super) fn load(kernel: &NamedFile, ram: &Ram) -> Result<LoadedKernel, Error> {
+pub(super) fn load(kernel: &NamedFile, ram: &GuestRam) -> Result<LoadedKernel, Error> {
     let mut magic = [0; 4];
     let mut file = &kernel.file;
     kernel
@@ -193,7 +193,7 @@ fn word16(bytes: &[u8], at: usize) -> u64 {
     u16::from_le_bytes([bytes[at], bytes[at + 1]]).into()
 }
 
-fn too_large(kernel: &NamedFile, ram: &Ram) -> Error {
+fn too_large(kernel: &NamedFile, ram: &GuestRam) -> Error {
     let end = ram.low_end();
     kernel.error(format!(
         "it does not fit into RAM, which ends at {end:#x} below the device hole"

@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::memory_map::{Initrd, memory_map};
 use crate::Error;
 use crate::layout;
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 
 const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
@@ -20,7 +20,7 @@ const MINIMUM_ALIGNMENT: u32 = 0x100_0000;
 /// Writes the zero page to [`layout::BOOT_INFO`]. A kernel without a setup header (an ELF
 /// file) gets a minimal one.
 pub(super) fn write_zero_page(
-    ram: &Ram,
+    ram: &GuestRam,
     header: Option<setup_header>,
     initrd: Option<Initrd>,
     cmdline_len: usize,

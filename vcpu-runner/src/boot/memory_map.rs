@@ -1,7 +1,7 @@
 //! What boot protocols pass to a kernel about memory.
 
 use crate::layout;
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 
 /// Where the initrd is.
 #[derive(Clone, Copy, Debug)]
@@ -11,7 +11,7 @@ pub(super) struct Initrd {
 }
 
 /// The memory map: start, size, and whether it is RAM.
-pub(super) fn memory_map(ram: &Ram) -> Vec<(u64, u64, bool)> {
+pub(super) fn memory_map(ram: &GuestRam) -> Vec<(u64, u64, bool)> {
     let mut map = vec![
         (0, layout::LOW_MEMORY_END, true),
         (layout::ACPI, layout::ACPI_SIZE, false),
@@ -31,7 +31,7 @@ mod tests {
 
     #[test]
     fn the_memory_map_is_sorted_and_has_all_ram() {
-        let ram = Ram::new("6G".parse().unwrap()).unwrap();
+        let ram = GuestRam::new("6G".parse().unwrap()).unwrap();
         let map = memory_map(&ram);
         assert!(map.windows(2).all(|w| w[0].0 + w[0].1 <= w[1].0));
         let total: u64 = map.iter().filter(|m| m.2).map(|m| m.1).sum();

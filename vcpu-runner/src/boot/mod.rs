@@ -21,7 +21,7 @@ pub use self::entry::EntryPoint;
 use self::flat::FlatImages;
 use self::kernel::KernelBoot;
 use crate::Error;
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 
 /// What the guest boots from. The files stay open, because a reset boots again.
 pub enum BootSource {
@@ -36,7 +36,7 @@ impl BootSource {
     ///
     /// # Errors
     /// Says what does not fit into memory, or which file is not a kernel.
-    pub fn load(&self, ram: &Ram, cpus: usize) -> Result<EntryPoint, Error> {
+    pub fn load(&self, ram: &GuestRam, cpus: usize) -> Result<EntryPoint, Error> {
         match self {
             Self::Kernel(kernel) => kernel.load(ram, cpus),
             Self::Flat(flat) => flat.load(ram),

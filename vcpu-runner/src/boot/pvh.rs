@@ -7,7 +7,7 @@ use linux_loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_st
 use super::memory_map::{Initrd, memory_map};
 use crate::Error;
 use crate::layout::{BOOT_INFO, CMDLINE};
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 
 const MAGIC: u32 = 0x336e_c578;
 const VERSION: u32 = 1;
@@ -18,7 +18,11 @@ const MODULES: u64 = BOOT_INFO + 0x100;
 const MEMORY_MAP: u64 = BOOT_INFO + 0x200;
 
 /// Writes start info, module list and memory map from [`BOOT_INFO`] on.
-pub(super) fn write_start_info(ram: &Ram, initrd: Option<Initrd>, rsdp: u64) -> Result<(), Error> {
+pub(super) fn write_start_info(
+    ram: &GuestRam,
+    initrd: Option<Initrd>,
+    rsdp: u64,
+) -> Result<(), Error> {
     let map = memory_map(ram);
     let info = hvm_start_info {
         magic: MAGIC,

@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::entry::{CpuMode, EntryPoint};
 use crate::Error;
 use crate::layout::{BOOT_GDT, BOOT_INFO, BOOT_PAGE_TABLES, BOOT_STACK};
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 
 const CR0_PE: u64 = 1;
 const CR0_ET: u64 = 1 << 4;
@@ -128,7 +128,7 @@ fn descriptor(segment: &kvm_segment) -> u64 {
 ///
 /// # Errors
 /// When the tables lie outside guest memory.
-pub fn special(entry: EntryPoint, ram: &Ram, sregs: &mut kvm_sregs) -> Result<(), Error> {
+pub fn special(entry: EntryPoint, ram: &GuestRam, sregs: &mut kvm_sregs) -> Result<(), Error> {
     if let EntryPoint::Flat(CpuMode::Real, address) = entry {
         real_mode(address, sregs);
         return Ok(());
@@ -174,7 +174,7 @@ pub fn special(entry: EntryPoint, ram: &Ram, sregs: &mut kvm_sregs) -> Result<()
 }
 
 /// Identity-maps the first 4 GiB with 2 MiB pages.
-fn write_page_tables(ram: &Ram) -> Result<(), vm_memory::GuestMemoryError> {
+fn write_page_tables(ram: &GuestRam) -> Result<(), vm_memory::GuestMemoryError> {
     let memory = ram.memory();
     let write = |table: u64, index: u64, value: u64| {
         memory.write_obj(value, GuestAddress(table + index * 8))
@@ -211,7 +211,7 @@ mod tests {
 
     #[test]
     fn long_mode_is_on_only_where_the_entry_asks_for_it() {
-        let ram = Ram::new("16M".parse().unwrap()).unwrap();
+        let ram = GuestRam::new("16M".parse().unwrap()).unwrap();
         let mut sregs = kvm_sregs::default();
         special(EntryPoint::Pvh(0x10_0000), &ram, &mut sregs).unwrap();
         assert_eq!((sregs.cr0 & CR0_PG, sregs.efer, sregs.cs.l), (0, 0, 0));
@@ -228,7 +228,7 @@ mod tests {
 
     #[test]
     fn real_mode_begins_in_the_segment_of_its_address() {
-        let ram = Ram::new("16M".parse().unwrap()).unwrap();
+        let ram = GuestRam::new("16M".parse().unwrap()).unwrap();
         for (address, selector, ip) in [(0xf_fff0, 0xf000, 0xfff0), (0x7c00, 0, 0x7c00)] {
             let entry = EntryPoint::Flat(CpuMode::Real, address);
             let mut sregs = kvm_sregs::default();

@@ -16,7 +16,7 @@ use super::vhost_workarounds::watchdog::Watchdog;
 use crate::Error;
 use crate::endpoint::Endpoint;
 use crate::pci::virtio::{DeviceInfo, VirtioPci};
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 
 /// How long the runner waits at its start for a process to listen at a socket path.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
@@ -67,7 +67,7 @@ impl ConnectedDevice {
     pub fn start(
         self,
         transport: Arc<VirtioPci>,
-        ram: Arc<Ram>,
+        ram: Arc<GuestRam>,
         on_loss: Option<OnLoss>,
         events: impl Fn(DeviceEvent) + Send + 'static,
     ) -> Result<Arc<VhostUserDevice>, Error> {

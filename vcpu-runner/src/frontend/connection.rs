@@ -212,7 +212,7 @@ impl BackendConnection {
             .guard(&self.socket, left.min(MESSAGE_DEADLINE))?;
         let result = f(self);
         if guard.has_expired() {
-            // The watchdog has shut the socket down for reading. Nobody else may shut it
+            // The watchdog has shut the socket down for reading. No other thread may shut it
             // down for writing now: see `CancelHandle`.
             self.cancel_handle.cancel();
             if result.is_err() {

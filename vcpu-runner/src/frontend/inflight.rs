@@ -23,7 +23,7 @@ const ENTRY_LENGTH: usize = 16;
 const INFLIGHT: usize = 0;
 const NEXT: usize = 6;
 
-/// Largest buffer that is read: 256 queues of 1024 entries, and some room.
+/// Largest buffer that is read: enough for 256 queues of 1024 entries.
 const MAX_LENGTH: u64 = 8 << 20;
 
 /// An in-flight buffer.

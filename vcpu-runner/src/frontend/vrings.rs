@@ -13,14 +13,14 @@ use super::connection::{BackendConnection, VringStart};
 use super::inflight::InflightBuffer;
 use crate::pci::virtio::VirtioPci;
 use crate::pci::virtio::request::QueueSetup;
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 use crate::{Error, eventfd};
 
 /// How often the used index is read while a back end completes requests.
 const USED_INDEX_INTERVAL: Duration = Duration::from_micros(100);
 
 /// A queue that the driver enabled.
-struct Vring {
+struct EnabledVring {
     setup: QueueSetup,
     /// Index in the available ring to continue from, while it is stopped.
     base: u16,
@@ -31,11 +31,11 @@ struct Vring {
 /// The vrings of a driver.
 pub struct Vrings {
     transport: Arc<VirtioPci>,
-    ram: Arc<Ram>,
+    ram: Arc<GuestRam>,
     memory: Vec<VhostUserMemoryRegionInfo>,
     /// The feature bits that the driver accepted, once it has set DRIVER_OK.
     features: Option<u64>,
-    vrings: Vec<Vring>,
+    vrings: Vec<EnabledVring>,
     /// What the driver wrote to the configuration space, by offset.
     config_writes: BTreeMap<usize, Vec<u8>>,
     /// The in-flight buffer of the back end that serves the vrings.
@@ -54,7 +54,7 @@ pub struct SentSetup {
 
 impl Vrings {
     /// No vrings.
-    pub fn new(transport: Arc<VirtioPci>, ram: Arc<Ram>) -> Self {
+    pub fn new(transport: Arc<VirtioPci>, ram: Arc<GuestRam>) -> Self {
         Vrings {
             memory: ram.vhost_regions(),
             transport,
@@ -95,10 +95,10 @@ impl Vrings {
             return Err(Error::Refused {
                 id: self.transport.id().to_owned(),
                 operation: format!("queue {}", setup.index),
-                why: "the driver placed its rings outside guest memory or misaligned".into(),
+                why: "its rings are misaligned or lie outside guest memory".into(),
             });
         }
-        self.vrings.push(Vring {
+        self.vrings.push(EnabledVring {
             setup,
             base: 0,
             started: false,
@@ -315,7 +315,7 @@ impl Vrings {
         self.wait_for_all(limit, |vring| self.used_index(&vring.setup) == vring.base)
     }
 
-    fn wait_for_all(&self, limit: Duration, condition: impl Fn(&Vring) -> bool) -> bool {
+    fn wait_for_all(&self, limit: Duration, condition: impl Fn(&EnabledVring) -> bool) -> bool {
         let deadline = Instant::now() + limit;
         while !self.vrings.iter().all(&condition) {
             if Instant::now() >= deadline {

@@ -23,7 +23,7 @@ use crate::control::ControlRequest;
 use crate::events::EventStream;
 use crate::frontend::{DeviceEvent, OnLoss};
 use crate::status::SharedStatus;
-use crate::trap::PlatformEvent;
+use crate::trap::PlatformChannelEvent;
 use crate::vcpu::handle::{VcpuCommand, VcpuHandle};
 use crate::vcpu::{VcpuEvent, VcpuShared};
 use crate::vm::Vm;
@@ -36,7 +36,7 @@ const FINISH_LIMIT: Duration = Duration::from_secs(1);
 /// What the machine's thread receives.
 enum RunnerEvent {
     Device(DeviceEvent),
-    Platform(PlatformEvent),
+    Platform(PlatformChannelEvent),
     Vcpu(VcpuEvent),
     Control(ControlRequest),
     Signal(&'static str),
@@ -196,11 +196,11 @@ impl Machine {
 
     fn handle_platform_event(
         &mut self,
-        event: PlatformEvent,
+        event: PlatformChannelEvent,
     ) -> Result<Option<MachineExit>, Error> {
         let id = "platform".to_owned();
         match event {
-            PlatformEvent::Connected { outage } => {
+            PlatformChannelEvent::Connected { outage } => {
                 self.status.lock().platform = Some(DeviceState::Running);
                 self.platform_deadline = None;
                 self.events.emit(&match outage {
@@ -213,7 +213,7 @@ impl Machine {
                 });
                 Ok(None)
             }
-            PlatformEvent::Lost { reason, for_good } => {
+            PlatformChannelEvent::Lost { reason, for_good } => {
                 let lost = format!("the platform process is lost: {reason}");
                 self.status.lock().platform = Some(DeviceState::Lost);
                 self.events.emit(&MachineEvent::DeviceLost {
@@ -227,9 +227,9 @@ impl Machine {
                 }
                 Ok(for_good.then(|| MachineExit::new(exit::DEVICE_LOST, lost)))
             }
-            PlatformEvent::PowerOff => Ok(Some(MachineExit::powered_off())),
-            PlatformEvent::Reset => self.guest_reset(),
-            PlatformEvent::Exit(code) => {
+            PlatformChannelEvent::PowerOff => Ok(Some(MachineExit::powered_off())),
+            PlatformChannelEvent::Reset => self.guest_reset(),
+            PlatformChannelEvent::Exit(code) => {
                 self.events.emit(&MachineEvent::GuestExit { code });
                 Ok(Some(match code {
                     0 => MachineExit::new(exit::POWERED_OFF, "the guest is done"),

@@ -21,7 +21,7 @@ use crate::vcpu::io_dispatch::IoDispatch;
 use crate::vcpu::{Vcpu, VcpuShared};
 use crate::vm::irq::IrqRouting;
 use crate::vm::irqchip::Irqchip;
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 use crate::vm::{Vm, capabilities};
 
 impl Machine {
@@ -46,7 +46,7 @@ impl Machine {
                 .iter()
                 .map(|spec| scope.spawn(|| ConnectedDevice::connect(spec.clone(), &watchdog)))
                 .collect();
-            let ram = Ram::new(options.memory)?;
+            let ram = GuestRam::new(options.memory)?;
             let vm = Vm::new(kvm, &ram)?;
             let connected = handshakes
                 .into_iter()

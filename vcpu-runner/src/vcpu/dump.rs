@@ -8,7 +8,7 @@ use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 
 /// How many bytes of code are printed: one more than the longest instruction has.
 const CODE_LENGTH: u64 = 16;
@@ -18,7 +18,7 @@ const EFER_LMA: u64 = 1 << 10;
 
 /// Prints the registers of vCPU `index` and the code at its instruction pointer to
 /// stderr, in one write, so that the output of several vCPUs does not mix.
-pub fn print(fd: &VcpuFd, index: usize, ram: &Ram, title: &str) {
+pub fn print(fd: &VcpuFd, index: usize, ram: &GuestRam, title: &str) {
     let mut text = format!("vCPU {index}: {title}\n");
     match (fd.get_regs(), fd.get_sregs()) {
         (Ok(regs), Ok(sregs)) => {
@@ -129,7 +129,7 @@ fn instruction_address(regs: &kvm_regs, sregs: &kvm_sregs) -> u64 {
 }
 
 /// The bytes at linear address `address`, or why they cannot be read.
-fn code(address: u64, translate: impl Fn(u64) -> Option<u64>, ram: &Ram) -> String {
+fn code(address: u64, translate: impl Fn(u64) -> Option<u64>, ram: &GuestRam) -> String {
     let mut bytes = Vec::new();
     let mut why = None;
     while bytes.len() < CODE_LENGTH as usize && why.is_none() {
@@ -213,7 +213,7 @@ mod tests {
 
     #[test]
     fn code_is_read_page_by_page_up_to_the_first_unmapped_page() {
-        let ram = Ram::new("16M".parse().unwrap()).unwrap();
+        let ram = GuestRam::new("16M".parse().unwrap()).unwrap();
         ram.memory()
             .write_slice(&[0x0f, 0x0b], GuestAddress(0x2ffe))
             .unwrap();

@@ -182,18 +182,18 @@ mod tests {
     #[test]
     fn port_accesses_are_decoded_with_all_items() {
         #[repr(C)]
-        struct Area {
+        struct RunArea {
             run: kvm_run,
             data: [u8; 8],
         }
-        let mut area = Area {
+        let mut area = RunArea {
             run: run(KVM_EXIT_IO),
             data: [1, 2, 3, 4, 5, 6, 7, 8],
         };
         // SAFETY: an integer-only union member, written before it is read.
         let io = unsafe { &mut area.run.__bindgen_anon_1.io };
         (io.port, io.size, io.count, io.direction) = (0x3f8, 2, 3, 1);
-        io.data_offset = std::mem::offset_of!(Area, data) as u64;
+        io.data_offset = std::mem::offset_of!(RunArea, data) as u64;
         // The slice extends beyond `run`, as it does in KVM's mapping.
         let pointer = &raw mut area;
         // SAFETY: the area outlives the reference and nothing else uses it.

@@ -21,7 +21,7 @@ use self::registers::PowerOnState;
 use crate::Error;
 use crate::boot::EntryPoint;
 use crate::vm::Vm;
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 
 /// What a vCPU reports to the machine. It is parked afterwards.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,7 +39,7 @@ pub enum VcpuEvent {
 /// What all vCPUs share.
 pub struct VcpuShared {
     /// Guest RAM.
-    pub ram: Arc<Ram>,
+    pub ram: Arc<GuestRam>,
     /// Where the first vCPU starts. Each reset sets it again.
     pub entry: Mutex<EntryPoint>,
     /// Handles accesses.

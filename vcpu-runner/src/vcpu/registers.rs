@@ -9,7 +9,7 @@ use kvm_ioctls::{Cap, VcpuFd};
 use crate::Error;
 use crate::boot::{EntryPoint, registers};
 use crate::vm::Vm;
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 
 /// MSR IA32_MISC_ENABLE and its bit for fast string operations.
 const MISC_ENABLE: (u32, u64) = (0x1a0, 1);
@@ -67,7 +67,7 @@ impl PowerOnState {
         fd: &VcpuFd,
         index: usize,
         entry: EntryPoint,
-        ram: &Ram,
+        ram: &GuestRam,
     ) -> Result<(), Error> {
         let what = |ioctl: &str| Error::kvm(format!("vCPU {index}: {ioctl}"));
         let mut sregs = self.sregs;

@@ -18,7 +18,7 @@ use crate::Error;
 use crate::layout::{HIGH_RAM, LOW_RAM_END};
 
 /// Guest memory, addressed by guest-physical address.
-pub type GuestMemory = GuestMemoryMmap<()>;
+pub type GuestRamMapping = GuestMemoryMmap<()>;
 
 const MIB: u64 = 1 << 20;
 /// The smallest RAM that has room for the boot structures and a small kernel.
@@ -111,12 +111,12 @@ impl FromStr for MemorySpec {
 }
 
 /// Guest RAM.
-pub struct Ram {
-    memory: GuestMemory,
+pub struct GuestRam {
+    memory: GuestRamMapping,
     size: u64,
 }
 
-impl Ram {
+impl GuestRam {
     /// Creates and maps RAM: up to 3 GiB below the device hole, the rest from 4 GiB on.
     ///
     /// # Errors
@@ -135,15 +135,15 @@ impl Ram {
             .into_iter()
             .map(|(start, size)| region(start, size, spec.pages).map_err(error))
             .collect::<Result<Vec<_>, _>>()?;
-        let memory = GuestMemory::from_regions(regions).map_err(|e| error(e.to_string()))?;
-        Ok(Ram {
+        let memory = GuestRamMapping::from_regions(regions).map_err(|e| error(e.to_string()))?;
+        Ok(GuestRam {
             memory,
             size: spec.size,
         })
     }
 
     /// The mapped memory.
-    pub fn memory(&self) -> &GuestMemory {
+    pub fn memory(&self) -> &GuestRamMapping {
         &self.memory
     }
 
@@ -284,7 +284,7 @@ mod tests {
 
     #[test]
     fn ram_has_a_hole_below_4_gib_and_is_cleared_by_a_reset() {
-        let ram = Ram::new("6G".parse().unwrap()).unwrap();
+        let ram = GuestRam::new("6G".parse().unwrap()).unwrap();
         assert_eq!(
             ram.ranges(),
             [(0, LOW_RAM_END), (HIGH_RAM, (6 << 30) - LOW_RAM_END)]
@@ -303,7 +303,7 @@ mod tests {
 
     #[test]
     fn ram_is_sealed_against_resizing() {
-        let ram = Ram::new("64M".parse().unwrap()).unwrap();
+        let ram = GuestRam::new("64M".parse().unwrap()).unwrap();
         let region = ram.memory().iter().next().unwrap();
         let file = region.file_offset().unwrap().file();
         assert!(file.set_len(4096).is_err());

@@ -14,7 +14,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use crate::Error;
 use crate::layout;
 use crate::vm::irq::MsiRoutes;
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 
 /// A VM with its RAM and interrupt controllers.
 pub struct Vm {
@@ -31,7 +31,7 @@ impl Vm {
     ///
     /// # Errors
     /// When a KVM ioctl fails.
-    pub fn new(kvm: Kvm, ram: &Ram) -> Result<Self, Error> {
+    pub fn new(kvm: Kvm, ram: &GuestRam) -> Result<Self, Error> {
         let fd = loop {
             match kvm.create_vm() {
                 Err(e) if e.errno() == libc::EINTR => {}

@@ -27,7 +27,7 @@ use super::vhost_workarounds::watchdog::Watchdog;
 use super::vrings::Vrings;
 use crate::pci::virtio::VirtioPci;
 use crate::pci::virtio::request::{QueueSetup, TransportRequest};
-use crate::vm::memory::Ram;
+use crate::vm::memory::GuestRam;
 use crate::{Error, clock, eventfd};
 
 /// How long a back end may take to complete its requests before it is stopped.
@@ -86,7 +86,7 @@ impl DeviceTask {
         connection: BackendConnection,
         watchdog: Arc<Watchdog>,
         transport: Arc<VirtioPci>,
-        ram: Arc<Ram>,
+        ram: Arc<GuestRam>,
         on_loss: Option<OnLoss>,
         events: Box<dyn Fn(DeviceEvent) + Send>,
     ) -> Self {

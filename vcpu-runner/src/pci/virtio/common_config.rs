@@ -2,8 +2,6 @@
 //! what writing to them causes. Pure state: [`super::VirtioPci`] acts on each
 //! [`ConfigEffect`].
 
-use std::mem::offset_of;
-
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -15,58 +13,27 @@ use super::request::QueueSetup;
 /// No vector is assigned (VIRTIO_MSI_NO_VECTOR).
 pub const NO_VECTOR: u16 = 0xffff;
 /// Length of the structure in bytes.
-pub const LENGTH: usize = size_of::<VirtioPciCommonCfg>();
+pub const LENGTH: usize = 60;
 
-/// `struct virtio_pci_common_cfg`, for the offsets of its fields.
-#[repr(C, packed)]
-#[allow(dead_code, reason = "only the layout is used")]
-struct VirtioPciCommonCfg {
-    device_feature_select: u32,
-    device_feature: u32,
-    driver_feature_select: u32,
-    driver_feature: u32,
-    config_msix_vector: u16,
-    num_queues: u16,
-    device_status: u8,
-    config_generation: u8,
-    queue_select: u16,
-    queue_size: u16,
-    queue_msix_vector: u16,
-    queue_enable: u16,
-    queue_notify_off: u16,
-    queue_desc: u64,
-    queue_driver: u64,
-    queue_device: u64,
-    queue_notify_data: u16,
-    queue_reset: u16,
-}
-
-macro_rules! offsets {
-    ($($name:ident = $field:ident,)*) => {
-        $(const $name: usize = offset_of!(VirtioPciCommonCfg, $field);)*
-    };
-}
-
-offsets! {
-    DEVICE_FEATURE_SELECT = device_feature_select,
-    DEVICE_FEATURE = device_feature,
-    DRIVER_FEATURE_SELECT = driver_feature_select,
-    DRIVER_FEATURE = driver_feature,
-    CONFIG_VECTOR = config_msix_vector,
-    NUM_QUEUES = num_queues,
-    STATUS = device_status,
-    GENERATION = config_generation,
-    QUEUE_SELECT = queue_select,
-    QUEUE_SIZE = queue_size,
-    QUEUE_VECTOR = queue_msix_vector,
-    QUEUE_ENABLE = queue_enable,
-    QUEUE_NOTIFY_OFF = queue_notify_off,
-    QUEUE_DESC = queue_desc,
-    QUEUE_DRIVER = queue_driver,
-    QUEUE_DEVICE = queue_device,
-    QUEUE_NOTIFY_DATA = queue_notify_data,
-    QUEUE_RESET = queue_reset,
-}
+// Offsets of the fields.
+const DEVICE_FEATURE_SELECT: usize = 0;
+const DEVICE_FEATURE: usize = 4;
+const DRIVER_FEATURE_SELECT: usize = 8;
+const DRIVER_FEATURE: usize = 12;
+const CONFIG_VECTOR: usize = 16;
+const NUM_QUEUES: usize = 18;
+const STATUS: usize = 20;
+const GENERATION: usize = 21;
+const QUEUE_SELECT: usize = 22;
+const QUEUE_SIZE: usize = 24;
+const QUEUE_VECTOR: usize = 26;
+const QUEUE_ENABLE: usize = 28;
+const QUEUE_NOTIFY_OFF: usize = 30;
+const QUEUE_DESC: usize = 32;
+const QUEUE_DRIVER: usize = 40;
+const QUEUE_DEVICE: usize = 48;
+const QUEUE_NOTIFY_DATA: usize = 56;
+const QUEUE_RESET: usize = 58;
 
 /// Bits of the device status field (section 2.1).
 pub mod status {
