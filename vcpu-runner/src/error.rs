@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 /// Errors of the runner.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages explain the fields")]
 pub enum Error {
     /// /dev/kvm cannot be opened.
     #[error("/dev/kvm: {0}; {remedy}", remedy = kvm_open_remedy(.0))]
@@ -15,92 +16,57 @@ pub enum Error {
     /// A capability is missing.
     #[error("/dev/kvm lacks {name}: {why}")]
     KvmCapability {
-        /// Its name in linux/kvm.h.
         name: &'static str,
-        /// What it is needed for.
         why: &'static str,
     },
     /// A KVM ioctl failed.
     #[error("{what}: {cause}")]
     Kvm {
-        /// The operation.
         what: String,
-        /// The error of the kernel.
         cause: kvm_ioctls::Error,
     },
     /// Guest RAM cannot be created.
     #[error("guest memory of {bytes} bytes: {why}")]
-    Memory {
-        /// Size asked for.
-        bytes: u64,
-        /// What is wrong.
-        why: String,
-    },
+    Memory { bytes: u64, why: String },
     /// The kernel or initrd cannot be loaded.
     #[error("{}: {why}", path.display())]
-    Boot {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        why: String,
-    },
+    Boot { path: PathBuf, why: String },
     /// Something else in setting up the guest failed.
     #[error("boot: {0}")]
     BootSetup(String),
     /// A back end failed or violated the protocol.
     #[error("device {id}: {operation}: {why}")]
     Device {
-        /// The device's name.
         id: String,
-        /// What was tried.
         operation: String,
-        /// What went wrong.
         why: String,
     },
     /// A back end or the runner refused what the driver did. The back end stays connected.
     #[error("device {id}: {operation}: {why}")]
     Refused {
-        /// The device's name.
         id: String,
-        /// What was tried.
         operation: String,
-        /// Why it was refused.
         why: String,
     },
     /// A back end cannot replace another one.
     #[error("device {id}: {operation}: {why}")]
     Incompatible {
-        /// The device's name.
         id: String,
-        /// What was tried.
         operation: String,
-        /// What does not fit.
         why: String,
     },
     /// The platform process failed or violated the protocol.
     #[error("platform: {operation}: {why}")]
     Platform {
-        /// What was tried.
         operation: &'static str,
-        /// What went wrong.
         why: String,
     },
     /// A vCPU cannot continue.
     #[error("vCPU {vcpu}: {why}")]
-    Vcpu {
-        /// Its number.
-        vcpu: usize,
-        /// What happened.
-        why: String,
-    },
+    Vcpu { vcpu: usize, why: String },
     /// A system call failed.
     #[error("{what}: {cause}")]
-    Io {
-        /// The operation.
-        what: String,
-        /// The error of the kernel.
-        cause: io::Error,
-    },
+    Io { what: String, cause: io::Error },
 }
 
 impl Error {

@@ -6,31 +6,20 @@ pub const SIZE: usize = 256;
 
 /// Offsets of the registers in the header of type 0.
 pub mod register {
-    /// Vendor ID.
+    #![allow(missing_docs, reason = "the names of the specification")]
     pub const VENDOR: usize = 0x00;
-    /// Device ID.
     pub const DEVICE: usize = 0x02;
-    /// Command.
     pub const COMMAND: usize = 0x04;
-    /// Status.
     pub const STATUS: usize = 0x06;
-    /// Revision.
     pub const REVISION: usize = 0x08;
     /// Class, three bytes: interface, subclass, base class.
     pub const CLASS: usize = 0x09;
-    /// Header type.
     pub const HEADER_TYPE: usize = 0x0e;
-    /// First base address register.
     pub const BAR0: usize = 0x10;
-    /// Subsystem vendor ID.
     pub const SUBSYSTEM_VENDOR: usize = 0x2c;
-    /// Subsystem ID.
     pub const SUBSYSTEM: usize = 0x2e;
-    /// First capability.
     pub const CAPABILITIES: usize = 0x34;
-    /// Interrupt line.
     pub const INTERRUPT_LINE: usize = 0x3c;
-    /// Interrupt pin.
     pub const INTERRUPT_PIN: usize = 0x3d;
 }
 
@@ -53,18 +42,14 @@ const FIRST_CAPABILITY: usize = 0x40;
 
 /// The registers that identify a function.
 #[derive(Clone, Copy, Debug)]
+#[allow(missing_docs, reason = "the names of the registers")]
 pub struct PciIdentity {
-    /// Vendor ID.
     pub vendor: u16,
-    /// Device ID.
     pub device: u16,
-    /// Revision.
     pub revision: u8,
     /// Base class, subclass and interface, as 0xBBSSII.
     pub class: u32,
-    /// Subsystem vendor ID.
     pub subsystem_vendor: u16,
-    /// Subsystem ID.
     pub subsystem: u16,
 }
 
