@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What `outrigger run` does, in plain shell with the separate programs: a disk, an
-# isolated network, a console on this terminal and the platform, each a process
-# that listens on a socket, and then the runner, which connects to them.
+# Does in plain shell what `outrigger run` does: starts a disk, an isolated network, a
+# console on this terminal and the platform, each as a process that listens on a socket,
+# and then the runner, which connects to them.
 #
 #   examples/launch.sh KERNEL DISK [runner options…]
 #
@@ -24,8 +24,8 @@ cleanup() {
 }
 trap cleanup EXIT
 
-# Runs a program again and again, until it ends in order, or cannot start, or this is
-# ended itself. The runner tries the socket's path until the next one is there.
+# Restarts a program until it exits successfully or cannot start, or until this function
+# is terminated. The runner tries to connect to the socket's path until it succeeds.
 keep() { # COMMAND…
     local pid='' code
     trap 'kill "$pid" 2>/dev/null; wait; exit' TERM
@@ -35,27 +35,28 @@ keep() { # COMMAND…
         wait "$pid" || code=$?
         case $code in
         0) return ;;
-        1 | 2) echo "it has said why" >&4; return ;;
-        10) kill "$(cat "$dir/runner.pid")"; return ;; # Ctrl-A x: the user has left
+        1 | 2) echo "failed" >&4; return ;; # it has reported the reason
+        10) kill "$(cat "$dir/runner.pid")"; return ;; # the user quit the console (Ctrl-A x)
         esac
         echo "launch.sh: ${1##*/} ended with code $code" >&2
         sleep 0.1
     done
 }
 
-# Each writes a line to its --ready-fd once it serves.
+# Starts a device process. It writes a line to its --ready-fd when it is ready.
 start() { # NAME PROGRAM ARGS…
     local name=$1 program=$2 ready=''
     shift 2
     mkfifo "$dir/$name.ready"
-    # (Open for reading as well: whoever comes later writes its line, too.)
+    # Opened for reading as well, because a restarted process also writes its line.
     exec 4<>"$dir/$name.ready"
     keep "$bin/$program" --socket-path "$dir/$name" --ready-fd 4 "$@" <&0 &
     pids+=($!)
     read -r -t 10 -u 4 ready || true
     [ "$ready" = ready ] || { echo "launch.sh: $program did not start" >&2; exit 1; }
 }
-# Its control socket takes lines such as {"command":"stats"} (docs/control.md).
+# The control socket of the disk accepts commands such as {"command":"stats"}
+# (docs/control.md).
 start disk device-disk --blk-file "$disk" --control "$dir/disk.control"
 start net device-net --isolated
 start console device-console --stdio

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The same guest on three disk back ends that three different projects wrote, one
-# after the other. Nothing changes but the command that starts the back end.
+# Boots the same guest on three disk back ends from three different projects, one after
+# the other. Only the command that starts the back end differs.
 #
 #   examples/swap-backend.sh [--kernel FILE [runner options…]]
 #
-# The guest is the embedded one unless a kernel is given: it writes, reads back
-# and verifies its disk. Needs qemu-storage-daemon (Debian: qemu-system-common).
+# Without --kernel it uses the embedded guest, which writes its disk, reads it back and
+# verifies it. Needs qemu-storage-daemon (Debian: qemu-system-common).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,14 +32,14 @@ cleanup() {
 }
 trap cleanup EXIT
 
-# Waits until there is a socket, which process $2 makes.
+# Waits until process $2 has created the socket $1.
 await() { # SOCKET PID
     for _ in $(seq 200); do
         [ -S "$1" ] && return
         kill -0 "$2" 2>/dev/null || break
         sleep 0.05
     done
-    echo "swap-backend.sh: nobody serves ${1##*/}" >&2
+    echo "swap-backend.sh: no process listens on ${1##*/}" >&2
     exit 1
 }
 
@@ -54,7 +54,7 @@ boot_on() { # NAME COMMAND…
         --device "disk0,type=block,socket=$dir/disk" --platform "socket=$dir/platform"
     kill "$back_end" 2>/dev/null || true
     wait "$back_end" 2>/dev/null || true
-    unset 'pids[-1]' # its number may be another's now
+    unset 'pids[-1]' # the kernel may reuse its id
     rm -f "$dir/disk"
 }
 

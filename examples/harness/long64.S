@@ -1,4 +1,4 @@
-# Runs in 64-bit long mode and counts in a register that only exists there.
+# Runs in 64-bit long mode and prints a register that exists only in this mode.
 #
 #   load: @0x100000    entry: long
 
@@ -23,7 +23,7 @@ digit:
         lea     newline(%rip), %rsi
         call    print
         xor     %eax, %eax
-        out     %al, $0xf4              # the run ends well
+        out     %al, $0xf4              # exit port: success
 2:      hlt
         jmp     2b
 

@@ -1,4 +1,4 @@
-# Runs in 32-bit protected mode without paging, and says what CR0 says.
+# Runs in 32-bit protected mode without paging, and prints both bits as CR0 has them.
 #
 #   load: @0x100000    entry: protected
 
@@ -17,14 +17,14 @@ start:
         call    print
         mov     %cr0, %eax
         mov     $on, %esi
-        test    %eax, %eax              # PG is the sign
+        test    %eax, %eax              # PG is the sign bit
         js      2f
         mov     $off, %esi
 2:      call    print
         mov     $newline, %esi
         call    print
         xor     %eax, %eax
-        out     %al, $0xf4              # the run ends well
+        out     %al, $0xf4              # exit port: success
 3:      hlt
         jmp     3b
 

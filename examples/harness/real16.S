@@ -1,5 +1,5 @@
-# A BIOS image of 64 KiB at 0xf0000: the processor starts in real mode at its reset
-# vector, 16 bytes below the image's end.
+# A BIOS image of 64 KiB at 0xf0000. The processor starts in real mode at the reset vector,
+# 16 bytes before the end of the image.
 #
 #   load: @0xf0000    entry: real
 
@@ -7,7 +7,7 @@
         .globl start
 start:
         mov     %cs, %ax
-        mov     %ax, %ds                # the message is in the code's segment
+        mov     %ax, %ds                # the message is in the code segment
         mov     $message, %si
         call    print
         mov     %cs, %dx
@@ -25,7 +25,7 @@ digit:
         mov     $newline, %si
         call    print
         xor     %al, %al
-        out     %al, $0xf4              # the run ends well
+        out     %al, $0xf4              # exit port: success
 2:      hlt
         jmp     2b
 

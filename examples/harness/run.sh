@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Assembles one of the flat images beside this script and runs it: a platform
-# process, whose debug console takes what the guest writes to port 0xf1, and a
-# runner. Prints what the guest printed; ends with the runner's exit code.
+# Assembles one of the flat images in this directory and runs it with a runner and a
+# platform process, whose debug console receives what the guest writes to port 0xf1.
+# Prints the guest's output and exits with the runner's exit code.
 #
 #   examples/harness/run.sh real16|protected32|long64 [runner options…]
 #
@@ -30,12 +30,12 @@ cleanup() {
 }
 trap cleanup EXIT
 
-# The image is the text section and nothing else: no header, no padding.
+# The image is only the text section, without a header or padding.
 as --"$bits" -o "$dir/$name.o" "$here/$name.S"
 ld -m "$format" -Ttext="$link" -e start -o "$dir/$name.elf" "$dir/$name.o"
 objcopy -O binary -j .text "$dir/$name.elf" "$dir/$name.bin"
 
-# It writes a line to its --ready-fd once it serves.
+# The platform writes a line to its --ready-fd when it is ready.
 mkfifo "$dir/ready"
 "$bin/device-platform" --socket-path "$dir/platform" --ready-fd 3 \
     --serial null --debug-console "file=$dir/output" 3>"$dir/ready" &
@@ -46,7 +46,7 @@ code=0
 "$bin/vcpu-runner" --load "$dir/$name.bin@$load" --entry "$entry" --memory 128M \
     --platform "socket=$dir/platform" --log-level warn "$@" || code=$?
 
-# All output is in the file once the platform has ended.
+# The file has all output once the platform has ended.
 kill "$platform"
 wait "$platform" || true
 platform=

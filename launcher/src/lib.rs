@@ -45,7 +45,7 @@ use crate::plan::MachinePlan;
 /// Runs virtual machines as sets of processes.
 #[derive(Parser)]
 #[command(name = "outrigger", version)]
-pub struct Options {
+pub struct LauncherOptions {
     #[command(subcommand)]
     command: LauncherCommand,
 }
@@ -88,7 +88,7 @@ struct OutputOptions {
 
 /// Runs the program.
 pub fn main() -> ExitCode {
-    let options: Options = outrigger_cli::parse();
+    let options: LauncherOptions = outrigger_cli::parse();
     let result = match options.command {
         LauncherCommand::Run { machine, output } => run_or_print(*machine, output),
         LauncherCommand::Up { file, output } => {

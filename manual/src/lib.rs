@@ -1,11 +1,11 @@
-//! What the manual is about.
+//! The programs that the manual and the shell completions cover.
 
 use clap::{Command, CommandFactory};
 
-/// All programs that a user may call.
+/// Returns the command lines of all programs that users call.
 pub fn programs() -> Vec<Command> {
     vec![
-        outrigger::Options::command(),
+        outrigger::LauncherOptions::command(),
         vcpu_runner::options::RunnerOptions::command(),
         device_disk::DiskOptions::command(),
         device_net::NetOptions::command(),

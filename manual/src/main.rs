@@ -1,9 +1,9 @@
-//! `outrigger-manual DIR`: writes a man page (`DIR/man1`) for every program and
-//! every command of `outrigger`, and completion for bash, zsh and fish
-//! (`DIR/completions`), from the very structures that parse the command lines.
+//! `outrigger-manual DIR`: writes a man page for every program and every command of
+//! `outrigger` (`DIR/man1`), and completions for bash, zsh and fish (`DIR/completions`). Both
+//! are generated from the structures that parse the command lines.
 //!
-//! A program of its own, so that the programs themselves need not carry their
-//! manual, and no build but the one that asks for it takes the time.
+//! This is a separate program so that the others do not contain their manual, and so that
+//! only those who need it spend the time to build it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,13 +17,13 @@ use outrigger_manual::programs;
 /// Writes man pages and shell completion for all programs of outrigger.
 #[derive(Parser)]
 #[command(name = "outrigger-manual", version)]
-struct Options {
-    /// Directory to write to; made if there is none
+struct ManualOptions {
+    /// Directory to write to; it is created if necessary
     directory: PathBuf,
 }
 
 fn main() -> ExitCode {
-    let options: Options = outrigger_cli::parse();
+    let options: ManualOptions = outrigger_cli::parse();
     match write(&options.directory) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -34,8 +34,8 @@ fn main() -> ExitCode {
 }
 
 fn write(directory: &Path) -> anyhow::Result<()> {
-    let pages = make(directory.join("man1"))?;
-    let completions = make(directory.join("completions"))?;
+    let pages = create_directory(directory.join("man1"))?;
+    let completions = create_directory(directory.join("completions"))?;
     for mut command in programs() {
         clap_mangen::generate_to(command.clone(), &pages)
             .with_context(|| pages.display().to_string())?;
@@ -48,7 +48,7 @@ fn write(directory: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn make(directory: PathBuf) -> anyhow::Result<PathBuf> {
+fn create_directory(directory: PathBuf) -> anyhow::Result<PathBuf> {
     fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
     Ok(directory)
 }

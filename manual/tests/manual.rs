@@ -1,22 +1,22 @@
-//! What `outrigger-manual` writes, against the programs' own command lines.
+//! Compares the output of `outrigger-manual` with the command lines of the programs.
 
 use std::path::Path;
 use std::process::Command;
 
 use outrigger_manual::programs;
 
-fn written() -> tempfile::TempDir {
+fn generate() -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
     let output = Command::new(env!("CARGO_BIN_EXE_outrigger-manual"))
         .arg(directory.path())
         .output()
         .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && said.is_empty(), "{said}");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && errors.is_empty(), "{errors}");
     directory
 }
 
-/// The programs and the commands of `outrigger`, by the names of their pages.
+/// Returns the programs and the commands of `outrigger` with the names of their pages.
 fn pages() -> Vec<(String, clap::Command)> {
     let mut pages = Vec::new();
     for program in programs() {
@@ -35,13 +35,13 @@ fn read(path: &Path) -> String {
 
 #[test]
 fn every_program_has_a_page_that_names_every_option() {
-    let directory = written();
+    let directory = generate();
     for (name, command) in pages() {
         let page = read(&directory.path().join(format!("man1/{name}.1")));
         let title = page.lines().find(|line| line.starts_with(".TH "));
         let title = title.unwrap_or_else(|| panic!("{name}: no .TH"));
         assert!(title.to_lowercase().contains(&name), "{title}");
-        // In roff's words: a hyphen that is not a line break.
+        // roff writes a hyphen at which a line must not break as `\-`.
         for option in command.get_arguments().filter_map(clap::Arg::get_long) {
             let option = format!("--{option}").replace('-', "\\-");
             assert!(page.contains(&option), "{name}: {option} is missing");
@@ -52,11 +52,11 @@ fn every_program_has_a_page_that_names_every_option() {
     }
 }
 
-/// The words that bash offers for the last of `words`, as a user gets them by TAB.
+/// Returns the completions that bash offers for the last of `words` when the user presses TAB.
 fn completed(script: &Path, words: &[&str]) -> Vec<String> {
     let last = words.len() - 1;
     let previous = words[last.saturating_sub(1)];
-    let ask = format!(
+    let completion = format!(
         "source \"$0\"; set -- $(complete -p {0}); while [ \"$1\" != -F ]; do shift; done; function=$2; \
          COMP_WORDS=({1}); COMP_CWORD={last}; $function {0} {2:?} {previous:?}; \
          printf '%s\\n' \"${{COMPREPLY[@]}}\"",
@@ -65,7 +65,7 @@ fn completed(script: &Path, words: &[&str]) -> Vec<String> {
         words[last],
     );
     let output = Command::new("bash")
-        .args(["--norc", "-c", &ask])
+        .args(["--norc", "-c", &completion])
         .arg(script)
         .output()
         .expect("bash can be started");
@@ -75,7 +75,7 @@ fn completed(script: &Path, words: &[&str]) -> Vec<String> {
 
 #[test]
 fn bash_completes_programs_commands_and_options() {
-    let directory = written();
+    let directory = generate();
     let script = |name: &str| directory.path().join(format!("completions/{name}.bash"));
     for program in programs() {
         let name = program.get_name();
@@ -99,7 +99,7 @@ fn bash_completes_programs_commands_and_options() {
 
 #[test]
 fn completion_for_zsh_and_fish_names_every_program() {
-    let directory = written();
+    let directory = generate();
     for program in programs() {
         let name = program.get_name();
         let completions = directory.path().join("completions");

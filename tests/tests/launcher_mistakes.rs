@@ -1,6 +1,6 @@
-//! What a user can get wrong at the launcher: one line on stderr that names the
-//! thing, the documented exit code, and nothing left behind. What needs a virtual
-//! machine to be noticed is in `vm_launcher`.
+//! Mistakes of a user that the launcher detects: one line on stderr that names the cause, the
+//! documented exit code, and no file or process left behind. `vm_launcher` has the mistakes
+//! that are detected only with a virtual machine.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -14,15 +14,15 @@ use outrigger_tests::process::Launch;
 const FAILURE: i32 = 1;
 const USAGE: i32 = 2;
 
-/// Waits for the end of `launcher`, which must have this code and say this; the
-/// directory must contain `before` and the two outputs.
+/// Waits for the end of `launcher` and checks its exit code and message. Its directory must
+/// contain only `before` and the two output files.
 fn expect(mut launcher: Launcher, code: i32, parts: &[&str], mut before: Vec<String>) {
     let got = launcher.wait();
-    let said = launcher.read("stderr");
-    assert_eq!(got, code, "{said}");
-    assert_eq!(said.lines().count(), 1, "one line: {said}");
+    let message = launcher.read("stderr");
+    assert_eq!(got, code, "{message}");
+    assert_eq!(message.lines().count(), 1, "one line: {message}");
     for part in parts {
-        assert!(said.contains(part), "no {part:?} in: {said}");
+        assert!(message.contains(part), "no {part:?} in: {message}");
     }
     assert_eq!(launcher.read("stdout"), "");
     launcher.expect_no_process_left();
@@ -42,7 +42,7 @@ fn names(directory: &Path) -> Vec<String> {
 }
 
 #[test]
-fn mistakes_in_a_vm_file() {
+fn mistakes_in_a_vm_file_are_one_line() {
     for (text, code, parts) in [
         (
             "kernel = 'k'\ncmdlin = 'x'\n",
@@ -109,7 +109,7 @@ fn mistakes_in_a_vm_file() {
 }
 
 #[test]
-fn mistakes_on_the_command_line() {
+fn mistakes_on_the_command_line_are_one_line() {
     let path = format!("/tmp/{}", "x".repeat(108));
     let long = format!("unix,path={path}");
     let kernel = ["--kernel", "k"];
@@ -162,7 +162,7 @@ fn mistakes_on_the_command_line() {
         (&["--cpus", "many"], USAGE, &["--cpus", "many"]),
         (&["--dsik", "path=a"], USAGE, &["--dsik", "--disk"]),
         (&["--print-script"], USAGE, &["--print-script", "--quiet"]),
-        // What these say comes from the process that it is about, and is all.
+        // The process concerned reports these; the launcher adds nothing.
         (
             &["--memory", "lots"],
             USAGE,
@@ -245,9 +245,9 @@ fn mistakes_on_the_command_line() {
     }
 }
 
-/// The launcher alone in a directory, with a PATH that has nothing.
+/// The launcher alone in a directory, with an empty PATH.
 #[test]
-fn programs_that_are_not_there() {
+fn a_missing_program_is_named() {
     let programs = programs();
     for (file, parts) in [
         (
@@ -276,7 +276,7 @@ fn programs_that_are_not_there() {
 }
 
 #[test]
-fn a_disk_that_another_machine_has() {
+fn a_disk_that_is_locked_by_another_machine_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("disk.img");
     fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();

@@ -1,10 +1,9 @@
-//! A guest writes, reads and verifies while the process behind its disk is killed at
-//! random moments, and at those that are the hardest; in the end the host checks the
-//! image by what the guest was told. Nothing may be lost, done twice, or wrong, and the
-//! guest may see no error.
+//! A guest writes, reads and verifies its disk while the disk process is killed, at random
+//! times and at fault points. At the end the host checks the image against the writes that
+//! the guest saw completed. No request may be lost or executed twice with different data, and
+//! the guest must see no error.
 //!
-//! The seed of a run is printed; OUTRIGGER_SEED repeats it. `./test.sh --long` kills more
-//! often.
+//! Each run prints its seed; OUTRIGGER_SEED repeats a run. `./test.sh --long` kills more often.
 
 use std::time::Duration;
 
@@ -18,20 +17,20 @@ use outrigger_tests::machine::{Running, skip_kvm};
 use outrigger_tests::process::Launch;
 use outrigger_tests::wait_until;
 
-/// How often a process is killed, of two tests that kill device-disk.
+/// Number of kills in each test that kills device-disk.
 fn kills() -> u64 {
     if long() { 500 } else { 25 }
 }
 
-/// Between two kills the guest works for less than
+/// The longest time between two kills.
 const WORK: Duration = Duration::from_millis(30);
-/// The disk is away for less than
+/// The longest time without a disk process.
 const ABSENCE: Duration = Duration::from_millis(5);
-/// A successor lives for less than this if it is killed while it shakes hands.
+/// The longest life of a successor that is killed during its set-up.
 const HANDSHAKE: Duration = Duration::from_millis(3);
 
-/// Kills `victim` until it has died `kills` times; every third time its successor, too,
-/// while it shakes hands.
+/// Kills `victim` until it has died `kills` times. Every third time, also kills its successor
+/// during the set-up.
 fn kill(chaos: &Chaos, victim: &mut Victim, random: &mut Random, kills: u64) {
     while victim.kills < kills {
         std::thread::sleep(random.time(WORK));
@@ -48,7 +47,7 @@ fn kill(chaos: &Chaos, victim: &mut Victim, random: &mut Random, kills: u64) {
     }
 }
 
-/// What the runner saw of it: nothing was refused, everything was tracked.
+/// Checks the runner's events: no process was refused, and all tracked their requests.
 fn check_events(chaos: &Chaos) -> (usize, u64) {
     let mut replays = 0;
     for event in chaos.events() {
@@ -61,7 +60,7 @@ fn check_events(chaos: &Chaos) -> (usize, u64) {
     (chaos.returns(), replays)
 }
 
-fn say(name: &str, victim: &Victim, (returns, replays): (usize, u64), report: &Report) {
+fn print_result(name: &str, victim: &Victim, (returns, replays): (usize, u64), report: &Report) {
     println!(
         "{name}: {} kills, {returns} times back, {replays} requests replayed; {}",
         victim.kills,
@@ -82,7 +81,7 @@ fn device_disk(queues: u16, format: &'static str, options: &[&str]) {
     let seen = check_events(&chaos);
     let report = chaos.finish();
     assert_eq!(report.queues, u64::from(queues));
-    say(&format!("device-disk, {format}"), &victim, seen, &report);
+    print_result(&format!("device-disk, {format}"), &victim, seen, &report);
 }
 
 #[test]
@@ -96,7 +95,7 @@ fn device_disk_dies_with_four_queues() {
 }
 
 #[test]
-fn device_disk_dies_past_the_page_cache() {
+fn device_disk_dies_with_o_direct() {
     device_disk(4, "raw", &["--cache", "none"]);
 }
 
@@ -115,10 +114,10 @@ fn device_disk_dies_with_a_qcow_image() {
     device_disk(4, "qcow", &[]);
 }
 
-/// The driver resets the device every few hundred requests, in the middle of them, while
-/// the process is killed as well.
+/// The driver resets the device every few hundred requests, with requests in flight, while the
+/// process is killed as well.
 #[test]
-fn device_disk_dies_while_its_driver_starts_again_and_again() {
+fn device_disk_dies_while_its_driver_resets_it() {
     if skip_kvm() {
         return;
     }
@@ -132,7 +131,7 @@ fn device_disk_dies_while_its_driver_starts_again_and_again() {
     println!("{} kills, {} rebinds", victim.kills, report.rebinds);
 }
 
-/// What the runner says to a process that comes for a lost one.
+/// The messages that the runner sends to the successor of a lost process.
 const HANDSHAKE_POINTS: [&str; 16] = [
     "GET_FEATURES",
     "SET_OWNER",
@@ -152,7 +151,7 @@ const HANDSHAKE_POINTS: [&str; 16] = [
     "SET_BACKEND_REQ_FD",
 ];
 
-/// Between taking a request and telling the guest that it is done.
+/// The fault points between popping a request and completing it.
 const WORK_POINTS: [&str; 6] = [
     "popped",
     "done",
@@ -162,7 +161,7 @@ const WORK_POINTS: [&str; 6] = [
     "interrupt",
 ];
 
-/// Every point of every kind, several times each: the process dies just there.
+/// The process dies at every fault point of every kind, several times each.
 fn points(queues: u16) {
     if skip_kvm() {
         return;
@@ -177,14 +176,14 @@ fn points(queues: u16) {
         for point in HANDSHAKE_POINTS.iter().chain(&WORK_POINTS) {
             let nth = match () {
                 () if WORK_POINTS.contains(point) => 1 + random.below(60),
-                // Each of these comes once a ring.
+                // Each of these messages is sent once for each ring.
                 () if point.starts_with("SET_VRING") => 1 + random.below(queues.into()),
                 () => 1,
             };
             victim.kill();
             victim.start_at(&format!("{point}:{nth}"));
             if let Some(status) = victim.ends_within(Duration::from_secs(5)) {
-                // At the point, and of nothing else.
+                // It died at the fault point, and of no other cause.
                 assert_eq!(status.code(), Some(fault::STATUS), "{point}:{nth}");
                 *died.entry(*point).or_insert(0) += 1;
             }
@@ -196,7 +195,7 @@ fn points(queues: u16) {
     }
     let seen = check_events(&chaos);
     let report = chaos.finish();
-    say("faulty-disk", &victim, seen, &report);
+    print_result("faulty-disk", &victim, seen, &report);
     println!("died at {died:?}");
     for point in HANDSHAKE_POINTS.iter().chain(&WORK_POINTS) {
         assert_eq!(died.get(point), Some(&rounds), "{point}");
@@ -204,12 +203,12 @@ fn points(queues: u16) {
 }
 
 #[test]
-fn a_disk_with_one_queue_dies_at_each_point() {
+fn a_disk_with_one_queue_dies_at_each_fault_point() {
     points(1);
 }
 
 #[test]
-fn a_disk_with_four_queues_dies_at_each_point() {
+fn a_disk_with_four_queues_dies_at_each_fault_point() {
     points(4);
 }
 
@@ -218,7 +217,7 @@ fn returns(machine: &Running) -> u64 {
     machine.events().iter().filter(back).count() as u64
 }
 
-/// A whole operating system, with a journal and fsync(2), on a disk of two queues.
+/// Linux with a journaling file system and fsync(2), on a disk with two queues.
 #[test]
 fn linux_writes_with_fsync_while_its_disk_dies() {
     if skip_kvm() {
@@ -238,7 +237,7 @@ fn linux_writes_with_fsync_while_its_disk_dies() {
         .lifetime(linux::PATIENCE)
         .start();
     linux::wait_serial(&machine, "STEP cpus: pass");
-    // While the file system is made and used for the first time, then in each round.
+    // During the creation and first use of the file system, then in each round.
     let said = (0..3).map(|_| "GUEST up".to_owned());
     for text in said.chain((1..=ROUNDS).map(|round| format!("ROUND {round}"))) {
         linux::wait_serial(&machine, &text);
@@ -258,8 +257,8 @@ fn linux_writes_with_fsync_while_its_disk_dies() {
     linux::check_image(&image);
 }
 
-/// What the guest checks by itself, made wrong on purpose: a disk that loses what it has
-/// acknowledged, and one that refuses to write.
+/// Checks the guest's own verification with two faulty disks: one loses a completed write, and
+/// one fails a write.
 #[test]
 fn the_guest_notices_a_lost_write_and_an_error() {
     if skip_kvm() {
@@ -291,8 +290,8 @@ fn the_guest_notices_a_lost_write_and_an_error() {
     assert!(serial.contains("I/O error: request of type 1"), "{serial}");
 }
 
-/// A back end that other people wrote and that tracks what it has in work. It answers
-/// one queue's requests one after the other, and says that it wrote more than it did.
+/// A back end of another project that tracks its in-flight requests. It executes the requests of
+/// a queue one after the other, and reports more written bytes than it wrote.
 #[test]
 fn vhost_user_blk_of_qemu_dies() {
     if skip_kvm() {
@@ -305,5 +304,5 @@ fn vhost_user_blk_of_qemu_dies() {
     kill(&chaos, &mut victim, &mut random, kills() / 2);
     let seen = check_events(&chaos);
     let report = chaos.finish();
-    say("vhost-user-blk", &victim, seen, &report);
+    print_result("vhost-user-blk", &victim, seen, &report);
 }

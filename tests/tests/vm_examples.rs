@@ -1,4 +1,4 @@
-//! The examples, run as they are: systemd's units, and one guest on three disks.
+//! Runs the examples unchanged: the systemd units, and one guest on three disk back ends.
 
 use std::fs;
 use std::os::unix::fs::chown;
@@ -11,7 +11,7 @@ use outrigger_tests::machine::{embedded_guest, skip_kvm};
 use outrigger_tests::process::{Launch, Process};
 use outrigger_tests::{DEADLINE, binaries, wait_until};
 
-/// Nobody.
+/// The id of an unprivileged user.
 const USER: u32 = 65534;
 const MACHINE: &str = "demo";
 const DEVICES: [&str; 4] = ["disk", "net", "console", "platform"];
@@ -20,7 +20,7 @@ fn examples() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples")
 }
 
-/// A program of Debian's package `package`.
+/// Checks that a program of Debian's package `package` is installed.
 fn expect_installed(program: &str, package: &str) {
     let found = std::env::split_paths(&std::env::var_os("PATH").unwrap())
         .any(|directory| directory.join(program).is_file());
@@ -31,7 +31,7 @@ fn expect_installed(program: &str, package: &str) {
 }
 
 #[test]
-fn systemd_finds_nothing_wrong_with_the_units() {
+fn systemd_analyze_accepts_the_units() {
     expect_installed("systemd-analyze", "systemd");
     let directory = tempfile::tempdir().unwrap();
     let programs = format!("ExecStart={}/", programs().display());
@@ -41,7 +41,7 @@ fn systemd_finds_nothing_wrong_with_the_units() {
         if path.extension().is_some_and(|extension| extension == "env") {
             continue;
         }
-        // The programs are not where a package would put them.
+        // The programs are not at the paths of an installed package.
         let text = fs::read_to_string(&path).unwrap();
         let unit = directory.path().join(path.file_name().unwrap());
         fs::write(&unit, text.replace("ExecStart=/usr/bin/", &programs)).unwrap();
@@ -58,13 +58,13 @@ fn systemd_finds_nothing_wrong_with_the_units() {
         (output.status.success(), said)
     };
     assert_eq!(verify(&units), (true, String::new()));
-    // It would have said so.
+    // systemd-analyze prints a line for each mistake.
     let text = fs::read_to_string(&units[0]).unwrap();
     fs::write(&units[0], text.replace("Description=", "Descripton=")).unwrap();
     assert!(verify(&units).1.contains("Descripton"));
 }
 
-/// The value of `key` in the unit `name`, with its continued lines, for [`MACHINE`].
+/// Returns the value of `key` in the unit `name` for [`MACHINE`], with continued lines joined.
 fn value(name: &str, key: &str) -> String {
     let path = examples().join("systemd").join(name);
     let text = fs::read_to_string(&path).unwrap().replace("\\\n", " ");
@@ -73,8 +73,8 @@ fn value(name: &str, key: &str) -> String {
     line.trim_start_matches('=').replace("%i", MACHINE)
 }
 
-/// What the units and the environment file say, in `directory` instead of the
-/// host's, and as the words of a shell: systemd takes `$NAME` for its words.
+/// The commands of the units and the environment file, with paths in `directory` instead of
+/// the host's, for a shell. As systemd does, `$NAME` expands to several words.
 struct Units {
     directory: PathBuf,
     environment: Vec<(String, String)>,
@@ -98,7 +98,7 @@ impl Units {
         text.replace("/usr/bin", &format!("{directory}/bin"))
             .replace("/run/outrigger", &format!("{directory}/run"))
             .replace("/var/lib/outrigger", &format!("{directory}/lib"))
-            // The guest's own words for what it shall do.
+            // The job of the embedded guest.
             .replace(
                 "console=hvc0 root=/dev/vda",
                 "job=main need=block,net,console",
@@ -113,8 +113,8 @@ impl Units {
         self.here(&command)
     }
 
-    /// Starts `command` as the units' user would: an ordinary one without any
-    /// capability, who may open /dev/kvm and /dev/net/tun.
+    /// Starts `command` like the user of the units: an ordinary user without capabilities that
+    /// can open /dev/kvm and /dev/net/tun.
     fn start(&self, command: &str) -> Process {
         let script = format!(
             "set -e; cd {}; mount --bind {} bin; mount -t tmpfs -o mode=755 none dev\n\
@@ -130,8 +130,8 @@ impl Units {
             .spawn()
     }
 
-    /// Starts the device's unit as systemd does: something else listens, and the
-    /// program is started when somebody connects.
+    /// Starts the device's unit as systemd does: another process listens and starts the program
+    /// when a client connects.
     fn activate(&self, device: &str) -> (Process, UnixDatagram) {
         let notify = self.directory.join(format!("notify-{device}"));
         let notified = UnixDatagram::bind(&notify).unwrap();
@@ -177,7 +177,7 @@ fn a_guest_runs_on_socket_activated_devices() {
     }
     let units = Units::new(directory.path());
     let devices = DEVICES.map(|device| units.activate(device));
-    // Nobody runs before somebody connects.
+    // No device process runs before a client connects.
     for (process, _) in &devices {
         let running = fs::read_to_string(process.proc("comm")).unwrap();
         assert!(running.starts_with("systemd-"), "{running}");

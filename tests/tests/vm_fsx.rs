@@ -1,6 +1,5 @@
-//! Linux verifies its disks as fsx does, one of each format: random reads, writes,
-//! zeroings, discards and flushes, past its page cache and through it. Then qemu-img looks
-//! at the images.
+//! Linux verifies disks of each format as fsx does: random reads, writes, zeroing, discards and
+//! flushes, with and without its page cache. Then qemu-img checks the images.
 
 use std::path::Path;
 use std::time::Duration;
@@ -11,12 +10,12 @@ use outrigger_tests::linux::{guest, wait_end_within};
 use outrigger_tests::machine::{Machine, skip_kvm};
 use outrigger_tests::process::Launch;
 
-/// Operations on each disk.
+/// Number of operations on each disk.
 fn operations() -> u32 {
     if long() { 4000 } else { 80 }
 }
 
-/// The long run takes so long at most.
+/// Time limit of the long run.
 const LIMIT: Duration = Duration::from_secs(1700);
 const SIZE: &str = "16M";
 
@@ -27,7 +26,7 @@ fn create(directory: &Path, format: &str) -> String {
 }
 
 #[test]
-fn linux_finds_nothing_wrong_with_any_format() {
+fn linux_verifies_disks_of_every_format() {
     if skip_kvm() {
         return;
     }
@@ -64,7 +63,7 @@ fn linux_finds_nothing_wrong_with_any_format() {
     let serial = machine.serial();
     let said = format!("{} operations on each of 4 devices", operations());
     assert!(serial.contains(&said), "{serial}");
-    // And with it the locks.
+    // This also releases the locks of the images.
     drop(machine);
     for (format, image) in images {
         check_format(format, Path::new(&image));

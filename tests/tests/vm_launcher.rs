@@ -1,4 +1,4 @@
-//! The launcher: processes that come and go together.
+//! The launcher starts the processes of a machine together and ends them together.
 
 use std::fs::File;
 use std::path::Path;
@@ -40,7 +40,7 @@ fn launch(cmdline: &str, more: &[&str]) -> Launcher {
 }
 
 #[test]
-fn the_demo_passes_and_says_so() {
+fn the_demo_passes() {
     if skip_kvm() {
         return;
     }
@@ -54,7 +54,7 @@ fn the_demo_passes_and_says_so() {
 }
 
 #[test]
-fn run_shows_one_line_a_process_and_quiet_shows_none() {
+fn run_lists_each_process_unless_quiet() {
     if skip_kvm() {
         return;
     }
@@ -73,7 +73,7 @@ fn run_shows_one_line_a_process_and_quiet_shows_none() {
 }
 
 #[test]
-fn up_runs_what_a_file_describes() {
+fn up_runs_a_vm_file() {
     if skip_kvm() {
         return;
     }
@@ -94,7 +94,7 @@ fn up_runs_what_a_file_describes() {
 }
 
 #[test]
-fn the_exit_code_is_the_runners() {
+fn the_exit_code_is_that_of_the_runner() {
     if skip_kvm() {
         return;
     }
@@ -105,7 +105,7 @@ fn the_exit_code_is_the_runners() {
 }
 
 #[test]
-fn nobody_is_left_whoever_dies_first() {
+fn all_processes_end_whichever_dies_first() {
     if skip_kvm() {
         return;
     }
@@ -132,7 +132,7 @@ fn nobody_is_left_whoever_dies_first() {
 }
 
 #[test]
-fn signals_end_all_of_it() {
+fn a_signal_ends_the_machine_and_all_processes() {
     if skip_kvm() {
         return;
     }
@@ -150,7 +150,7 @@ fn signals_end_all_of_it() {
     }
 }
 
-/// Types on a terminal that the launcher runs in.
+/// Types on the terminal of the launcher.
 #[test]
 fn ctrl_a_x_on_a_stdio_console_ends_the_machine() {
     use std::io::Write;
@@ -174,7 +174,7 @@ fn ctrl_a_x_on_a_stdio_console_ends_the_machine() {
     ];
     let mut launcher =
         Launcher::start_with(directory, &arguments, slave.try_clone().unwrap().into());
-    // The guest's driver is at work once it has said its size.
+    // The guest's driver is active once it has printed its size.
     launcher.wait_file("stdout", "size ");
     let raw = rustix::termios::tcgetattr(&slave).unwrap();
     assert!(
@@ -188,7 +188,7 @@ fn ctrl_a_x_on_a_stdio_console_ends_the_machine() {
     let after = rustix::termios::tcgetattr(&slave).unwrap();
     assert_eq!(
         after.local_modes, before.local_modes,
-        "the terminal is as it was"
+        "the terminal's mode is restored"
     );
     launcher.expect_no_process_left();
 }
@@ -210,11 +210,11 @@ fn a_device_that_does_not_start_is_named() {
 }
 
 #[test]
-fn a_plain_shell_script_does_the_same() {
+fn launch_sh_runs_the_same_machine() {
     if skip_kvm() {
         return;
     }
-    // The binaries are those of the test's own build.
+    // The programs are those of the test's own build.
     let directory = tempfile::tempdir().unwrap();
     let disk = directory.path().join("disk.img");
     File::create(&disk).unwrap().set_len(64 << 20).unwrap();
@@ -242,8 +242,8 @@ fn a_plain_shell_script_does_the_same() {
     assert_eq!(left, 1, "only the disk image is left");
 }
 
-/// Prints the script of a machine and starts it in another directory, with
-/// temporary files in `tmp` there.
+/// Prints the script of a machine and runs it in another directory, with temporary files in
+/// `tmp` there.
 fn launch_script(shell: &str, cmdline: &str, disk: Option<&str>) -> Launcher {
     let directory = tempfile::tempdir().unwrap();
     std::fs::create_dir(directory.path().join("tmp")).unwrap();
@@ -273,7 +273,7 @@ fn expect_nothing_left(script: &Launcher) {
 }
 
 #[test]
-fn the_printed_script_does_the_same_in_any_shell() {
+fn the_printed_script_runs_the_machine_in_sh_and_bash() {
     if skip_kvm() {
         return;
     }
@@ -291,9 +291,9 @@ fn the_printed_script_does_the_same_in_any_shell() {
     }
 }
 
-/// A VM file makes the same script as the options that it stands for.
+/// A VM file leads to the same script as the equivalent options.
 #[test]
-fn up_prints_what_run_prints() {
+fn up_and_run_print_the_same_script() {
     let options = [
         "run",
         "--print-script",
@@ -312,10 +312,10 @@ fn up_prints_what_run_prints() {
     assert_eq!(run.read("stdout"), up.read("stdout"));
 }
 
-/// What somebody types reaches the console's process, though it runs in the
-/// background, and Ctrl-A x is no failure.
+/// Input reaches the console process although it runs in the background, and Ctrl-A x ends the
+/// machine with exit code 0.
 #[test]
-fn the_printed_script_has_a_console_that_one_can_leave() {
+fn ctrl_a_x_ends_the_machine_of_the_printed_script() {
     use std::io::Write;
     if skip_kvm() {
         return;
@@ -351,7 +351,7 @@ fn the_printed_script_has_a_console_that_one_can_leave() {
 }
 
 #[test]
-fn the_printed_script_leaves_nothing_behind_whatever_happens() {
+fn the_printed_script_cleans_up_after_failures_and_signals() {
     if skip_kvm() {
         return;
     }
@@ -383,15 +383,15 @@ fn the_printed_script_leaves_nothing_behind_whatever_happens() {
     }
 }
 
-/// As an ordinary user, in a mount namespace whose /dev/kvm and /dev/net/tun are
-/// open to everybody, as a desktop's are.
+/// As an ordinary user, in a mount namespace where every user can open /dev/kvm and
+/// /dev/net/tun, as on a desktop.
 #[test]
 fn the_demo_runs_without_root() {
     if skip_kvm() || !rustix::process::geteuid().is_root() {
         return;
     }
     let programs = launcher::programs();
-    // Somewhere that an ordinary user may look into.
+    // A directory that an ordinary user can search.
     let directory = tempfile::tempdir().unwrap();
     let bin = directory.path().join("bin");
     let script = format!(
@@ -414,9 +414,8 @@ fn the_demo_runs_without_root() {
     assert!(text.contains("guest: pass"), "{text}");
 }
 
-/// Mistakes that only the runner notices.
 #[test]
-fn the_runners_mistakes_are_one_line_too() {
+fn mistakes_that_the_runner_detects_are_one_line() {
     if skip_kvm() {
         return;
     }

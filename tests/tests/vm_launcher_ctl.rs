@@ -1,4 +1,4 @@
-//! `outrigger ctl`: what it shows, and what it does to a machine that runs.
+//! `outrigger ctl`: its output, and its effect on a running machine.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -44,7 +44,7 @@ fn expect_end(launcher: &mut Launcher, code: i32) {
     assert!(!stale);
 }
 
-/// What is refused is one line, and nothing has changed.
+/// Checks that a command is refused with one line, and that nothing has changed.
 fn expect_refused(launcher: &Launcher, arguments: &[&str], parts: &[&str]) {
     let (code, said, error) = launcher.ctl(arguments);
     assert_eq!((code, said.as_str()), (1, ""), "{arguments:?}: {error}");
@@ -60,7 +60,7 @@ fn expect_refused(launcher: &Launcher, arguments: &[&str], parts: &[&str]) {
 }
 
 #[test]
-fn a_machine_shows_what_it_does_and_does_what_it_is_told() {
+fn status_pause_resume_reset_and_stop_work() {
     if skip_kvm() {
         return;
     }
@@ -82,7 +82,7 @@ fn a_machine_shows_what_it_does_and_does_what_it_is_told() {
     assert_eq!(launcher.status().state, MachineState::Paused);
     launcher.do_ctl(&["resume"]);
     launcher.do_ctl(&["reset"]);
-    wait_until("it was reset", || launcher.status().resets == 1);
+    wait_until("the machine was reset", || launcher.status().resets == 1);
     launcher.do_ctl(&["stop"]);
     expect_end(&mut launcher, 0);
     let (code, _, error) = launcher.ctl(&["status"]);
@@ -95,7 +95,7 @@ fn a_machine_shows_what_it_does_and_does_what_it_is_told() {
 }
 
 #[test]
-fn events_are_told_as_they_come_until_the_end() {
+fn watch_shows_events_until_the_machine_ends() {
     if skip_kvm() {
         return;
     }
@@ -111,11 +111,11 @@ fn events_are_told_as_they_come_until_the_end() {
             .unwrap()
     };
     let (json, text) = (watch(&["watch", "--json"]), watch(&["status", "--watch"]));
-    // They watch when they have been told something.
+    // Give both time to subscribe.
     std::thread::sleep(Duration::from_millis(300));
     let old = launcher.signal("device-disk", Signal::KILL);
     launcher.wait_successor("device-disk", old);
-    wait_until("it runs", || {
+    wait_until("the device runs", || {
         let disk = &launcher.status().devices[0];
         disk.losses == 1 && disk.state == DeviceState::Running
     });
@@ -145,7 +145,7 @@ fn events_are_told_as_they_come_until_the_end() {
 }
 
 #[test]
-fn a_device_is_restarted_under_load_and_so_is_the_platform() {
+fn disk_and_platform_are_restarted_under_load() {
     if skip_kvm() {
         return;
     }
@@ -158,7 +158,7 @@ fn a_device_is_restarted_under_load_and_so_is_the_platform() {
     }
     assert_eq!(launcher.status().devices[0].swaps, 5);
     assert_eq!(launcher.status().devices[0].losses, 0);
-    // What comes after a restart is restarted like any other.
+    // The new process is restarted like any other when it is killed.
     let old = launcher.signal("device-disk", Signal::KILL);
     launcher.wait_successor("device-disk", old);
     expect_end(&mut launcher, 0);
@@ -166,7 +166,7 @@ fn a_device_is_restarted_under_load_and_so_is_the_platform() {
 }
 
 #[test]
-fn a_swap_that_does_not_suit_changes_nothing() {
+fn a_refused_swap_changes_nothing() {
     if skip_kvm() {
         return;
     }
@@ -207,9 +207,9 @@ fn a_swap_that_does_not_suit_changes_nothing() {
     expect_end(&mut launcher, 0);
 }
 
-/// To another image, which then is the device's: also for whoever comes after a kill.
+/// Swaps to another image, which a process that is started after a kill also uses.
 #[test]
-fn a_swap_that_suits_stays() {
+fn after_a_swap_the_new_description_is_used_for_restarts() {
     if skip_kvm() {
         return;
     }
@@ -226,7 +226,8 @@ fn a_swap_that_suits_stays() {
         .collect();
     let holds = |name: &str| open.contains(&directory.join(name));
     assert!(holds("other.img") && !holds("disk.img"), "{open:?}");
-    // The old one is free, so it may come back, with what it is served by now shared.
+    // The old image is no longer locked, so a swap back succeeds. The next swap uses the same
+    // image, which both processes share.
     launcher.do_ctl(&["swap", "disk0", "path=disk.img,queues=4"]);
     launcher.do_ctl(&["swap", "disk0", "path=disk.img,queues=8"]);
     launcher.do_ctl(&["stop"]);
@@ -234,7 +235,7 @@ fn a_swap_that_suits_stays() {
 }
 
 #[test]
-fn a_stopped_process_is_swapped_away() {
+fn a_restart_replaces_a_stopped_process() {
     if skip_kvm() {
         return;
     }
@@ -242,10 +243,10 @@ fn a_stopped_process_is_swapped_away() {
     launcher.wait_file("serial", "disk-chaos: ready");
     let old = launcher.signal("device-disk", Signal::STOP);
     let start = Instant::now();
-    // The first attempt finds that it does not answer.
+    // The first attempt may only detect that the process does not answer.
     let _ = launcher.ctl(&["restart", "disk0"]);
     launcher.wait_successor("device-disk", old);
-    wait_until("it runs", || {
+    wait_until("the device runs", || {
         launcher.state("disk0") == DeviceState::Running
     });
     assert!(start.elapsed() < Duration::from_secs(25));
@@ -253,9 +254,9 @@ fn a_stopped_process_is_swapped_away() {
     assert!(launcher.read("serial").contains("guest: pass"));
 }
 
-/// To somebody else's process and back.
+/// Swaps to a process that the launcher did not start, and back.
 #[test]
-fn a_disk_moves_to_qemu_storage_daemon_and_back() {
+fn a_disk_is_swapped_to_qemu_storage_daemon_and_back() {
     if skip_kvm() {
         return;
     }
@@ -291,9 +292,9 @@ fn a_disk_moves_to_qemu_storage_daemon_and_back() {
     assert!(launcher.read("serial").contains("guest: pass"));
 }
 
-/// The user's terminal is as it was whenever no console has it.
+/// The mode of the user's terminal is restored whenever no console uses it.
 #[test]
-fn a_console_leaves_the_terminal_and_the_terminal_is_as_it_was() {
+fn the_terminal_mode_is_restored_when_a_console_leaves_it() {
     if skip_kvm() {
         return;
     }
@@ -308,17 +309,17 @@ fn a_console_leaves_the_terminal_and_the_terminal_is_as_it_was() {
     let mut launcher = launch_with("job=echo", &["--console", "stdio"], stdin);
     launcher.wait_file("stdout", "size ");
     assert!(!canonical());
-    // A successor has it, too.
+    // A successor sets raw mode again.
     kill_and_type(&launcher, &mut keyboard, "first");
     assert!(!canonical());
     launcher.do_ctl(&["restart", "console0"]);
-    wait_until("the guest has it again", || !canonical());
+    wait_until("the terminal is in raw mode again", || !canonical());
     keyboard.write_all(b"second\r").unwrap();
     launcher.wait_file("stdout", "second");
     expect_error(&launcher, "stdio", "uses stdio already");
 
     launcher.do_ctl(&["swap", "console0", "pty,path=link"]);
-    wait_until("the terminal is as it was", canonical);
+    wait_until("the terminal's mode is restored", canonical);
     let link = launcher.directory().join("link");
     let mut options = File::options();
     let mut pty = options.read(true).write(true).open(link).unwrap();
@@ -326,14 +327,14 @@ fn a_console_leaves_the_terminal_and_the_terminal_is_as_it_was() {
     expect_end(&mut launcher, 0);
     assert!(canonical());
 
-    // One that is killed with nobody to follow it.
+    // Also when a console is killed and not restarted.
     let stdin = slave.try_clone().unwrap().into();
     let more = ["--console", "stdio", "--restart", "never"];
     let mut launcher = launch_with("job=echo", &more, stdin);
     launcher.wait_file("stdout", "size ");
     assert!(!canonical());
     launcher.signal("device-console", Signal::KILL);
-    wait_until("the terminal is as it was", canonical);
+    wait_until("the terminal's mode is restored", canonical);
     launcher.do_ctl(&["stop"]);
     expect_end(&mut launcher, 0);
 }
@@ -346,7 +347,7 @@ fn expect_error(launcher: &Launcher, with: &str, part: &str) {
 fn kill_and_type(launcher: &Launcher, keyboard: &mut File, word: &str) {
     let old = launcher.signal("device-console", Signal::KILL);
     launcher.wait_successor("device-console", old);
-    wait_until("it runs", || {
+    wait_until("the device runs", || {
         let console = &launcher.status().devices[1];
         console.losses == 1 && console.state == DeviceState::Running
     });
@@ -355,7 +356,7 @@ fn kill_and_type(launcher: &Launcher, keyboard: &mut File, word: &str) {
 }
 
 #[test]
-fn clients_that_say_nothing_or_read_nothing_hold_nobody_up() {
+fn silent_and_non_reading_clients_do_not_block_others() {
     if skip_kvm() {
         return;
     }
@@ -364,13 +365,13 @@ fn clients_that_say_nothing_or_read_nothing_hold_nobody_up() {
     let connect = || UnixStream::connect(launcher.directory().join("control")).unwrap();
     let mut silent: Vec<UnixStream> = (0..30).map(|_| connect()).collect();
     silent.last_mut().unwrap().write_all(b"{\"comm").unwrap();
-    // Asks on and on, and reads nothing.
-    let mut greedy = connect();
-    greedy
+    // Sends commands and reads no replies.
+    let mut non_reading = connect();
+    non_reading
         .set_write_timeout(Some(Duration::from_millis(200)))
         .unwrap();
-    let question = b"{\"command\":\"status\"}\n".repeat(100_000);
-    let _ = greedy.write_all(&question);
+    let commands = b"{\"command\":\"status\"}\n".repeat(100_000);
+    let _ = non_reading.write_all(&commands);
     for _ in 0..3 {
         assert_eq!(launcher.status().state, MachineState::Running);
     }

@@ -1,5 +1,5 @@
-//! Device processes that are killed or stopped under the launcher: another comes, and
-//! the guest does not notice.
+//! Device processes that are killed or stopped while the launcher runs a machine: the launcher
+//! restarts them, and the guest does not notice.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -36,7 +36,7 @@ fn launch(cmdline: &str, more: &[&str]) -> Launcher {
     Launcher::start_in(directory, &arguments)
 }
 
-/// Its end, of which nothing is left but what the test made.
+/// Waits for the end, and checks that only files of the test are left.
 fn expect_end(launcher: &mut Launcher, code: i32) {
     let got = launcher.wait();
     assert_eq!(got, code, "{}", launcher.read("stderr"));
@@ -59,7 +59,7 @@ fn deaths(launcher: &Launcher, id: &str) -> usize {
     said.lines().filter(|it| it.starts_with(&line)).count()
 }
 
-/// Kills `name`, waits for its successor, and does it again.
+/// Kills `name` and waits for its successor, `times` times.
 fn kill(launcher: &Launcher, name: &str, times: usize, pause: Duration) {
     for _ in 0..times {
         std::thread::sleep(pause);
@@ -69,7 +69,7 @@ fn kill(launcher: &Launcher, name: &str, times: usize, pause: Duration) {
 }
 
 #[test]
-fn a_guest_whose_disk_is_killed_loses_nothing() {
+fn killing_the_disk_process_loses_no_data() {
     if skip_kvm() {
         return;
     }
@@ -83,7 +83,7 @@ fn a_guest_whose_disk_is_killed_loses_nothing() {
 }
 
 #[test]
-fn a_guest_whose_platform_is_killed_prints_each_line_once() {
+fn killing_the_platform_process_repeats_no_line() {
     if skip_kvm() {
         return;
     }
@@ -100,9 +100,9 @@ fn a_guest_whose_platform_is_killed_prints_each_line_once() {
     assert_eq!(deaths(&launcher, "platform"), 5);
 }
 
-/// The pseudo-terminal is the launcher's, so whoever has it open keeps it.
+/// The launcher owns the pseudo-terminal, so a client that has it open can keep it.
 #[test]
-fn a_console_that_is_killed_keeps_its_terminal() {
+fn killing_the_console_process_keeps_the_pseudo_terminal() {
     if skip_kvm() {
         return;
     }
@@ -116,7 +116,7 @@ fn a_console_that_is_killed_keeps_its_terminal() {
         let word = format!("round{round}");
         writeln!(terminal, "{word}").unwrap();
         let mut buffer = [0; 256];
-        // The guest's echo; the terminal itself has none.
+        // The guest echoes; the terminal itself does not.
         while !seen.contains(&word) {
             let count = terminal.read(&mut buffer).unwrap();
             seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
@@ -124,7 +124,7 @@ fn a_console_that_is_killed_keeps_its_terminal() {
         kill(&launcher, "device-console", 1, Duration::ZERO);
     }
     for round in 0..6 {
-        // Once more if the process died between writing it and telling the guest so.
+        // Twice if the process died after writing it and before completing the request.
         let count = seen.matches(&format!("round{round}")).count();
         assert!((1..=2).contains(&count), "{seen}");
     }
@@ -134,19 +134,19 @@ fn a_console_that_is_killed_keeps_its_terminal() {
 }
 
 #[test]
-fn any_device_may_be_killed_at_any_moment() {
+fn any_device_process_can_be_killed_at_any_time() {
     if skip_kvm() {
         return;
     }
     for (round, name) in DEVICES.into_iter().cycle().take(12).enumerate() {
-        // A frame may be lost, and this guest sends none twice.
+        // A frame may be lost, and this guest does not retransmit.
         let job = match name {
             "device-net" => "job=idle",
             _ => "job=main need=block,net,console end=idle",
         };
         let mut launcher = launch(job, &[]);
-        // From the first handshakes on (who dies before them keeps the machine from
-        // starting, as any mistake does) to when the guest is done.
+        // From the first vhost-user set-up to the end of the guest's job. A process that dies
+        // before keeps the machine from starting, as any error does.
         wait_until("the machine has started", || {
             launcher.ctl(&["status"]).0 == 0
         });
@@ -160,13 +160,13 @@ fn any_device_may_be_killed_at_any_moment() {
 }
 
 #[test]
-fn who_dies_again_and_again_is_given_up_and_can_be_had_back() {
+fn repeated_deaths_delay_the_restart_and_a_restart_command_resets_the_delay() {
     if skip_kvm() {
         return;
     }
     let mut launcher = launch("job=idle", &[]);
     launcher.wait_file("serial", "idle");
-    // The first comes at once, the others later and later.
+    // The first restart has no delay, the others have growing delays.
     kill(&launcher, "device-disk", 4, Duration::ZERO);
     let said = launcher.read("stderr");
     assert!(
@@ -177,14 +177,14 @@ fn who_dies_again_and_again_is_given_up_and_can_be_had_back() {
         let text = format!("to be started again in {wait} ms");
         assert!(said.contains(&text), "{said}");
     }
-    // By hand it comes at once, and all is forgotten.
+    // A restart command has no delay and resets the history.
     launcher.do_ctl(&["restart", "disk0"]);
     kill(&launcher, "device-disk", 1, Duration::ZERO);
-    // The process is there a little before the launcher says so.
-    wait_until("it came at once", || {
+    // The launcher reports the restart just after it has started the process.
+    wait_until("it is restarted without a delay", || {
         launcher.read("stderr").matches("started again as").count() == 2
     });
-    wait_until("it runs", || {
+    wait_until("the device runs", || {
         launcher.state("disk0") == DeviceState::Running
     });
     launcher.do_ctl(&["stop"]);
@@ -192,14 +192,16 @@ fn who_dies_again_and_again_is_given_up_and_can_be_had_back() {
 }
 
 #[test]
-fn never_means_never_and_the_loss_is_the_runners_to_judge() {
+fn restart_never_leaves_the_device_lost_and_on_loss_decides() {
     if skip_kvm() {
         return;
     }
     let mut waits = launch("job=idle", &["--restart", "never"]);
     waits.wait_file("serial", "idle");
     waits.signal("device-disk", Signal::KILL);
-    wait_until("it is lost", || waits.state("disk0") == DeviceState::Lost);
+    wait_until("the device is lost", || {
+        waits.state("disk0") == DeviceState::Lost
+    });
     assert!(waits.read("stderr").contains("not started again"));
     waits.do_ctl(&["restart", "disk0"]);
     assert_eq!(waits.state("disk0"), DeviceState::Running);
@@ -213,9 +215,9 @@ fn never_means_never_and_the_loss_is_the_runners_to_judge() {
     expect_end(&mut stops, 5);
 }
 
-/// An end in order is no failure.
+/// Exit code 0 is not a failure.
 #[test]
-fn on_failure_and_always_differ_by_a_good_end() {
+fn after_a_clean_exit_only_restart_always_restarts() {
     if skip_kvm() {
         return;
     }
@@ -236,10 +238,10 @@ fn on_failure_and_always_differ_by_a_good_end() {
     }
 }
 
-/// Whatever process is stopped, what is asked of the machine is done in time; the runner
-/// gives the process up, the launcher kills it, and the next one serves.
+/// Commands complete in time whichever process is stopped: the runner reports it as lost, the
+/// launcher kills it, and its successor serves.
 #[test]
-fn a_stopped_process_keeps_nobody_waiting() {
+fn commands_complete_in_time_with_a_stopped_process() {
     if skip_kvm() {
         return;
     }
@@ -271,9 +273,9 @@ fn a_stopped_process_keeps_nobody_waiting() {
     }
 }
 
-/// No launcher, but a loop around each device program.
+/// Without the launcher, with a loop around each device program.
 #[test]
-fn a_plain_shell_loop_does_it_too() {
+fn launch_sh_restarts_device_processes() {
     if skip_kvm() {
         return;
     }
@@ -291,18 +293,20 @@ fn a_plain_shell_loop_does_it_too() {
         .env("OUTRIGGER_BIN", programs())
         .env("TMPDIR", directory.path());
     let mut launcher = Launcher::spawn(directory, command, Stdio::null());
-    let running = || launcher.directory().join("control").exists();
-    wait_until("the runner is there", running);
+    let runner_started = || launcher.directory().join("control").exists();
+    wait_until("the runner has started", runner_started);
     let driving = || launcher.status().devices[0].driver_ok;
     wait_until("the guest uses its disk", driving);
     kill(&launcher, "device-disk", 2, Duration::from_millis(100));
     launcher.signal("device-platform", Signal::KILL);
-    wait_until("it runs", || launcher.status().devices[0].losses == 2);
+    wait_until("the device runs", || {
+        launcher.status().devices[0].losses == 2
+    });
     expect_end(&mut launcher, 0);
 }
 
 #[test]
-fn a_machine_whose_runner_dies_is_over() {
+fn killing_the_runner_ends_the_machine() {
     if skip_kvm() {
         return;
     }

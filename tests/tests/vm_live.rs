@@ -1,5 +1,5 @@
-//! Disks of a machine that runs are grown, flushed and asked what they have done, with
-//! `outrigger ctl`.
+//! Grows and flushes disks of a running machine, and reads their statistics, with `outrigger
+//! ctl`.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -28,7 +28,7 @@ fn launch(kernel: &str, cmdline: &str, more: &[&str]) -> Launcher {
     Launcher::start_in(directory, &arguments)
 }
 
-/// A guest that writes to its disk without end.
+/// Starts a guest that writes to its disk until it is stopped.
 fn busy(more: &[&str]) -> Launcher {
     let kernel = embedded_guest().display().to_string();
     let mut all = vec!["--memory", "64M", "--disk", "path=disk.img,queues=4"];
@@ -42,7 +42,7 @@ fn stats(launcher: &Launcher) -> BTreeMap<String, DeviceStats> {
     serde_json::from_str(&launcher.do_ctl(&["stats", "--json"])).unwrap()
 }
 
-/// Requests that a disk's process has completed.
+/// Returns the number of requests that a disk process has completed.
 fn requests(launcher: &Launcher, disk: &str) -> u64 {
     let queues = &stats(launcher)[disk].queues;
     queues.iter().map(|queue| queue.latency.samples).sum()
@@ -53,8 +53,8 @@ fn size(launcher: &Launcher, name: &str) -> u64 {
     std::fs::metadata(path).unwrap().len()
 }
 
-/// What `ctl` does not do, and says in one line.
-fn refused(launcher: &Launcher, arguments: &[&str], code: i32, part: &str) {
+/// Checks that `ctl` refuses a command, with one line on stderr.
+fn expect_refused(launcher: &Launcher, arguments: &[&str], code: i32, part: &str) {
     let (got, said, error) = launcher.ctl(arguments);
     assert_eq!((got, said.as_str()), (code, ""), "{arguments:?}: {error}");
     assert_eq!(error.lines().count(), 1, "{error}");
@@ -64,9 +64,9 @@ fn refused(launcher: &Launcher, arguments: &[&str], code: i32, part: &str) {
     );
 }
 
-/// Linux is told, sees the new size, and uses what is new.
+/// Linux gets the notification, reads the new size, and uses the new sectors.
 #[test]
-fn a_guest_sees_its_disk_grow() {
+fn linux_uses_the_new_size_of_a_grown_disk() {
     if skip_kvm() {
         return;
     }
@@ -101,9 +101,9 @@ fn a_guest_sees_its_disk_grow() {
     launcher.expect_no_process_left();
 }
 
-/// ... whoever serves the disk: a restart and a kill in between.
+/// Also after a restart and a kill of the disk process.
 #[test]
-fn a_busy_disk_is_grown_flushed_and_measured_whatever_process_serves_it() {
+fn a_busy_disk_is_grown_flushed_and_measured_across_processes() {
     if skip_kvm() {
         return;
     }
@@ -140,7 +140,7 @@ fn a_busy_disk_is_grown_flushed_and_measured_whatever_process_serves_it() {
         "{table}"
     );
 
-    // Its successors know what it has become, and can be asked as well.
+    // Its successors have the new size and accept the same commands.
     launcher.do_ctl(&["restart", "disk0"]);
     launcher.do_ctl(&["resize", "disk0", "70M"]);
     let old = launcher.signal("device-disk", Signal::KILL);
@@ -149,7 +149,9 @@ fn a_busy_disk_is_grown_flushed_and_measured_whatever_process_serves_it() {
     launcher.do_ctl(&["resize", "disk0", "71M"]);
     launcher.do_ctl(&["swap", "disk0", "path=disk.img,queues=4"]);
     let before = requests(&launcher, "disk0");
-    wait_until("it is used", || requests(&launcher, "disk0") > before);
+    wait_until("requests complete", || {
+        requests(&launcher, "disk0") > before
+    });
     assert_eq!(
         launcher.do_ctl(&["resize", "disk0"]),
         format!("the guest sees {} bytes\n", 71 * MIB)
@@ -160,20 +162,20 @@ fn a_busy_disk_is_grown_flushed_and_measured_whatever_process_serves_it() {
 }
 
 #[test]
-fn what_cannot_be_done_is_said_and_changes_nothing() {
+fn invalid_disk_commands_are_refused_and_change_nothing() {
     if skip_kvm() {
         return;
     }
     let mut launcher = busy(&["--net", "isolated"]);
-    refused(&launcher, &["resize", "disk0", "63M"], 1, "disk0: ");
-    refused(&launcher, &["resize", "disk0", "67108865"], 1, "multiple");
-    refused(&launcher, &["resize", "disk0", "64MB"], 2, "such as 512M");
-    refused(&launcher, &["resize", "disk0", "+1G"], 2, "such as 512M");
-    refused(&launcher, &["resize", "disk7", "65M"], 1, "no such device");
-    refused(&launcher, &["flush", "net0"], 1, "only a disk");
-    refused(&launcher, &["stats", "platform"], 1, "only a disk");
+    expect_refused(&launcher, &["resize", "disk0", "63M"], 1, "disk0: ");
+    expect_refused(&launcher, &["resize", "disk0", "67108865"], 1, "multiple");
+    expect_refused(&launcher, &["resize", "disk0", "64MB"], 2, "such as 512M");
+    expect_refused(&launcher, &["resize", "disk0", "+1G"], 2, "such as 512M");
+    expect_refused(&launcher, &["resize", "disk7", "65M"], 1, "no such device");
+    expect_refused(&launcher, &["flush", "net0"], 1, "only disks");
+    expect_refused(&launcher, &["stats", "platform"], 1, "only disks");
     assert_eq!(size(&launcher, "disk.img"), 64 * MIB);
-    // Somebody else's process is not the launcher's to ask.
+    // The launcher cannot send commands to a process that it did not start.
     let image = launcher.directory().join("disk.img");
     let other = Launch::new("device-disk")
         .args(["--queues", "4", "--lock", "off", "--blk-file"])
@@ -186,11 +188,16 @@ fn what_cannot_be_done_is_said_and_changes_nothing() {
         &["flush", "disk0"],
         &["resize", "disk0", "65M"],
     ] {
-        refused(&launcher, arguments, 1, "not the launcher's");
+        expect_refused(
+            &launcher,
+            arguments,
+            1,
+            "the launcher did not start its process",
+        );
     }
     launcher.do_ctl(&["swap", "disk0", "path=disk.img,queues=4,lock=off"]);
     launcher.do_ctl(&["flush", "disk0"]);
-    // The runner by itself knows no disks.
+    // The runner alone does not have the disk commands.
     let runner = std::fs::read_dir(launcher.directory())
         .unwrap()
         .find_map(|entry| {
@@ -219,10 +226,10 @@ fn qemu_img(launcher_directory: &std::path::Path, arguments: &[&str]) {
     assert!(output.status.success(), "{arguments:?}: {error}");
 }
 
-/// What a disk's description says reaches its process, which has the image open already:
-/// also where the image says that another one lies.
+/// The options in a disk's description reach its process, which inherits the open image. A
+/// backing file is found relative to the image.
 #[test]
-fn a_disk_is_what_its_description_says() {
+fn a_disk_process_gets_every_option_of_its_description() {
     if skip_kvm() {
         return;
     }
@@ -264,7 +271,9 @@ fn a_disk_is_what_its_description_says() {
     launcher.wait_file("serial", "disk-chaos: ready");
     launcher.do_ctl(&["resize", "disk0", "65M"]);
     let before = requests(&launcher, "disk0");
-    wait_until("it is used", || requests(&launcher, "disk0") > before);
+    wait_until("requests complete", || {
+        requests(&launcher, "disk0") > before
+    });
     launcher.do_ctl(&["restart", "disk0"]);
     launcher.do_ctl(&["stop"]);
     assert_eq!(launcher.wait(), 0, "{}", launcher.read("stderr"));

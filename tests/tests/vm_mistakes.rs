@@ -1,5 +1,5 @@
-//! Mistakes that the runner sees once KVM is open: exit code, one line that names
-//! the thing, nothing left behind.
+//! Mistakes that the runner detects once KVM is open: the exit code, one line that names the
+//! cause, and no file left behind.
 
 use std::fs::File;
 use std::io::Read;
@@ -17,7 +17,7 @@ use rustix::process::Signal;
 
 const FAILURE: i32 = 1;
 
-/// Offsets in an ELF file's first program header, which begins at 64.
+/// Offsets in the first program header of an ELF file, which is at 64.
 const P_PADDR: usize = 64 + 24;
 const P_MEMSZ: usize = 64 + 40;
 
@@ -27,13 +27,13 @@ fn patched(file: &[u8], offset: usize, value: u64) -> Vec<u8> {
     file
 }
 
-/// The least that passes for a bzImage: headers, and a kernel of zeros.
+/// A minimal bzImage: headers, and a kernel of zeros.
 fn bzimage(xloadflags: u16, init_size: u32) -> Vec<u8> {
     let mut file = vec![0; 4096];
     let mut put = |offset: usize, bytes: &[u8]| {
         file[offset..offset + bytes.len()].copy_from_slice(bytes);
     };
-    put(0x1f1, &[1]); // setup_sects: the kernel begins at 1024
+    put(0x1f1, &[1]); // setup_sects: the kernel starts at 1024
     put(0x1f4, &(3072u32 / 16).to_le_bytes()); // syssize
     put(0x1fe, &0xaa55u16.to_le_bytes());
     put(0x202, b"HdrS");
@@ -47,7 +47,7 @@ fn bzimage(xloadflags: u16, init_size: u32) -> Vec<u8> {
 }
 
 #[test]
-fn kernels_that_are_truncated_or_none() {
+fn truncated_or_invalid_kernels_are_reported() {
     if skip_kvm() {
         return;
     }
@@ -104,7 +104,7 @@ fn kernels_that_are_truncated_or_none() {
 }
 
 #[test]
-fn memory_that_is_too_little_or_more_than_there_is() {
+fn too_little_or_too_much_memory_is_reported() {
     if skip_kvm() {
         return;
     }
@@ -162,7 +162,7 @@ fn memory_that_is_too_little_or_more_than_there_is() {
 }
 
 #[test]
-fn flat_images_that_do_not_fit_together() {
+fn flat_images_that_overlap_or_exceed_memory_are_reported() {
     if skip_kvm() {
         return;
     }
@@ -190,7 +190,7 @@ fn flat_images_that_do_not_fit_together() {
 }
 
 #[test]
-fn sockets_that_nobody_serves_and_descriptors_that_are_none() {
+fn sockets_without_a_listener_and_invalid_descriptors_are_reported() {
     if skip_kvm() {
         return;
     }
@@ -245,7 +245,7 @@ fn sockets_that_nobody_serves_and_descriptors_that_are_none() {
             &["platform", "fd 77", "Bad file descriptor"],
         ),
     ]);
-    // An open descriptor that is no socket.
+    // An open descriptor that is not a socket.
     for (before, option, words) in [
         ("d0,type=block,", "--device", ["device d0", "non-socket"]),
         ("", "--platform", ["platform", "non-socket"]),
@@ -259,8 +259,8 @@ fn sockets_that_nobody_serves_and_descriptors_that_are_none() {
     }
 }
 
-/// A socket whose queue is full: it listens, one is connected, nobody accepts.
-fn full(path: &str) -> (OwnedFd, UnixStream) {
+/// A listening socket with a full backlog: one client is connected, and no process accepts.
+fn socket_with_full_backlog(path: &str) -> (OwnedFd, UnixStream) {
     let flags = SocketFlags::CLOEXEC;
     let listener = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
     bind(&listener, &SocketAddrUnix::new(path).unwrap()).unwrap();
@@ -269,14 +269,14 @@ fn full(path: &str) -> (OwnedFd, UnixStream) {
 }
 
 #[test]
-fn sockets_that_nobody_accepts_from() {
+fn a_listener_that_does_not_accept_is_reported() {
     if skip_kvm() {
         return;
     }
     let place = Place::default();
     let guest = embedded_guest().display().to_string();
     let path = place.name("full");
-    let _full = full(&path);
+    let _full = socket_with_full_backlog(&path);
     let with = |option: &str| format!("--kernel {guest} --memory 64M {option}");
     place.expect(&[
         mistake(
@@ -297,9 +297,9 @@ fn sockets_that_nobody_accepts_from() {
     ]);
 }
 
-/// It ends the runner while that waits for a device, long before the deadline.
+/// The signal ends the runner while it waits for a device, long before the deadline.
 #[test]
-fn a_signal_during_the_set_up() {
+fn a_signal_ends_the_runner_during_the_device_set_up() {
     if skip_kvm() {
         return;
     }
@@ -313,7 +313,7 @@ fn a_signal_during_the_set_up() {
         .args(["--device", &format!("d0,type=block,socket={socket}")])
         .spawn();
     let (mut device, _) = listener.accept().unwrap();
-    // The first request is on its way: the runner waits for the answer.
+    // The first message has arrived, so the runner waits for the answer.
     device.read_exact(&mut [0; 12]).unwrap();
     process.signal(Signal::TERM);
     assert_eq!(process.wait().code(), Some(0), "{}", process.log());
@@ -322,10 +322,9 @@ fn a_signal_during_the_set_up() {
     assert!(!Path::new(&control).exists());
 }
 
-/// vhost-user does not tell what a device is, but a process that speaks something else
-/// is known by its first answer.
+/// A process that speaks another protocol is detected by its first answer.
 #[test]
-fn a_process_that_is_no_device() {
+fn a_process_that_does_not_speak_vhost_user_is_reported() {
     if skip_kvm() {
         return;
     }
@@ -352,7 +351,7 @@ fn a_process_that_is_no_device() {
 }
 
 #[test]
-fn a_control_path_that_is_taken() {
+fn a_control_path_in_use_is_reported() {
     if skip_kvm() {
         return;
     }

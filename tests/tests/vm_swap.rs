@@ -1,6 +1,6 @@
-//! One disk process in place of another while a guest writes, reads and verifies; and
-//! whatever else is done to a disk at work that leaves its process alive. In the end the
-//! host checks the image by what the guest was told.
+//! Swaps a disk to another process while a guest writes, reads and verifies it; and other
+//! operations on an active disk that do not end its process. At the end the host checks the
+//! image against the writes that the guest saw completed.
 
 use std::time::{Duration, Instant};
 
@@ -13,21 +13,21 @@ use outrigger_tests::machine::skip_kvm;
 use outrigger_tests::scripted::{self, Answer};
 use rustix::process::Signal;
 
-/// How often one process takes another's place.
+/// Number of swaps.
 fn swaps() -> usize {
     if long() { 100 } else { 30 }
 }
 
-/// Between two swaps the guest works for less than
-const WORK: Duration = Duration::from_millis(30);
+/// The longest time between two swaps.
+const MAX_INTERVAL: Duration = Duration::from_millis(30);
 
-/// Lets the guest work for a moment.
-fn work(random: &mut Random) {
-    std::thread::sleep(random.time(WORK));
+/// Lets the guest run for a random time.
+fn run_guest(random: &mut Random) {
+    std::thread::sleep(random.time(MAX_INTERVAL));
 }
 
-/// Prints median and worst of `times`.
-fn say(what: &str, mut times: Vec<Duration>) {
+/// Prints the median and the maximum of `times`.
+fn print_times(what: &str, mut times: Vec<Duration>) {
     times.sort_unstable();
     let (median, worst) = (times[times.len() / 2], times[times.len() - 1]);
     println!(
@@ -36,11 +36,11 @@ fn say(what: &str, mut times: Vec<Duration>) {
     );
 }
 
-/// Swaps to and fro between `victims`, of which the first is the one at work.
-fn to_and_fro(chaos: &Chaos, victims: &[Victim; 2], random: &mut Random) -> Vec<Duration> {
+/// Swaps alternately between `victims`, of which the first serves the disk at the start.
+fn swap_alternately(chaos: &Chaos, victims: &[Victim; 2], random: &mut Random) -> Vec<Duration> {
     (1..=swaps())
         .map(|round| {
-            work(random);
+            run_guest(random);
             let next = &victims[round % 2];
             let outage = chaos.swap(&next.socket());
             outage.unwrap_or_else(|error| panic!("swap {round}: {error}\n{}", chaos.situation()))
@@ -48,7 +48,7 @@ fn to_and_fro(chaos: &Chaos, victims: &[Victim; 2], random: &mut Random) -> Vec<
         .collect()
 }
 
-/// The machine never lost its disk.
+/// Checks that the disk was never lost.
 fn check_no_losses(chaos: &Chaos) {
     let losses = chaos.count(|event| matches!(event, MachineEvent::DeviceLost { .. }));
     assert_eq!(losses, 0, "{}", chaos.situation());
@@ -63,20 +63,20 @@ fn swap_between(queues: u16, second: fn(&std::path::Path, u16) -> Victim, what: 
     let image = prepared.image();
     let victims = [Victim::device_disk(&image, queues), second(&image, queues)];
     let chaos = prepared.start("qdepth=16", &victims[0].device());
-    let times = to_and_fro(&chaos, &victims, &mut random);
+    let times = swap_alternately(&chaos, &victims, &mut random);
     check_no_losses(&chaos);
     let report = chaos.finish();
-    say(what, times);
+    print_times(what, times);
     println!("{}", report.summary());
 }
 
 #[test]
-fn ours_and_ours_with_four_queues() {
+fn device_disk_is_swapped_with_four_queues() {
     swap_between(4, Victim::device_disk, "device-disk and device-disk");
 }
 
 #[test]
-fn ours_and_ours_with_one_queue() {
+fn device_disk_is_swapped_with_one_queue() {
     swap_between(1, Victim::device_disk, "device-disk and device-disk");
 }
 
@@ -98,10 +98,10 @@ fn ours_and_qemu_storage_daemon_with_one_queue() {
     );
 }
 
-/// The disk moves from a raw image to a qcow2 copy and back, which processes have opened
-/// long before. The guest's requests wait only while the image is copied.
+/// Swaps from a raw image to its qcow2 copy and back, while the processes have both open. The
+/// guest's requests wait only while the image is copied.
 #[test]
-fn a_raw_image_and_its_qcow2_copy() {
+fn a_disk_is_swapped_between_a_raw_image_and_its_qcow2_copy() {
     if skip_kvm() {
         return;
     }
@@ -118,7 +118,7 @@ fn a_raw_image_and_its_qcow2_copy() {
     let mut chaos = prepared.start("qdepth=16", &victims[0].device());
     let rounds = if long() { 40 } else { 7 };
     for round in 1..=rounds {
-        work(&mut random);
+        run_guest(&mut random);
         let (format, path) = &images[round % 2];
         chaos.order("pause");
         chaos.copy_to(format, path);
@@ -129,8 +129,8 @@ fn a_raw_image_and_its_qcow2_copy() {
     println!("{}", chaos.finish().summary());
 }
 
-/// Messages at which a process may die before it is at work. Of those that come once a
-/// ring the last are the hardest: the others run already.
+/// The messages at which a process may die before it serves. Of those that are sent once for
+/// each ring, the last are the hardest, because the other rings run already.
 const POINTS: [&str; 12] = [
     "GET_FEATURES:1",
     "SET_OWNER:1",
@@ -146,9 +146,9 @@ const POINTS: [&str; 12] = [
     "SET_VRING_ENABLE:4",
 ];
 
-/// Whatever is wrong with the newcomer, the old one goes on.
+/// Whatever is wrong with the new process, the old one continues to serve.
 #[test]
-fn who_does_not_suit_or_dies_on_the_way_leaves_the_old_one() {
+fn a_swap_to_an_incompatible_or_dying_process_changes_nothing() {
     if skip_kvm() {
         return;
     }
@@ -169,13 +169,13 @@ fn who_does_not_suit_or_dies_on_the_way_leaves_the_old_one() {
     let (refusals, silences) = if long() { (100, 5) } else { (32, 1) };
     let mut slowest = Duration::ZERO;
     for round in 0..refusals {
-        work(&mut random);
+        run_guest(&mut random);
         let (what, socket) = match round {
             _ if round < silences => ("silent", silent.socket()),
             _ if round % 8 == 1 => ("few", few.socket()),
             _ if round % 8 == 2 => ("small", small.socket()),
             _ if round % 8 == 3 => {
-                // It offers next to nothing.
+                // It offers almost no features.
                 let socket = directory.path().join(format!("bare{round}"));
                 scripted::serve(&socket, |_| Answer::Proper);
                 ("features", socket)
@@ -205,10 +205,10 @@ fn who_does_not_suit_or_dies_on_the_way_leaves_the_old_one() {
     println!("{}", report.summary());
 }
 
-/// The machine is reset again and again in the middle of I/O, and its driver resets the
-/// device; the process stays.
+/// Resets the machine repeatedly during I/O, and the driver resets the device. The process
+/// continues.
 #[test]
-fn resets_of_machine_and_device_keep_the_process() {
+fn machine_and_device_resets_keep_the_device_process() {
     if skip_kvm() {
         return;
     }
@@ -218,7 +218,7 @@ fn resets_of_machine_and_device_keep_the_process() {
     let chaos = prepared.start("rebind=400", &victim.device());
     let resets = if long() { 50 } else { 10 };
     for reset in 1..=resets {
-        work(&mut random);
+        run_guest(&mut random);
         chaos.order("reset");
         chaos.wait("it is at work again", |chaos| {
             chaos.machine.serial().matches("disk-chaos: ready").count() > reset
@@ -232,10 +232,10 @@ fn resets_of_machine_and_device_keep_the_process() {
     println!("{resets} resets; at last {} rebinds", report.rebinds);
 }
 
-/// Pauses and swaps in turns: a swap of a paused machine is carried out, too, and begins
-/// to work with it.
+/// Pauses and swaps alternately: a swap of a paused machine succeeds, and the new process
+/// serves once the machine is resumed.
 #[test]
-fn a_paused_machine_goes_on_with_another_process() {
+fn a_swap_of_a_paused_machine_takes_effect_on_resume() {
     if skip_kvm() {
         return;
     }
@@ -248,7 +248,7 @@ fn a_paused_machine_goes_on_with_another_process() {
     ];
     let chaos = prepared.start("", &victims[0].device());
     for round in 1..=swaps() {
-        work(&mut random);
+        run_guest(&mut random);
         chaos.order("pause");
         if round % 2 == 0 {
             chaos.swap(&victims[round / 2 % 2].socket()).unwrap();
@@ -260,10 +260,10 @@ fn a_paused_machine_goes_on_with_another_process() {
     println!("{}", chaos.finish().summary());
 }
 
-/// A process that stands still (SIGSTOP) holds up nothing for longer than its deadline;
-/// what the guest asked of it is done by it when it goes on, or by its successor.
+/// A stopped process (SIGSTOP) delays nothing for longer than its deadline. The guest's requests
+/// are completed by it when it continues, or by its successor.
 #[test]
-fn a_process_that_stands_still_is_waited_for_or_replaced() {
+fn a_stopped_process_continues_or_is_replaced_after_the_deadline() {
     if skip_kvm() {
         return;
     }
@@ -272,19 +272,19 @@ fn a_process_that_stands_still_is_waited_for_or_replaced() {
     let image = prepared.image();
     let mut victim = Victim::device_disk(&image, 4);
     let other = Victim::device_disk(&image, 4);
-    // No rebinds: between two drivers nobody waits for the process.
+    // Without rebinds, because between two drivers the guest does not wait for the process.
     let chaos = prepared.start("deadline=60", &victim.device());
-    // More than the deadline of one answer, and far from for ever.
+    // More than the deadline of one answer, but limited.
     let limit = Duration::from_secs(20);
     for command in ["pause", "reset", "swap"] {
-        work(&mut random);
+        run_guest(&mut random);
         victim.process().signal(Signal::STOP);
-        // Until its requests wait.
-        work(&mut random);
+        // Wait until requests are in flight.
+        run_guest(&mut random);
         let asked = Instant::now();
         match command {
             "swap" => assert!(chaos.swap(&other.socket()).is_err()),
-            // It could write into the memory of the guest that boots then.
+            // It could write to the memory of the guest that boots after the reset.
             "reset" => assert!(chaos.refused("reset").contains("is still there")),
             command => chaos.order(command),
         }
@@ -297,7 +297,7 @@ fn a_process_that_stands_still_is_waited_for_or_replaced() {
         }
         let returns = chaos.returns();
         if command == "reset" {
-            // It goes on, finds that it was given up, and takes its own place.
+            // It continues, notices that its connection was closed, and serves the reconnect.
             victim.process().signal(Signal::CONT);
         } else {
             victim.kill();
@@ -305,6 +305,6 @@ fn a_process_that_stands_still_is_waited_for_or_replaced() {
         }
         chaos.wait("the disk is back", |chaos| chaos.returns() > returns);
     }
-    work(&mut random);
+    run_guest(&mut random);
     println!("{}", chaos.finish().summary());
 }

@@ -1,14 +1,13 @@
-//! A vhost-user device to start your own from: a disk whose sectors are memory.
+//! A template for a vhost-user device: a disk whose sectors are in memory.
 //!
-//! The crate `vhost-user-backend` does the talking: it takes the front end's
-//! requests, maps guest memory and watches the doorbells. What is left is what
-//! makes a device the device it is, in three parts:
+//! The crate `vhost-user-backend` implements the protocol: it handles the front end's
+//! messages, maps guest memory and waits for the doorbells. This file has the rest:
 //!
-//! 1. what a request means (`RamDisk::serve`), the heart of it;
-//! 2. what the device offers: features, queues, configuration space (the trait);
+//! 1. the execution of a request (`RamDisk::serve`);
+//! 2. the properties of the device: features, queues and configuration space (the trait);
 //! 3. a program that listens on a socket (`main`).
 //!
-//! The guest is not trusted: nonsense in a queue ends in an error, not in a panic.
+//! The guest is not trusted: a malformed request leads to an error and not to a panic.
 
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
@@ -25,16 +24,16 @@ use vmm_sys_util::event::*;
 
 const SECTOR: usize = 512; // bytes (virtio 1.2 section 5.2.4)
 
-/// The device: its contents, and the guest's memory.
+/// The device: its data, and the guest's memory.
 struct RamDisk {
     data: Vec<u8>,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
 }
 
 impl RamDisk {
-    /// Serves a request (virtio 1.2 section 5.2.6): type, a reserved word and sector,
-    /// then data to write, or room for what is read. How the driver cuts that into
-    /// buffers is its own affair, and `Reader` and `Writer` hide it.
+    /// Executes a request (virtio 1.2 section 5.2.6): type, a reserved word and the sector,
+    /// then the data to write, or a buffer for the data to read. The driver may split these
+    /// into any descriptors; `Reader` and `Writer` hide that.
     fn serve(&mut self, from: &mut Reader, to: &mut Writer) -> io::Result<u32> {
         let kind: Le32 = from.read_obj()?;
         let _reserved: Le32 = from.read_obj()?;
@@ -42,18 +41,18 @@ impl RamDisk {
         match kind.into() {
             VIRTIO_BLK_T_IN => to.write_all(self.at(sector.into(), to.available_bytes())?)?,
             VIRTIO_BLK_T_OUT => from.read_exact(self.at(sector.into(), from.available_bytes())?)?,
-            VIRTIO_BLK_T_FLUSH => {} // memory is as durable as it gets
+            VIRTIO_BLK_T_FLUSH => {} // there is no medium to flush to
             VIRTIO_BLK_T_GET_ID => to.write_all(b"template-device\0\0\0\0\0")?,
             _ => return Ok(VIRTIO_BLK_S_UNSUPP),
         }
         Ok(VIRTIO_BLK_S_OK)
     }
 
-    /// `len` bytes from `sector` on, which must be there.
+    /// Returns `len` bytes from `sector` on, or an error beyond the end of the disk.
     fn at(&mut self, sector: u64, len: usize) -> io::Result<&mut [u8]> {
         let start = (sector as usize).saturating_mul(SECTOR);
-        let found = self.data.get_mut(start..start.saturating_add(len));
-        found.ok_or(io::ErrorKind::InvalidInput.into())
+        let range = self.data.get_mut(start..start.saturating_add(len));
+        range.ok_or(io::ErrorKind::InvalidInput.into())
     }
 }
 
@@ -68,25 +67,25 @@ impl VhostUserBackendMut for RamDisk {
         256
     }
 
-    /// The device's own feature bits, and the two that every device has.
+    /// The feature bits of the device type, and two that every device needs.
     fn features(&self) -> u64 {
         let own = 1 << VIRTIO_BLK_F_FLUSH;
         own | 1 << VIRTIO_F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
-    /// Without CONFIG, nobody asks for the configuration space.
+    /// Without CONFIG, the front end does not read the configuration space.
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::REPLY_ACK
     }
 
     fn set_event_idx(&mut self, _enabled: bool) {} // not offered
 
-    /// By which the thread that serves the queue is ended.
+    /// The event that ends the thread of the queue.
     fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
         new_event_consumer_and_notifier(EventFlag::NONBLOCK).ok()
     }
 
-    /// The number of sectors; the rest belongs to features that are not offered.
+    /// The number of sectors. The other fields belong to features that are not offered.
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
         let sectors = ((self.data.len() / SECTOR) as u64).to_le_bytes();
         let space = sectors.into_iter().chain(std::iter::repeat(0));
@@ -98,7 +97,7 @@ impl VhostUserBackendMut for RamDisk {
         Ok(())
     }
 
-    /// A doorbell: serves what the driver has put into the queue, then says so.
+    /// Handles a doorbell: serves the requests in the queue, then notifies the driver.
     fn handle_event(
         &mut self,
         queue: u16,
@@ -112,14 +111,14 @@ impl VhostUserBackendMut for RamDisk {
             let head = chain.head_index();
             let written = match (Reader::new(&*mem, chain.clone()), Writer::new(&*mem, chain)) {
                 (Ok(mut from), Ok(mut to)) if to.available_bytes() > 0 => {
-                    // The last byte is the status. What goes wrong is an I/O error.
+                    // The last byte is the status. Any failure is reported as an I/O error.
                     let last = to.available_bytes() - 1;
                     let mut end = to.split_at(last).map_err(io::Error::other)?;
                     let status = self.serve(&mut from, &mut to).unwrap_or(VIRTIO_BLK_S_IOERR);
                     end.write_all(&[status as u8])?;
                     to.bytes_written() as u32 + 1
                 }
-                _ => 0, // no room for an answer: given back as it came
+                _ => 0, // no byte for the status: the buffer is returned unchanged
             };
             vring.add_used(head, written).map_err(io::Error::other)?;
         }
@@ -131,7 +130,7 @@ fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().collect();
     let size = words.get(2).and_then(|mib| mib.parse::<u16>().ok());
     let (Some(socket), Some(mib), 3) = (words.get(1), size, words.len()) else {
-        eprintln!("template-device: needs two words: SOCKET MIB");
+        eprintln!("template-device: usage: template-device SOCKET MIB");
         return ExitCode::from(2);
     };
     let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
@@ -140,7 +139,7 @@ fn main() -> ExitCode {
         memory: memory.clone(),
     }));
     let daemon = VhostUserDaemon::new("device".into(), disk, memory);
-    // Serves one front end and ends with it.
+    // Serves one front end, and ends when it disconnects.
     if let Err(error) = daemon.and_then(|mut daemon| daemon.serve(socket)) {
         eprintln!("template-device: {socket}: {error}");
         return ExitCode::FAILURE;

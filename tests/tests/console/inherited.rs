@@ -56,7 +56,7 @@ fn pseudo_terminal() -> (OwnedFd, std::path::PathBuf) {
 /// What was typed waits in the terminal until the guest has buffers for it, whichever
 /// process is there at the time, or none.
 #[test]
-fn input_outlives_the_process() {
+fn input_is_kept_across_processes() {
     let (master, path) = pseudo_terminal();
     let mut process = start("--pty-fd", &master);
     let mut slave = pty::open(&path);
@@ -89,7 +89,7 @@ fn input_outlives_the_process() {
 /// What the guest was told is written is there once, and the chain that was being
 /// written is there again from its beginning at most.
 #[test]
-fn output_outlives_the_process() {
+fn output_is_kept_across_processes() {
     let (master, path) = pseudo_terminal();
     let process = start("--pty-fd", &master);
     let slave = pty::open(&path);
@@ -120,7 +120,7 @@ fn output_outlives_the_process() {
 /// A process that is stopped in the middle of a chain has kept the rest of it: whoever
 /// comes next repeats nothing.
 #[test]
-fn a_stop_in_mid_output_repeats_and_loses_nothing() {
+fn a_stop_during_output_repeats_and_loses_nothing() {
     let (master, path) = pseudo_terminal();
     let backlog = memfd_create("backlog", MemfdFlags::CLOEXEC).unwrap();
     let start = || {
@@ -146,7 +146,7 @@ fn a_stop_in_mid_output_repeats_and_loses_nothing() {
 }
 
 #[test]
-fn clients_of_a_socket_find_the_next_process() {
+fn socket_clients_are_served_by_the_next_process() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("console");
     let listener = UnixListener::bind(&path).unwrap();
@@ -179,7 +179,7 @@ fn clients_of_a_socket_find_the_next_process() {
 }
 
 #[test]
-fn a_file_goes_on() {
+fn file_output_continues_in_the_next_process() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("output");
     let file = File::options().create(true).append(true).open(&path);
@@ -195,7 +195,7 @@ fn a_file_goes_on() {
 }
 
 #[test]
-fn output_that_nobody_reads_outlives_the_process() {
+fn unread_output_is_kept_across_processes() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("console");
     let listener = UnixListener::bind(&path).unwrap();

@@ -75,7 +75,7 @@ fn slow_reader_gets_it_all(
 }
 
 #[test]
-fn file_gets_all_output_and_keeps_what_it_has() {
+fn file_output_is_appended() {
     let launch = Launch::new("device-console");
     let path = launch.directory().join("output");
     std::fs::write(&path, "before\n").unwrap();
@@ -92,7 +92,7 @@ fn file_gets_all_output_and_keeps_what_it_has() {
 }
 
 #[test]
-fn full_disk_does_not_stop_the_guest() {
+fn guest_continues_when_the_file_system_is_full() {
     let process = Launch::new("device-console")
         .args(["--file", "/dev/full"])
         .listening();
@@ -104,7 +104,7 @@ fn full_disk_does_not_stop_the_guest() {
 }
 
 #[test]
-fn console_without_a_size_offers_none() {
+fn size_is_not_offered_without_a_terminal() {
     use vhost::VhostBackend;
     let (process, _path) = unix::start();
     let guest = boot(&process);
@@ -112,7 +112,7 @@ fn console_without_a_size_offers_none() {
 }
 
 #[test]
-fn odd_requests_are_harmless() {
+fn unusual_descriptor_chains_are_handled() {
     let (process, path) = unix::start();
     let mut client = unix::connect(&path);
     let mut guest = boot(&process);
@@ -140,7 +140,7 @@ fn odd_requests_are_harmless() {
 }
 
 #[test]
-fn refuses_options_that_make_no_sense() {
+fn refuses_contradictory_options() {
     for args in [
         &["--stdio", "--pty"][..],
         &["--file", "/x", "--unix", "/y"],

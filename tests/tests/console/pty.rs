@@ -32,7 +32,7 @@ pub fn open(path: &PathBuf) -> File {
 }
 
 #[test]
-fn passes_all_bytes_as_they_are() {
+fn passes_all_bytes_unchanged() {
     let (process, path) = start();
     let mut guest = boot(&process);
     let mut slave = open(&path);
@@ -49,7 +49,7 @@ fn passes_all_bytes_as_they_are() {
 }
 
 #[test]
-fn says_nothing_that_the_guest_did_not_say() {
+fn terminal_does_not_echo_guest_output() {
     // In a terminal with an echo, the guest would hear itself.
     let (process, path) = start();
     let mut guest = boot(&process);
@@ -63,7 +63,7 @@ fn says_nothing_that_the_guest_did_not_say() {
 }
 
 #[test]
-fn keeps_output_for_whoever_opens_it() {
+fn keeps_output_until_the_terminal_is_opened() {
     let (process, path) = start();
     let mut guest = boot(&process);
     let bytes = text(100_000);
@@ -78,7 +78,7 @@ fn keeps_output_for_whoever_opens_it() {
 }
 
 #[test]
-fn slow_reader_costs_little_and_loses_nothing() {
+fn slow_reader_gets_all_output_and_memory_stays_bounded() {
     let (process, path) = start();
     let mut guest = boot(&process);
     let slave = open(&path);
@@ -86,7 +86,7 @@ fn slow_reader_costs_little_and_loses_nothing() {
 }
 
 #[test]
-fn tells_the_guest_of_its_size() {
+fn reports_size_and_size_changes_to_the_guest() {
     let (process, path) = start();
     let slave = open(&path);
     let size = |ws_col, ws_row| Winsize {
@@ -122,7 +122,7 @@ fn tells_the_guest_of_its_size() {
 }
 
 #[test]
-fn makes_a_link_and_replaces_nothing_but_links() {
+fn creates_a_link_and_replaces_only_links() {
     let directory = tempfile::tempdir().unwrap();
     let link = directory.path().join("tty");
     let launch = || {

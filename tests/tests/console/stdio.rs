@@ -39,7 +39,7 @@ fn piped() -> Piped {
 }
 
 #[test]
-fn pipes_pass_all_bytes_as_they_are() {
+fn pipes_pass_all_bytes_unchanged() {
     let mut piped = piped();
     let mut guest = boot(&piped.process);
     let bytes = text(50_000);
@@ -76,7 +76,7 @@ fn end_of_input_does_not_end_output() {
 }
 
 #[test]
-fn guest_goes_on_when_nobody_reads_any_more() {
+fn guest_continues_when_the_reader_closes() {
     let Piped {
         process,
         output,
@@ -93,14 +93,14 @@ fn guest_goes_on_when_nobody_reads_any_more() {
 }
 
 #[test]
-fn slow_reader_costs_little_and_loses_nothing() {
+fn slow_reader_gets_all_output_and_memory_stays_bounded() {
     let piped = piped();
     let mut guest = boot(&piped.process);
     slow_reader_gets_it_all(&piped.process, &mut guest, |len| hear(&piped.output, len));
 }
 
 #[test]
-fn input_from_a_file_is_read_to_its_end() {
+fn input_from_a_file_is_read_to_the_end() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let bytes = text(30_000);
     std::fs::write(file.path(), &bytes).unwrap();
@@ -178,7 +178,7 @@ impl Terminal {
 }
 
 #[test]
-fn guest_has_the_terminal_while_its_driver_is_there() {
+fn terminal_is_raw_while_the_driver_is_active() {
     let mut terminal = terminal();
     assert!(terminal.is_as_it_was(), "nobody has it yet");
     for _ in 0..2 {
@@ -203,7 +203,7 @@ fn guest_has_the_terminal_while_its_driver_is_there() {
 }
 
 #[test]
-fn way_out_works_although_the_guest_reads_nothing() {
+fn ctrl_a_x_works_although_the_guest_reads_nothing() {
     let mut terminal = terminal();
     let _guest = boot(&terminal.process);
     assert!(terminal.is_raw());
@@ -217,7 +217,7 @@ fn way_out_works_although_the_guest_reads_nothing() {
 }
 
 #[test]
-fn terminal_is_restored_whatever_ends_the_process() {
+fn terminal_is_restored_however_the_process_ends() {
     for signal in [Signal::TERM, Signal::HUP, Signal::INT] {
         let terminal = terminal();
         let _guest = boot(&terminal.process);
@@ -229,7 +229,7 @@ fn terminal_is_restored_whatever_ends_the_process() {
 }
 
 #[test]
-fn guest_is_told_of_the_size_at_once() {
+fn size_change_is_reported_at_once() {
     let terminal = terminal();
     let mut guest = boot(&terminal.process);
     assert_eq!(guest.config(0, 4), [100, 0, 30, 0]);
@@ -253,7 +253,7 @@ fn guest_is_told_of_the_size_at_once() {
 }
 
 #[test]
-fn slow_terminal_costs_little_and_loses_nothing() {
+fn slow_terminal_gets_all_output_and_memory_stays_bounded() {
     let terminal = terminal();
     let mut guest = boot(&terminal.process);
     slow_reader_gets_it_all(&terminal.process, &mut guest, |len| {

@@ -27,7 +27,7 @@ pub fn connect(path: &Path) -> UnixStream {
 }
 
 #[test]
-fn passes_all_bytes_as_they_are() {
+fn passes_all_bytes_unchanged() {
     let (process, path) = start();
     let mut client = connect(&path);
     let mut guest = boot(&process);
@@ -46,7 +46,7 @@ fn passes_all_bytes_as_they_are() {
 }
 
 #[test]
-fn slow_client_costs_little_and_loses_nothing() {
+fn slow_client_gets_all_output_and_memory_stays_bounded() {
     let (process, path) = start();
     let client = connect(&path);
     let mut guest = boot(&process);
@@ -57,7 +57,7 @@ fn slow_client_costs_little_and_loses_nothing() {
 }
 
 #[test]
-fn input_waits_for_a_guest_with_room() {
+fn input_waits_for_buffers_of_the_guest() {
     let (process, path) = start();
     let mut client = connect(&path);
     client.set_nonblocking(true).unwrap();
@@ -96,7 +96,7 @@ fn keeps_the_last_output_for_the_next_client() {
 }
 
 #[test]
-fn clients_come_and_go_and_wait_for_their_turn() {
+fn one_client_is_served_and_others_wait() {
     let (process, path) = start();
     let mut guest = boot(&process);
     post(&mut guest, 8, 64);
@@ -117,7 +117,7 @@ fn clients_come_and_go_and_wait_for_their_turn() {
 }
 
 #[test]
-fn client_that_only_listens_stays() {
+fn client_that_closes_its_sending_side_stays_connected() {
     let (process, path) = start();
     let client = connect(&path);
     client.shutdown(std::net::Shutdown::Write).unwrap();
@@ -130,7 +130,7 @@ fn client_that_only_listens_stays() {
 }
 
 #[test]
-fn client_that_leaves_at_once_is_heard_and_makes_room() {
+fn input_of_a_client_that_disconnects_at_once_is_delivered() {
     let (process, path) = start();
     let mut guest = boot(&process);
     // No buffers yet: these clients are gone before the guest can hear them.
@@ -145,7 +145,7 @@ fn client_that_leaves_at_once_is_heard_and_makes_room() {
 }
 
 #[test]
-fn one_guest_does_not_hear_what_was_for_another() {
+fn input_for_one_guest_is_not_delivered_to_the_next() {
     let (process, path) = start();
     let mut guest = boot(&process);
     connect(&path).write_all(b"secret").unwrap();
@@ -161,7 +161,7 @@ fn one_guest_does_not_hear_what_was_for_another() {
 }
 
 #[test]
-fn socket_that_a_dead_process_left_is_replaced() {
+fn stale_socket_is_replaced() {
     let (mut process, path) = start();
     let directory = process.keep_directory();
     drop(process);

@@ -130,7 +130,7 @@ fn attaches_to_a_tap_device_by_name() {
 }
 
 #[test]
-fn takes_over_an_inherited_tap_device() {
+fn uses_an_inherited_tap_device() {
     in_own_network(|| {
         let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
         let launch = Launch::new("device-net").pass("--tap-fd", tap("tap7", flags));
@@ -141,7 +141,7 @@ fn takes_over_an_inherited_tap_device() {
 /// As a launcher does it: it attaches once, and the next process may be there before the
 /// last has gone.
 #[test]
-fn a_tap_device_goes_from_process_to_process() {
+fn successive_processes_share_an_inherited_tap_device() {
     in_own_network(|| {
         let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
         let tap = tap("tap8", flags);
@@ -168,7 +168,7 @@ fn a_tap_device_goes_from_process_to_process() {
 }
 
 #[test]
-fn refuses_what_is_no_such_tap_device() {
+fn refuses_devices_that_are_not_suitable_tap_devices() {
     in_own_network(|| {
         let wrong: [OwnedFd; 3] = [
             tap("tap1", libc::IFF_TAP | libc::IFF_NO_PI), // without headers
@@ -191,7 +191,7 @@ fn refuses_what_is_no_such_tap_device() {
 }
 
 #[test]
-fn refuses_options_that_make_no_sense() {
+fn refuses_contradictory_options() {
     for args in [
         &["--tap", "tap0", "--isolated"][..],
         &["--tap", "tap0", "--tap-fd", "3"],
@@ -211,7 +211,7 @@ fn refuses_options_that_make_no_sense() {
 }
 
 #[test]
-fn an_ordinary_user_may_have_an_isolated_network() {
+fn an_ordinary_user_can_have_an_isolated_network() {
     // The program is opened by us: its path may lead through our own directories.
     let program = File::open(binaries::binary("device-net")).unwrap();
     in_own_network(|| {

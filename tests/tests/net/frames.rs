@@ -12,7 +12,7 @@ use crate::{boot, in_network_of, isolated};
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 
 #[test]
-fn configuration_tells_address_and_mtu() {
+fn configuration_space_has_mac_and_mtu() {
     let process = isolated(&["--mac", "52:54:00:12:34:56", "--mtu", "1400"]);
     let mut guest = boot(&process, 0);
     assert_eq!(guest.config(0, 6), [0x52, 0x54, 0, 0x12, 0x34, 0x56]);
@@ -28,7 +28,7 @@ fn configuration_tells_address_and_mtu() {
 }
 
 #[test]
-fn address_of_the_host_is_a_matter_of_choice() {
+fn host_address_can_be_chosen() {
     let process = Launch::new("device-net")
         .args(["--isolated", "192.168.77.9/29"])
         .listening();
@@ -96,7 +96,7 @@ fn frames_are_spread_over_mergeable_buffers() {
 }
 
 #[test]
-fn few_mergeable_buffers_are_no_reason_to_be_busy() {
+fn too_few_mergeable_buffers_do_not_cause_busy_waiting() {
     let process = isolated(&[]);
     let mut guest = boot(&process, MERGEABLE);
     post(&mut guest, 8, 100); // less than the longest frame
@@ -110,7 +110,7 @@ fn few_mergeable_buffers_are_no_reason_to_be_busy() {
 }
 
 #[test]
-fn frames_may_be_split_in_any_way() {
+fn frames_can_be_split_into_any_descriptors() {
     let process = isolated(&[]);
     let mut guest = boot(&process, 0);
     post(&mut guest, 8, 2048);
@@ -172,7 +172,7 @@ fn frames_wait_until_there_are_buffers() {
 }
 
 #[test]
-fn buffers_too_small_for_a_frame_cost_only_that_frame() {
+fn buffers_too_small_for_a_frame_drop_only_that_frame() {
     let process = isolated(&[]);
     for features in [0, MERGEABLE] {
         let mut guest = boot(&process, features);
@@ -189,7 +189,7 @@ fn buffers_too_small_for_a_frame_cost_only_that_frame() {
 }
 
 #[test]
-fn buffers_without_room_for_a_header_come_back_empty() {
+fn buffers_too_small_for_a_header_are_returned_empty() {
     let process = isolated(&[]);
     for features in [0, MERGEABLE] {
         let mut guest = boot(&process, features);
@@ -211,7 +211,7 @@ fn buffers_without_room_for_a_header_come_back_empty() {
 /// Each buffer comes back once, although the good one before it waits for a frame and is
 /// looked at again with each.
 #[test]
-fn buffers_without_room_behind_good_ones_come_back_once() {
+fn a_too_small_buffer_after_good_ones_is_returned_once() {
     let process = isolated(&[]);
     let mut guest = boot(&process, MERGEABLE);
     let mut expected = Vec::new();
@@ -235,7 +235,7 @@ fn buffers_without_room_behind_good_ones_come_back_once() {
 }
 
 #[test]
-fn frames_that_are_none_are_dropped() {
+fn invalid_frames_are_dropped() {
     let process = isolated(&[]);
     let mut guest = boot(&process, 0);
     let ram = std::sync::Arc::clone(&guest.ram);
@@ -259,7 +259,7 @@ fn frames_that_are_none_are_dropped() {
 }
 
 #[test]
-fn headers_that_make_no_sense_harm_nobody() {
+fn invalid_headers_are_harmless() {
     let process = isolated(&[]);
     let mut guest = boot(&process, 0);
     post(&mut guest, 4, 2048);

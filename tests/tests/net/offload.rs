@@ -41,7 +41,7 @@ fn is_complete(frame: &Frame) -> bool {
 }
 
 #[test]
-fn segments_stay_whole_for_a_guest_that_wants_them() {
+fn segments_are_not_split_for_a_guest_with_tso() {
     let process = isolated(&[]);
     // With large buffers, and with several small ones for a frame.
     for (features, buffers) in [(TSO, (8, 65_562)), (TSO | MERGEABLE, (200, 1536))] {
@@ -57,7 +57,7 @@ fn segments_stay_whole_for_a_guest_that_wants_them() {
 }
 
 #[test]
-fn checksums_are_left_to_a_guest_that_wants_that() {
+fn checksums_are_left_to_a_guest_with_csum_offload() {
     let process = isolated(&[]);
     let frames = frames_to_guest(&process, CSUM, (32, 2048));
     for frame in frames {
@@ -70,7 +70,7 @@ fn checksums_are_left_to_a_guest_that_wants_that() {
 }
 
 #[test]
-fn guest_without_offloads_gets_plain_frames() {
+fn guest_without_offloads_gets_complete_frames() {
     let process = isolated(&[]);
     // Even after one that had them; and segments without checksums are nothing.
     drop(boot(&process, TSO));
@@ -84,7 +84,7 @@ fn guest_without_offloads_gets_plain_frames() {
 }
 
 #[test]
-fn guest_may_leave_checksums_and_segments_to_the_host() {
+fn guest_can_leave_checksums_and_segmentation_to_the_host() {
     let process = isolated(&[]);
     let features = 1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4;
     let mut guest = boot(&process, features);
