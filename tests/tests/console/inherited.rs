@@ -1,6 +1,5 @@
-//! Files that outlive the process: another one takes over what the first, which is
-//! killed, has left, and neither the guest nor whoever sits at the other end loses what
-//! had arrived.
+//! Inherited files: when the process is killed, its successor uses the same files, and neither
+//! the guest nor the client at the other end loses data that had arrived.
 
 use std::fs::File;
 use std::io::Write;
@@ -15,14 +14,14 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
-use crate::{CHAIN, CHAINS, boot, hear, pty, text, unix};
+use crate::{CHAIN, CHAINS, boot, pty, read_exactly, text, unix};
 
 fn start(option: &str, file: impl AsFd) -> Process {
     let file = file.as_fd().try_clone_to_owned().unwrap();
     Launch::new("device-console").pass(option, file).listening()
 }
 
-/// Kills `process`; `next` goes on with its guest.
+/// Kills `process`, and connects its guest to the process that `next` starts.
 fn replace(process: Process, guest: Guest, next: impl FnOnce() -> Process) -> (Process, Guest) {
     process.signal(Signal::KILL);
     process.wait();
@@ -31,8 +30,8 @@ fn replace(process: Process, guest: Guest, next: impl FnOnce() -> Process) -> (P
     (next, guest)
 }
 
-/// Has the guest say as much as fits into its ring; returns what.
-fn say_in_chains(guest: &mut Guest) -> Vec<u8> {
+/// Lets the guest write as much as fits into its ring. Returns the bytes.
+fn write_in_chains(guest: &mut Guest) -> Vec<u8> {
     let text = text(CHAINS * CHAIN);
     let at = guest.ram.put(&text);
     for from in (0..text.len()).step_by(CHAIN) {
@@ -43,7 +42,7 @@ fn say_in_chains(guest: &mut Guest) -> Vec<u8> {
     text
 }
 
-/// A pseudo-terminal as a launcher makes it, and the path of its slave.
+/// Opens a pseudo-terminal as a launcher does. Returns it with the path of its slave.
 fn pseudo_terminal() -> (OwnedFd, std::path::PathBuf) {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let master = openpt(flags).unwrap();
@@ -53,8 +52,7 @@ fn pseudo_terminal() -> (OwnedFd, std::path::PathBuf) {
     (master, path.into_string().unwrap().into())
 }
 
-/// What was typed waits in the terminal until the guest has buffers for it, whichever
-/// process is there at the time, or none.
+/// Input waits in the terminal until the guest provides buffers, also while no process runs.
 #[test]
 fn input_is_kept_across_processes() {
     let (master, path) = pseudo_terminal();
@@ -64,10 +62,10 @@ fn input_is_kept_across_processes() {
     let typed = text(3000);
     let (mut sent, mut heard) = (0, Vec::new());
     for round in 0..10 {
-        // The process is told of it and has nowhere to put it.
+        // The process is notified of the input, but has no buffer for it.
         slave.write_all(&typed[sent..sent + 200]).unwrap();
         send(&mut guest, b".");
-        assert_eq!(hear(&slave, 1), b".");
+        assert_eq!(read_exactly(&slave, 1), b".");
         (process, guest) = replace(process, guest, || {
             slave.write_all(&typed[sent + 200..sent + 300]).unwrap();
             start("--pty-fd", &master)
@@ -77,7 +75,7 @@ fn input_is_kept_across_processes() {
         let mut now = receive_all(&mut guest, 300);
         assert!(now == typed[sent - 300..sent], "round {round}");
         heard.append(&mut now);
-        // Buffers that wait for input are others' in the next round.
+        // In the next round, another process gets the buffers that wait for input.
         let base = guest.stop(0);
         guest.queues[0].clear();
         guest.start(0, 0);
@@ -86,23 +84,23 @@ fn input_is_kept_across_processes() {
     assert!(heard == typed);
 }
 
-/// What the guest was told is written is there once, and the chain that was being
-/// written is there again from its beginning at most.
+/// The output of a completed chain appears once. At most the chain that was being written
+/// appears again from its start.
 #[test]
 fn output_is_kept_across_processes() {
     let (master, path) = pseudo_terminal();
     let process = start("--pty-fd", &master);
     let slave = pty::open(&path);
     let mut guest = boot(&process);
-    let text = say_in_chains(&mut guest);
-    let early = hear(&slave, 2 * CHAIN + 1000);
+    let text = write_in_chains(&mut guest);
+    let early = read_exactly(&slave, 2 * CHAIN + 1000);
     assert!(early == text[..early.len()]);
     let (_process, mut guest) = replace(process, guest, || start("--pty-fd", &master));
     let done = usize::from(guest.queues[TX].used_index.max(2)) * CHAIN;
     let mut heard = early;
-    // As much as there is for certain.
-    heard.extend(hear(&slave, text.len() - heard.len()));
-    // If a part of a chain came twice, as much is still to come.
+    // At least this much arrives.
+    heard.extend(read_exactly(&slave, text.len() - heard.len()));
+    // If part of a chain was written twice, there is more to read.
     let same = heard.iter().zip(&text).take_while(|(a, b)| a == b).count();
     if same < text.len() {
         let repeated = (done..text.len())
@@ -111,14 +109,14 @@ fn output_is_kept_across_processes() {
             .map(|begin| same - begin)
             .find(|len| heard[same..] == text[same - len..text.len() - len]);
         let repeated = repeated.expect("bytes are lost or changed");
-        heard.extend(hear(&slave, repeated));
+        heard.extend(read_exactly(&slave, repeated));
         assert!(heard[same..] == text[same - repeated..]);
     }
     assert_eq!(guest.queues[TX].wait_all().len(), CHAINS);
 }
 
-/// A process that is stopped in the middle of a chain has kept the rest of it: whoever
-/// comes next repeats nothing.
+/// When its queue is stopped in the middle of a chain, the process stores the rest, so that its
+/// successor repeats nothing.
 #[test]
 fn a_stop_during_output_repeats_and_loses_nothing() {
     let (master, path) = pseudo_terminal();
@@ -132,14 +130,14 @@ fn a_stop_during_output_repeats_and_loses_nothing() {
     let mut process = start();
     let slave = pty::open(&path);
     let mut guest = boot(&process);
-    let text = say_in_chains(&mut guest);
+    let text = write_in_chains(&mut guest);
     let mut heard = Vec::new();
     for _ in 0..3 {
-        heard.extend(hear(&slave, CHAIN + 1000));
+        heard.extend(read_exactly(&slave, CHAIN + 1000));
         guest.stop(TX);
         (process, guest) = replace(process, guest, start);
     }
-    heard.extend(hear(&slave, text.len() - heard.len()));
+    heard.extend(read_exactly(&slave, text.len() - heard.len()));
     assert!(heard == text, "bytes are lost or repeated");
     assert_eq!(guest.queues[TX].wait_all().len(), CHAINS);
     drop(process);
@@ -154,7 +152,7 @@ fn socket_clients_are_served_by_the_next_process() {
     let mut guest = boot(&process);
     let client = unix::connect(&path);
     send(&mut guest, b"first");
-    assert_eq!(hear(&client, 5), b"first");
+    assert_eq!(read_exactly(&client, 5), b"first");
 
     let mut early = None;
     let (process, mut guest) = replace(process, guest, || {
@@ -166,15 +164,15 @@ fn socket_clients_are_served_by_the_next_process() {
     post(&mut guest, 1, 64);
     assert_eq!(receive_all(&mut guest, 11), b"typed early");
     send(&mut guest, b"second");
-    assert_eq!(hear(&early, 6), b"second");
+    assert_eq!(read_exactly(&early, 6), b"second");
     drop(early);
 
-    // One that has no driver yet leaves the clients to the one that has.
+    // A process without a driver does not accept clients while another has a driver.
     let _other = start("--unix-fd", &listener);
     for _ in 0..20 {
         let client = unix::connect(&path);
         send(&mut guest, b"still");
-        assert_eq!(hear(&client, 5), b"still", "{}", process.log());
+        assert_eq!(read_exactly(&client, 5), b"still", "{}", process.log());
     }
 }
 
@@ -216,8 +214,8 @@ fn unread_output_is_kept_across_processes() {
     let client = unix::connect(&path);
     send(&mut guest, b"END");
     let kept = &text[text.len() - (65_536 - 3)..];
-    // What is new pushes out as much of what is old, if nobody has come by then.
-    let heard = hear(&client, 65_536);
+    // Without a reader, new output replaces the oldest.
+    let heard = read_exactly(&client, 65_536);
     let all = [&text[text.len() - 65_536..], b"END"].concat();
     assert!(heard == all[..65_536] || heard == [kept, b"END"].concat());
 }

@@ -1,4 +1,4 @@
-//! device-console as its guest sees it, and as whoever sits at the other end.
+//! device-console as seen by the guest and by the client at the other end.
 
 mod inherited;
 mod pty;
@@ -15,7 +15,7 @@ use outrigger_tests::queue::Buffer;
 use outrigger_tests::ram::Ram;
 use outrigger_tests::{console, wait_until};
 
-/// Chains in the transmit queue when the guest writes as much as it can.
+/// Number of chains that fill the transmit queue.
 const CHAINS: usize = 64;
 /// Bytes of one such chain.
 const CHAIN: usize = 16 * 1024;
@@ -30,21 +30,21 @@ fn boot(process: &Process) -> Guest {
     guest
 }
 
-/// Every byte there is, and more.
+/// Returns `len` bytes that include every value.
 fn text(len: usize) -> Vec<u8> {
     (0..len).map(|at| (at ^ at >> 8 ^ at >> 16) as u8).collect()
 }
 
 /// Reads exactly `len` bytes.
-fn hear(mut from: impl Read, len: usize) -> Vec<u8> {
+fn read_exactly(mut from: impl Read, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     from.read_exact(&mut bytes).unwrap();
     bytes
 }
 
-/// A guest that writes until the device takes no more, to a reader that reads
-/// nothing: the device waits, in memory that is bounded. Then the reader reads, and
-/// everything comes, in order. `read` reads exactly so many bytes.
+/// Lets the guest write until the device accepts no more, while the reader reads nothing: the
+/// device waits and its memory stays bounded. Then the reader gets all output in order. `read`
+/// reads exactly the given number of bytes.
 fn slow_reader_gets_it_all(
     process: &Process,
     guest: &mut Guest,
@@ -58,7 +58,7 @@ fn slow_reader_gets_it_all(
         queue.add(&[Buffer::readable(at + from as u64, CHAIN as u32)]);
     }
     queue.kick();
-    // It settles: what the kernel holds is full, and nothing moves any more.
+    // Wait until the kernel's buffers are full and the device makes no more progress.
     let mut last = (u16::MAX, u64::MAX);
     wait_until("nothing moves any more", || {
         std::thread::sleep(std::time::Duration::from_millis(50));
@@ -67,7 +67,7 @@ fn slow_reader_gets_it_all(
     });
     assert_ne!(last.0, queue.avail_index, "all of it went somewhere");
     assert!(process.resident() < before + (4 << 20), "it hoards");
-    // A stop does not wait for the reader, and after it the guest goes on.
+    // Stopping the queue does not wait for the reader, and the guest continues afterwards.
     let base = guest.stop(console::TX);
     guest.start(console::TX, base);
     assert!(read(text.len()) == text, "bytes are lost or changed");
@@ -118,14 +118,14 @@ fn unusual_descriptor_chains_are_handled() {
     let mut guest = boot(&process);
     let at = guest.ram.put(b"abcdefgh");
     let transmit = &mut guest.queues[console::TX];
-    // Nothing to read, something to write, all in pieces.
+    // An empty buffer, a writable buffer in the transmit queue, and a split chain.
     transmit.run(&[Buffer::readable(at, 0)]);
     transmit.run(&[Buffer::writable(at, 8)]);
     let pieces: Vec<_> = (0..8).map(|i| Buffer::readable(at + i, 1)).collect();
     transmit.run(&pieces);
-    assert_eq!(hear(&client, 8), b"abcdefgh");
+    assert_eq!(read_exactly(&client, 8), b"abcdefgh");
 
-    // Buffers for input that have no room; the input waits for one that has.
+    // Input buffers of size 0; the input waits for a larger one.
     let receive = &mut guest.queues[console::RX];
     receive.add(&[Buffer::readable(at, 8)]);
     receive.add(&[Buffer::writable(at, 0)]);

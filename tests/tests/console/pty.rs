@@ -1,4 +1,4 @@
-//! `--pty`.
+//! `--pty`: a console on a pseudo-terminal.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -13,7 +13,7 @@ use outrigger_tests::{DEADLINE, wait_until};
 use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
 use vhost::vhost_user::VhostUserFrontend;
 
-use crate::{boot, hear, slow_reader_gets_it_all, text};
+use crate::{boot, read_exactly, slow_reader_gets_it_all, text};
 
 fn start() -> (Process, PathBuf) {
     let process = Launch::new("device-console").args(["--pty"]).listening();
@@ -39,7 +39,7 @@ fn passes_all_bytes_unchanged() {
     let bytes = text(20_000);
     for piece in bytes.chunks(1500) {
         send(&mut guest, piece);
-        assert!(hear(&slave, piece.len()) == piece);
+        assert!(read_exactly(&slave, piece.len()) == piece);
     }
     post(&mut guest, 8, 256);
     for piece in bytes.chunks(1500) {
@@ -50,13 +50,13 @@ fn passes_all_bytes_unchanged() {
 
 #[test]
 fn terminal_does_not_echo_guest_output() {
-    // In a terminal with an echo, the guest would hear itself.
+    // In a terminal with an echo, the guest would read_exactly itself.
     let (process, path) = start();
     let mut guest = boot(&process);
     post(&mut guest, 1, 64);
     send(&mut guest, b"login: ");
     let mut slave = open(&path);
-    assert_eq!(hear(&slave, 7), b"login: ");
+    assert_eq!(read_exactly(&slave, 7), b"login: ");
     slave.write_all(b"\n").unwrap();
     assert_eq!(receive_all(&mut guest, 1), b"\n");
     assert!(guest.queues[0].take().is_none());
@@ -72,7 +72,7 @@ fn keeps_output_until_the_terminal_is_opened() {
             send(&mut guest, piece);
         }
         let slave = open(&path);
-        let heard = hear(&slave, 65_536);
+        let heard = read_exactly(&slave, 65_536);
         assert!(heard == bytes[100_000 - 65_536..], "round {round}");
     }
 }
@@ -82,7 +82,7 @@ fn slow_reader_gets_all_output_and_memory_stays_bounded() {
     let (process, path) = start();
     let mut guest = boot(&process);
     let slave = open(&path);
-    slow_reader_gets_it_all(&process, &mut guest, |len| hear(&slave, len));
+    slow_reader_gets_it_all(&process, &mut guest, |len| read_exactly(&slave, len));
 }
 
 #[test]
@@ -105,7 +105,7 @@ fn reports_size_and_size_changes_to_the_guest() {
     send(&mut guest, b"x");
     assert_eq!(guest.config(0, 4), [100, 0, 30, 0]);
 
-    // It is told of a change, once, when somebody types.
+    // A change is reported once, with the next input.
     let message = [2u32, 1, 0].map(u32::to_le_bytes).concat();
     for (columns, rows) in [(120, 40), (80, 25)] {
         tcsetwinsize(&slave, size(columns, rows)).unwrap();
@@ -140,7 +140,7 @@ fn creates_a_link_and_replaces_only_links() {
                 .local_modes
                 .contains(rustix::termios::LocalModes::ECHO)
         );
-        assert_eq!(hear(&slave, 4), b"here");
+        assert_eq!(read_exactly(&slave, 4), b"here");
     }
     std::fs::remove_file(&link).unwrap();
     std::fs::write(&link, "a file").unwrap();

@@ -1,4 +1,4 @@
-//! `--stdio`: over pipes, and with a terminal.
+//! `--stdio`: a console on pipes and on a terminal.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -14,9 +14,9 @@ use rustix::process::Signal;
 use rustix::termios::{LocalModes, OutputModes, Termios, Winsize, tcgetattr, tcsetwinsize};
 use vhost::vhost_user::VhostUserFrontend;
 
-use crate::{boot, hear, slow_reader_gets_it_all, text};
+use crate::{boot, read_exactly, slow_reader_gets_it_all, text};
 
-/// A process between two pipes: what it reads, what it writes, and its own ends.
+/// A process with pipes as standard input and output, and both ends of these.
 struct Piped {
     process: Process,
     input: File,
@@ -45,17 +45,17 @@ fn pipes_pass_all_bytes_unchanged() {
     let bytes = text(50_000);
     for piece in bytes.chunks(3000) {
         send(&mut guest, piece);
-        assert!(hear(&piped.output, piece.len()) == piece);
+        assert!(read_exactly(&piped.output, piece.len()) == piece);
     }
     post(&mut guest, 8, 512);
-    // No key is special: there is nobody who could have pressed it.
+    // Ctrl-A has no special meaning without a terminal.
     for piece in [&bytes[..], b"\x01x\x01\x01\x03"] {
         for piece in piece.chunks(3000) {
             piped.input.write_all(piece).unwrap();
             assert!(receive_all(&mut guest, piece.len()) == piece);
         }
     }
-    // Whether to block is for those to say who share these files.
+    // The process must not set O_NONBLOCK, because other processes share these files.
     for fd in &piped.theirs {
         assert!(!fcntl_getfl(fd).unwrap().contains(OFlags::NONBLOCK));
     }
@@ -71,7 +71,7 @@ fn end_of_input_does_not_end_output() {
     assert_eq!(receive_all(&mut guest, 10), b"last words");
     for _ in 0..3 {
         send(&mut guest, b"still talking");
-        assert_eq!(hear(&piped.output, 13), b"still talking");
+        assert_eq!(read_exactly(&piped.output, 13), b"still talking");
     }
 }
 
@@ -96,7 +96,9 @@ fn guest_continues_when_the_reader_closes() {
 fn slow_reader_gets_all_output_and_memory_stays_bounded() {
     let piped = piped();
     let mut guest = boot(&piped.process);
-    slow_reader_gets_it_all(&piped.process, &mut guest, |len| hear(&piped.output, len));
+    slow_reader_gets_it_all(&piped.process, &mut guest, |len| {
+        read_exactly(&piped.output, len)
+    });
 }
 
 #[test]
@@ -112,7 +114,7 @@ fn input_from_a_file_is_read_to_the_end() {
     assert!(receive_all(&mut guest, bytes.len()) == bytes);
 }
 
-/// A process with a terminal of its own, at the other end of which we sit.
+/// A process with a terminal, of which the test has the other end.
 struct Terminal {
     process: Process,
     keyboard: File,
@@ -128,7 +130,7 @@ fn terminal() -> Terminal {
         ws_ypixel: 0,
     };
     let none = std::ptr::null_mut();
-    // SAFETY: makes two descriptors that nobody else owns.
+    // SAFETY: openpty creates two descriptors that nothing else owns.
     let (master, slave) = unsafe {
         assert_eq!(
             libc::openpty(&mut master, &mut slave, none, none.cast(), none.cast()),
@@ -148,7 +150,7 @@ fn terminal() -> Terminal {
         rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
         Ok(())
     };
-    // SAFETY: makes system calls only, and allocates nothing.
+    // SAFETY: the closure only makes async-signal-safe system calls.
     unsafe { command.pre_exec(own) };
     Terminal {
         process: launch.listening(),
@@ -170,7 +172,7 @@ impl Terminal {
             && !mode.output_modes.contains(OutputModes::OPOST)
     }
 
-    fn is_as_it_was(&self) -> bool {
+    fn has_saved_mode(&self) -> bool {
         let mode = self.mode();
         let wanted = LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG;
         mode.local_modes.contains(wanted) && mode.output_modes.contains(OutputModes::OPOST)
@@ -180,14 +182,14 @@ impl Terminal {
 #[test]
 fn terminal_is_raw_while_the_driver_is_active() {
     let mut terminal = terminal();
-    assert!(terminal.is_as_it_was(), "nobody has it yet");
+    assert!(terminal.has_saved_mode(), "no driver uses it yet");
     for _ in 0..2 {
         let mut guest = boot(&terminal.process);
         assert!(terminal.is_raw());
         let bytes: Vec<u8> = (0..=255).collect();
         send(&mut guest, &bytes);
-        assert_eq!(hear(&terminal.keyboard, 256), bytes);
-        // All keys, Ctrl-C as well; only Ctrl-A is to be pressed twice.
+        assert_eq!(read_exactly(&terminal.keyboard, 256), bytes);
+        // All keys reach the guest, including Ctrl-C; Ctrl-A must be pressed twice.
         post(&mut guest, 8, 300);
         let typed: Vec<u8> = [&[1], &bytes[..]].concat();
         assert_eq!(typed[1..3], [0, 1]);
@@ -196,10 +198,10 @@ fn terminal_is_raw_while_the_driver_is_active() {
         terminal.keyboard.write_all(b"\x01\x01.").unwrap();
         assert_eq!(receive_all(&mut guest, 2), b"\x01.");
         drop(guest);
-        wait_until("the terminal is as it was", || terminal.is_as_it_was());
+        wait_until("the terminal is as it was", || terminal.has_saved_mode());
     }
     let log = terminal.process.log();
-    assert_eq!(log.matches("Ctrl-A x").count(), 1, "said once: {log}");
+    assert_eq!(log.matches("Ctrl-A x").count(), 1, "printed once: {log}");
 }
 
 #[test]
@@ -209,11 +211,11 @@ fn ctrl_a_x_works_although_the_guest_reads_nothing() {
     assert!(terminal.is_raw());
     terminal
         .keyboard
-        .write_all(b"does anybody hear me?\x01")
+        .write_all(b"does anybody read_exactly me?\x01")
         .unwrap();
     terminal.keyboard.write_all(b"x").unwrap();
     assert_eq!(terminal.process.wait().code(), Some(10));
-    assert!(terminal.is_as_it_was());
+    assert!(terminal.has_saved_mode());
 }
 
 #[test]
@@ -224,7 +226,7 @@ fn terminal_is_restored_however_the_process_ends() {
         assert!(terminal.is_raw());
         terminal.process.signal(signal);
         assert_eq!(terminal.process.wait().code(), Some(0));
-        assert!(terminal.is_as_it_was(), "{signal:?}");
+        assert!(terminal.has_saved_mode(), "{signal:?}");
     }
 }
 
@@ -243,7 +245,7 @@ fn size_change_is_reported_at_once() {
             ws_xpixel: 0,
             ws_ypixel: 0,
         };
-        // The kernel sends SIGWINCH to whoever has the terminal.
+        // The kernel sends SIGWINCH to the foreground process group of the terminal.
         tcsetwinsize(terminal.keyboard.as_fd(), size).unwrap();
         let mut message = [0; 12];
         channel.read_exact(&mut message).unwrap();
@@ -257,6 +259,6 @@ fn slow_terminal_gets_all_output_and_memory_stays_bounded() {
     let terminal = terminal();
     let mut guest = boot(&terminal.process);
     slow_reader_gets_it_all(&terminal.process, &mut guest, |len| {
-        hear(&terminal.keyboard, len)
+        read_exactly(&terminal.keyboard, len)
     });
 }

@@ -1,4 +1,4 @@
-//! `--unix`.
+//! `--unix`: a console on a unix socket.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -8,7 +8,7 @@ use outrigger_tests::console::{post, receive, receive_all, send};
 use outrigger_tests::process::{Launch, Process};
 use outrigger_tests::{DEADLINE, wait_until};
 
-use crate::{boot, hear, slow_reader_gets_it_all, text};
+use crate::{boot, read_exactly, slow_reader_gets_it_all, text};
 
 pub fn start() -> (Process, PathBuf) {
     let launch = Launch::new("device-console");
@@ -34,7 +34,7 @@ fn passes_all_bytes_unchanged() {
     let bytes = text(100_000);
     for piece in bytes.chunks(9000) {
         send(&mut guest, piece);
-        assert!(hear(&client, piece.len()) == piece);
+        assert!(read_exactly(&client, piece.len()) == piece);
     }
     post(&mut guest, 20, 1000);
     let writer = std::thread::spawn(move || {
@@ -50,10 +50,10 @@ fn slow_client_gets_all_output_and_memory_stays_bounded() {
     let (process, path) = start();
     let client = connect(&path);
     let mut guest = boot(&process);
-    // It is there for certain.
+    // The first output shows that the client is accepted.
     send(&mut guest, b"?");
-    assert_eq!(hear(&client, 1), b"?");
-    slow_reader_gets_it_all(&process, &mut guest, |len| hear(&client, len));
+    assert_eq!(read_exactly(&client, 1), b"?");
+    slow_reader_gets_it_all(&process, &mut guest, |len| read_exactly(&client, len));
 }
 
 #[test]
@@ -62,7 +62,7 @@ fn input_waits_for_buffers_of_the_guest() {
     let mut client = connect(&path);
     client.set_nonblocking(true).unwrap();
     let mut guest = boot(&process);
-    // As much as goes, and a little more each time that the guest reads.
+    // The client writes as much as fits, and more each time the guest reads.
     let bytes = text(1 << 20);
     let (mut written, mut got) = (0, Vec::new());
     post(&mut guest, 4, 4096);
@@ -79,20 +79,20 @@ fn keeps_the_last_output_for_the_next_client() {
     let mut guest = boot(&process);
     let bytes = text(200_000);
     for piece in bytes.chunks(10_000) {
-        send(&mut guest, piece); // nobody is there, and nobody waits
+        send(&mut guest, piece); // there is no client, and the guest does not wait
     }
     let client = connect(&path);
-    assert!(hear(&client, 65_536) == bytes[200_000 - 65_536..]);
+    assert!(read_exactly(&client, 65_536) == bytes[200_000 - 65_536..]);
     send(&mut guest, b"and on");
-    assert_eq!(hear(&client, 6), b"and on");
+    assert_eq!(read_exactly(&client, 6), b"and on");
     wait_until("it says what is lost", || {
         process.log().contains("134464 bytes")
     });
-    // So too when there is no guest any more.
+    // Also after the guest has disconnected.
     drop(client);
     send(&mut guest, b"the end");
     drop(guest);
-    assert_eq!(hear(connect(&path), 7), b"the end");
+    assert_eq!(read_exactly(connect(&path), 7), b"the end");
 }
 
 #[test]
@@ -107,12 +107,12 @@ fn one_client_is_served_and_others_wait() {
         let mut second = connect(&path);
         second.write_all(&[b'b', round]).unwrap();
         send(&mut guest, &[b'1', round]);
-        assert_eq!(hear(&first, 2), [b'1', round]);
-        // Now it is the second's turn, and what it wrote is not lost.
+        assert_eq!(read_exactly(&first, 2), [b'1', round]);
+        // Now the second client is served, and its input is not lost.
         drop(first);
         assert_eq!(receive_all(&mut guest, 2), [b'b', round]);
         send(&mut guest, &[b'2', round]);
-        assert_eq!(hear(&second, 2), [b'2', round]);
+        assert_eq!(read_exactly(&second, 2), [b'2', round]);
     }
 }
 
@@ -125,7 +125,7 @@ fn client_that_closes_its_sending_side_stays_connected() {
     post(&mut guest, 1, 64);
     for _ in 0..3 {
         send(&mut guest, b"still here");
-        assert_eq!(hear(&client, 10), b"still here");
+        assert_eq!(read_exactly(&client, 10), b"still here");
     }
 }
 
@@ -133,13 +133,13 @@ fn client_that_closes_its_sending_side_stays_connected() {
 fn input_of_a_client_that_disconnects_at_once_is_delivered() {
     let (process, path) = start();
     let mut guest = boot(&process);
-    // No buffers yet: these clients are gone before the guest can hear them.
+    // No buffers yet: these clients are gone before the guest can read_exactly them.
     for name in [b"one ", b"two "] {
         connect(&path).write_all(name).unwrap();
     }
     let client = connect(&path);
     send(&mut guest, b"welcome");
-    assert_eq!(hear(&client, 7), b"welcome");
+    assert_eq!(read_exactly(&client, 7), b"welcome");
     post(&mut guest, 2, 64);
     assert_eq!(receive_all(&mut guest, 8), b"one two ");
 }
@@ -151,7 +151,7 @@ fn input_for_one_guest_is_not_delivered_to_the_next() {
     connect(&path).write_all(b"secret").unwrap();
     let client = connect(&path);
     send(&mut guest, b"x");
-    assert_eq!(hear(&client, 1), b"x"); // so the first client is gone
+    assert_eq!(read_exactly(&client, 1), b"x"); // so the first client was closed
     drop(guest);
     let mut guest = boot(&process);
     let mut client = client;

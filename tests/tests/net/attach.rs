@@ -1,5 +1,5 @@
-//! Ways to be attached to a tap device. The test's own thread lives in a network
-//! namespace of its own, and looks at the link through a packet socket.
+//! The ways to attach to a tap device. Each test runs in a thread with its own network
+//! namespace and uses a packet socket on the tap device.
 
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -25,38 +25,37 @@ fn in_own_network(body: impl FnOnce() + Send) {
     });
 }
 
-/// A tap device of this namespace, for somebody else to use.
+/// Creates a tap device in this namespace and attaches to it.
 fn tap(name: &str, flags: libc::c_int) -> OwnedFd {
     let file = File::options()
         .read(true)
         .write(true)
         .open("/dev/net/tun")
         .unwrap();
-    // SAFETY: plain data, for which zeros are valid.
+    // SAFETY: `ifreq` is plain data, for which zeros are valid.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
     }
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
-    // SAFETY: TUNSETIFF takes a `struct ifreq`.
+    // SAFETY: TUNSETIFF reads and writes the `struct ifreq` that `request` is.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) };
     assert_eq!(result, 0);
     file.into()
 }
 
-/// A tap device of this namespace that nobody is attached to, as `ip tuntap add`
-/// makes it; it goes with the namespace.
-fn lasting_tap(name: &str) {
+/// Creates a persistent tap device as `ip tuntap add` does. It is removed with the namespace.
+fn persistent_tap(name: &str) {
     let tap = tap(name, libc::IFF_TAP | libc::IFF_NO_PI);
     // SAFETY: TUNSETPERSIST takes its argument as a number.
     let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETPERSIST, 1 as libc::c_ulong) };
     assert_eq!(result, 0);
 }
 
-/// A socket that sees and sends frames of interface `name` of this namespace.
+/// Opens a socket that receives and sends frames on interface `name` of this namespace.
 fn packet_socket(name: &str) -> OwnedFd {
     let all = (libc::ETH_P_ALL as u16).to_be();
-    // SAFETY: makes a descriptor that nobody else owns, and takes plain data.
+    // SAFETY: the call creates a descriptor that nothing else owns.
     unsafe {
         let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
         let socket = libc::socket(libc::AF_PACKET, kind, all.into());
@@ -75,7 +74,7 @@ fn packet_socket(name: &str) -> OwnedFd {
     }
 }
 
-/// A frame each way through a device that is attached to `name`.
+/// Sends a frame in each direction through a device that is attached to `name`.
 fn frames_go_through(process: &Process, name: &str) {
     let mut guest = Guest::boot(process.connect(), EVENT_IDX, 2);
     exchange_frames(&mut guest, name);
@@ -111,12 +110,12 @@ fn exchange_frames(guest: &mut Guest, name: &str) {
 #[test]
 fn attaches_to_a_tap_device_by_name() {
     in_own_network(|| {
-        lasting_tap("outrigger0");
+        persistent_tap("outrigger0");
         let launch = Launch::new("device-net").args(["--tap", "outrigger0", "--mtu", "1280"]);
         let process = launch.listening();
         frames_go_through(&process, "outrigger0");
         assert_eq!(mtu_of("outrigger0"), 1280);
-        // It is taken.
+        // The tap device is in use.
         let process = Launch::new("device-net")
             .args([
                 "--tap",
@@ -138,8 +137,8 @@ fn uses_an_inherited_tap_device() {
     });
 }
 
-/// As a launcher does it: it attaches once, and the next process may be there before the
-/// last has gone.
+/// As with a launcher, which attaches once, and starts the next process before the previous one
+/// has ended.
 #[test]
 fn successive_processes_share_an_inherited_tap_device() {
     in_own_network(|| {
@@ -155,7 +154,7 @@ fn successive_processes_share_an_inherited_tap_device() {
         for _ in 0..5 {
             exchange_frames(&mut guest, "tap8");
             let next = start();
-            // The one that waits takes no frames.
+            // The process without a guest takes no frames.
             exchange_frames(&mut guest, "tap8");
             process.signal(rustix::process::Signal::KILL);
             process.wait();
@@ -212,25 +211,25 @@ fn refuses_contradictory_options() {
 
 #[test]
 fn an_ordinary_user_can_have_an_isolated_network() {
-    // The program is opened by us: its path may lead through our own directories.
+    // The test opens the program, because the user may not search the directories of its path.
     let program = File::open(binaries::binary("device-net")).unwrap();
     in_own_network(|| {
-        tun_for_everybody();
+        make_tun_accessible();
         let probe = Command::new("unshare")
             .args(["--user", "--net", "true"])
             .uid(65534)
             .status();
         if probe.is_ok_and(|status| status.success()) {
-            pings_as_nobody(&program);
+            pings_as_unprivileged_user(&program);
         } else {
             println!("not tried: this host gives an ordinary user no namespaces");
         }
     });
 }
 
-/// Puts a /dev/net/tun that everybody may open, as many hosts have it, into a mount
-/// namespace of this thread's own.
-fn tun_for_everybody() {
+/// Mounts a /dev/net/tun that every user can open, as on many hosts, in a new mount namespace of
+/// this thread.
+fn make_tun_accessible() {
     use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
     // SAFETY: the descriptor table stays shared (no CLONE_FILES).
     unsafe { unshare_unsafe(UnshareFlags::NEWNS).unwrap() };
@@ -246,7 +245,7 @@ fn tun_for_everybody() {
     rustix::fs::chmod("/dev/net/tun", mode).unwrap(); // whatever the umask
 }
 
-fn pings_as_nobody(program: &File) {
+fn pings_as_unprivileged_user(program: &File) {
     let (process, stream) = Launch::of(program)
         .as_user(65534)
         .args(["--isolated"])
@@ -263,7 +262,7 @@ fn pings_as_nobody(program: &File) {
 #[test]
 fn refuses_a_tap_device_that_another_process_is_attached_to() {
     in_own_network(|| {
-        lasting_tap("outrigger0");
+        persistent_tap("outrigger0");
         let launch = Launch::new("device-net").args(["--tap", "outrigger0"]);
         let _first = launch.listening();
         let launch = Launch::new("device-net").args(["--tap", "outrigger0"]);

@@ -1,4 +1,4 @@
-//! Frames and buffers of all shapes.
+//! Frames and buffers of all sizes and layouts.
 
 use outrigger_tests::guest::Guest;
 use outrigger_tests::net::*;
@@ -18,10 +18,10 @@ fn configuration_space_has_mac_and_mtu() {
     assert_eq!(guest.config(0, 6), [0x52, 0x54, 0, 0x12, 0x34, 0x56]);
     assert_eq!(guest.config(6, 2), [VIRTIO_NET_S_LINK_UP as u8, 0]);
     assert_eq!(guest.config(10, 2), 1400u16.to_le_bytes());
-    // The other end knows as well.
+    // The host's interface has the same MTU.
     assert_eq!(in_network_of(&process, || mtu_of("tap0")), 1400);
 
-    // Without a wish, the address is the same each time.
+    // The default address is the same each time.
     let macs = [(); 2].map(|()| boot(&isolated(&[]), 0).config(0, 6));
     assert_eq!(macs[0], macs[1]);
     assert_eq!(macs[0][0] & 3, 2, "locally administered, one station");
@@ -65,7 +65,7 @@ fn answers_pings_of_all_sizes() {
             assert_eq!(frame.buffers(), 1);
             assert_eq!(frame.header[..10], [0; 10], "no offloads");
         }
-        // More than the rings hold, so that everything wraps around.
+        // More frames than the rings have descriptors, so that they wrap around.
         for sequence in 100..900 {
             ping_pong(&mut guest, host, sequence, 64);
         }
@@ -83,7 +83,7 @@ fn frames_are_spread_over_mergeable_buffers() {
         let total = HEADER + frame.bytes.len();
         assert_eq!(usize::from(frame.buffers()), total.div_ceil(100));
     }
-    // The least that a driver may offer: room for the header.
+    // The smallest buffers that a driver may offer have room for the header.
     drop(guest);
     let mut guest = boot(&process, MERGEABLE);
     post(&mut guest, 250, 12);
@@ -101,8 +101,8 @@ fn too_few_mergeable_buffers_do_not_cause_busy_waiting() {
     let mut guest = boot(&process, MERGEABLE);
     post(&mut guest, 8, 100); // less than the longest frame
     resolve(&mut guest, GUEST);
-    // The host talks a little by itself, which costs next to nothing. (Its frames
-    // use the buffers up in the end; to be busy until then is what is wrong.)
+    // The host sends a few frames by itself, which take little CPU time. In the end they use
+    // up the buffers; until then the device must not poll.
     let before = process.ticks();
     std::thread::sleep(std::time::Duration::from_secs(1));
     let used = process.ticks() - before;
@@ -131,7 +131,7 @@ fn frames_can_be_split_into_any_descriptors() {
             assert!(answer == data, "pieces of {piece}");
         }
     }
-    // And on the way back: one buffer of many descriptors.
+    // For received frames: one buffer of many descriptors.
     drop(guest);
     for piece in [7, 12, 50] {
         let mut guest = boot(&process, 0);
@@ -149,7 +149,7 @@ fn frames_can_be_split_into_any_descriptors() {
             header: bytes[..HEADER].try_into().unwrap(),
             bytes: bytes[HEADER..].to_vec(),
         };
-        // It may be something else that the host says, but a frame it is.
+        // The host may send other frames as well.
         assert!(frame.bytes.len() >= 42);
         assert_eq!(frame.buffers(), 1);
         assert!(frame.bytes[..6] == MAC || frame.bytes[0] & 1 == 1);
@@ -162,7 +162,7 @@ fn frames_wait_until_there_are_buffers() {
     let mut guest = boot(&process, 0);
     post(&mut guest, 4, 2048);
     let host = resolve(&mut guest, GUEST);
-    // Fewer than the tap device's own queue holds.
+    // Fewer frames than the queue of the tap device holds.
     for sequence in 0..100 {
         send(&mut guest, &ethernet(host, IPV4, &ping(sequence, &[1; 32])));
     }
@@ -176,7 +176,7 @@ fn buffers_too_small_for_a_frame_drop_only_that_frame() {
     let process = isolated(&[]);
     for features in [0, MERGEABLE] {
         let mut guest = boot(&process, features);
-        // Room for ARP and small pings, with mergeable buffers for twice as much.
+        // Large enough for ARP and small pings; mergeable buffers take twice as much.
         post(&mut guest, 2, 120);
         let host = resolve(&mut guest, GUEST);
         send(&mut guest, &ethernet(host, IPV4, &ping(1, &[0; 1000])));
@@ -208,15 +208,15 @@ fn buffers_too_small_for_a_header_are_returned_empty() {
     });
 }
 
-/// Each buffer comes back once, although the good one before it waits for a frame and is
-/// looked at again with each.
+/// Each buffer is returned once, although the device checks the valid buffer before it again with
+/// each frame.
 #[test]
 fn a_too_small_buffer_after_good_ones_is_returned_once() {
     let process = isolated(&[]);
     let mut guest = boot(&process, MERGEABLE);
     let mut expected = Vec::new();
     for len in [1000, 4, 1000, 0, 1000, 11] {
-        // Fewer than the longest frame takes, so that the device goes on to the next.
+        // Smaller than the longest frame, so the device goes on to the next buffer.
         let buffer = Buffer::writable(guest.ram.alloc(1000), len);
         expected.push(guest.queues[RX].add(&[buffer]));
         let backwards = [buffer, Buffer::readable(buffer.address, 16)];
@@ -242,12 +242,12 @@ fn invalid_frames_are_dropped() {
     let long = ram.alloc(1 << 20);
     let transmit = &mut guest.queues[TX];
     for len in [1, 11] {
-        transmit.run(&[Buffer::readable(long, len)]); // not even a header
+        transmit.run(&[Buffer::readable(long, len)]); // shorter than a header
     }
     for len in [12, 13, 25, 70_000, 1 << 20] {
-        transmit.run(&[Buffer::readable(long, len)]); // not a frame
+        transmit.run(&[Buffer::readable(long, len)]); // shorter than a frame
     }
-    // For the device to write: nothing to send.
+    // A buffer that only the device may write has no frame.
     transmit.run(&[Buffer::writable(long, 2048)]);
     transmit.run(&[Buffer::readable(long, 1); 250]);
 

@@ -1,6 +1,6 @@
-//! device-net as its guest sees it. The host's side is a network namespace of
-//! the device's or the test's own: nothing leaves the machine. Root only, as
-//! entering a foreign namespace is.
+//! device-net as seen by the guest. The host's side is a network namespace of the device
+//! process or of the test, so nothing leaves the host. The tests need root to enter the
+//! namespace of another process.
 
 mod attach;
 mod frames;
@@ -21,7 +21,7 @@ fn isolated(options: &[&str]) -> Process {
         .listening()
 }
 
-/// A guest with these features and plenty of memory.
+/// Starts a guest with these features and enough memory for all tests.
 fn boot(process: &Process, features: u64) -> Guest {
     let ram = Ram::new(&[(0, 1 << 20), (1 << 32, 32 << 20)]);
     let mut guest = Guest::new(process.connect(), ram);
@@ -32,8 +32,8 @@ fn boot(process: &Process, features: u64) -> Guest {
     guest
 }
 
-/// Runs `f` in the network namespace of `process`. Sockets that it makes stay
-/// there.
+/// Runs `f` in the network namespace of `process`. Sockets that it creates stay in that
+/// namespace.
 fn in_network_of<T: Send>(process: &Process, f: impl FnOnce() -> T + Send) -> T {
     let namespace = File::open(process.proc("ns/net")).unwrap();
     std::thread::scope(|scope| {

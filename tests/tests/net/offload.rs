@@ -1,4 +1,4 @@
-//! Checksums and segmentation, left to whoever comes later.
+//! Checksum and segmentation offload in both directions.
 
 use std::io::{Read, Write};
 
@@ -11,14 +11,14 @@ use crate::{boot, isolated};
 const CSUM: u64 = 1 << VIRTIO_NET_F_GUEST_CSUM;
 const TSO: u64 = CSUM | 1 << VIRTIO_NET_F_GUEST_TSO4;
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
-/// Where TCP begins in a frame.
+/// Offset of the TCP header in a frame.
 const TRANSPORT: usize = 34;
 
 fn text(len: usize) -> Vec<u8> {
     (0..len).map(|at| (at * 31 / 7) as u8).collect()
 }
 
-/// What the host sends to a guest with these features and buffers: the frames.
+/// Returns the frames that the host sends to a guest with these features and buffers.
 fn frames_to_guest(
     process: &outrigger_tests::process::Process,
     features: u64,
@@ -43,7 +43,7 @@ fn is_complete(frame: &Frame) -> bool {
 #[test]
 fn segments_are_not_split_for_a_guest_with_tso() {
     let process = isolated(&[]);
-    // With large buffers, and with several small ones for a frame.
+    // With large buffers, and with several small buffers for each frame.
     for (features, buffers) in [(TSO, (8, 65_562)), (TSO | MERGEABLE, (200, 1536))] {
         let frames = frames_to_guest(&process, features, buffers);
         let whole = frames.iter().find(|frame| frame.bytes.len() > 4000);
@@ -72,7 +72,7 @@ fn checksums_are_left_to_a_guest_with_csum_offload() {
 #[test]
 fn guest_without_offloads_gets_complete_frames() {
     let process = isolated(&[]);
-    // Even after one that had them; and segments without checksums are nothing.
+    // Also after a guest that had offloads. Segmentation offload needs checksum offload.
     drop(boot(&process, TSO));
     for features in [0, TSO & !CSUM] {
         for frame in frames_to_guest(&process, features, (32, 2048)) {
@@ -93,7 +93,7 @@ fn guest_can_leave_checksums_and_segmentation_to_the_host() {
     for len in [1, 1000, 9000, 30_000] {
         let text = text(len);
         let mut segment = connection.segment(ACK | PUSH, &text);
-        // The sum of the pseudo header is for the guest to begin with.
+        // The guest stores the checksum of the pseudo header.
         let pseudo = pseudo_header(GUEST, HOST, TCP, segment.len());
         let sum = !checksum(&pseudo);
         segment[CHECKSUM..CHECKSUM + 2].copy_from_slice(&sum.to_be_bytes());

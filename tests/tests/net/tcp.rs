@@ -1,5 +1,5 @@
-//! The guest's side of one TCP connection (RFC 9293), without resending: between
-//! guest and host nothing gets lost.
+//! The guest's side of a TCP connection (RFC 9293), without retransmission, because no frame is
+//! lost between guest and host.
 
 use std::net::{TcpListener, TcpStream};
 
@@ -13,11 +13,11 @@ use crate::in_network_of;
 pub const SYN: u8 = 2;
 pub const ACK: u8 = 16;
 pub const PUSH: u8 = 8;
-/// TCP's number in IPv4.
+/// The IPv4 protocol number of TCP.
 pub const TCP: u8 = 6;
 /// Largest segment of a 1500 byte packet.
 pub const MSS: u16 = 1460;
-/// Where TCP's checksum is.
+/// Offset of the checksum in the TCP header.
 pub const CHECKSUM: usize = 16;
 
 const PORT: u16 = 40_000;
@@ -68,7 +68,7 @@ impl Connection {
         (connection, server)
     }
 
-    /// A frame with the next segment, its checksum still 0.
+    /// Returns a frame with the next segment and a zero checksum.
     pub fn segment(&mut self, flags: u8, data: &[u8]) -> Vec<u8> {
         let mut segment = Vec::new();
         segment.extend(PORT.to_be_bytes());
@@ -83,7 +83,7 @@ impl Connection {
         segment
     }
 
-    /// Sends a segment with a checksum of its own.
+    /// Sends a segment with a complete checksum.
     pub fn send(&mut self, guest: &mut Guest, flags: u8, data: &[u8]) {
         let mut segment = self.segment(flags, data);
         let pseudo = pseudo_header(GUEST, HOST, TCP, segment.len());
@@ -92,8 +92,7 @@ impl Connection {
         send(guest, &ethernet(self.host, IPV4, &ipv4(TCP, &segment)));
     }
 
-    /// Receives `len` bytes and acknowledges them; returns them and the frames
-    /// that they came in.
+    /// Receives `len` bytes and acknowledges them. Returns them with their frames.
     pub fn receive(&mut self, guest: &mut Guest, len: usize) -> (Vec<u8>, Vec<Frame>) {
         let (mut all, mut frames) = (Vec::new(), Vec::new());
         while all.len() < len {
@@ -103,7 +102,7 @@ impl Connection {
             let data = &segment[usize::from(segment[12] >> 4) * 4..];
             let number = u32::from_be_bytes(segment[4..8].try_into().unwrap());
             if data.is_empty() || number != self.received {
-                continue; // an acknowledgement, or what we have already
+                continue; // an acknowledgement, or data that was received before
             }
             all.extend(data);
             self.received += data.len() as u32;
@@ -114,7 +113,7 @@ impl Connection {
     }
 }
 
-/// The TCP segment in `frame`, if it comes from `port`.
+/// Returns the TCP segment in `frame`, if it is from `port`.
 fn segment_of(frame: &Frame, port: u16) -> Option<&[u8]> {
     frame
         .ipv4(TCP)
