@@ -50,7 +50,7 @@ fn passes_all_bytes_unchanged() {
 
 #[test]
 fn terminal_does_not_echo_guest_output() {
-    // In a terminal with an echo, the guest would read_exactly itself.
+    // With echo, the terminal would send the guest its own output.
     let (process, path) = start();
     let mut guest = boot(&process);
     post(&mut guest, 1, 64);

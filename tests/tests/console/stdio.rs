@@ -211,7 +211,7 @@ fn ctrl_a_x_works_although_the_guest_reads_nothing() {
     assert!(terminal.is_raw());
     terminal
         .keyboard
-        .write_all(b"does anybody read_exactly me?\x01")
+        .write_all(b"input that the guest does not read\x01")
         .unwrap();
     terminal.keyboard.write_all(b"x").unwrap();
     assert_eq!(terminal.process.wait().code(), Some(10));

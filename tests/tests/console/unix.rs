@@ -133,7 +133,7 @@ fn client_that_closes_its_sending_side_stays_connected() {
 fn input_of_a_client_that_disconnects_at_once_is_delivered() {
     let (process, path) = start();
     let mut guest = boot(&process);
-    // No buffers yet: these clients are gone before the guest can read_exactly them.
+    // These clients disconnect before the guest provides buffers.
     for name in [b"one ", b"two "] {
         connect(&path).write_all(name).unwrap();
     }
