@@ -238,8 +238,8 @@ fn linux_writes_with_fsync_while_its_disk_dies() {
         .start();
     linux::wait_serial(&machine, "STEP cpus: pass");
     // During the creation and first use of the file system, then in each round.
-    let said = (0..3).map(|_| "GUEST up".to_owned());
-    for text in said.chain((1..=ROUNDS).map(|round| format!("ROUND {round}"))) {
+    let printed = (0..3).map(|_| "GUEST up".to_owned());
+    for text in printed.chain((1..=ROUNDS).map(|round| format!("ROUND {round}"))) {
         linux::wait_serial(&machine, &text);
         std::thread::sleep(random.time(Duration::from_millis(1500)));
         victim.kill();

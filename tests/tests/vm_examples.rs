@@ -54,8 +54,8 @@ fn systemd_analyze_accepts_the_units() {
             .args(units)
             .output()
             .unwrap();
-        let said = String::from_utf8(output.stderr).unwrap();
-        (output.status.success(), said)
+        let printed = String::from_utf8(output.stderr).unwrap();
+        (output.status.success(), printed)
     };
     assert_eq!(verify(&units), (true, String::new()));
     // systemd-analyze prints a line for each mistake.
@@ -216,16 +216,16 @@ fn the_same_guest_runs_on_three_disk_back_ends() {
         .env("TMPDIR", directory.path().join("tmp"));
     let mut script = Launcher::spawn(directory, command, Stdio::null());
     let code = script.wait();
-    let (said, errors) = (script.read("stdout"), script.read("stderr"));
-    assert_eq!(code, 0, "{said}{errors}");
+    let (printed, errors) = (script.read("stdout"), script.read("stderr"));
+    assert_eq!(code, 0, "{printed}{errors}");
     assert_eq!(errors, "");
-    assert_eq!(said.matches("guest: pass").count(), 3, "{said}");
+    assert_eq!(printed.matches("guest: pass").count(), 3, "{printed}");
     assert_eq!(
-        said.matches("4096 KiB written and verified").count(),
+        printed.matches("4096 KiB written and verified").count(),
         3,
-        "{said}"
+        "{printed}"
     );
-    for (number, line) in said
+    for (number, line) in printed
         .lines()
         .filter(|line| line.starts_with("== "))
         .enumerate()

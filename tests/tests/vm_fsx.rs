@@ -61,8 +61,8 @@ fn linux_verifies_disks_of_every_format() {
     let machine = machine.lifetime(LIMIT).start();
     wait_end_within(&machine, 0, LIMIT);
     let serial = machine.serial();
-    let said = format!("{} operations on each of 4 devices", operations());
-    assert!(serial.contains(&said), "{serial}");
+    let printed = format!("{} operations on each of 4 devices", operations());
+    assert!(serial.contains(&printed), "{serial}");
     // This also releases the locks of the images.
     drop(machine);
     for (format, image) in images {

@@ -201,10 +201,10 @@ fn a_device_that_does_not_start_is_named() {
     let guest = embedded_guest().display().to_string();
     let mut launcher = Launcher::start(&run_arguments(&guest, "", "path=/nonexistent.img"));
     assert_eq!(launcher.wait(), 1);
-    let said = launcher.read("stderr");
+    let printed = launcher.read("stderr");
     assert!(
-        said.contains("/nonexistent.img") && said.contains("disk0"),
-        "{said}"
+        printed.contains("/nonexistent.img") && printed.contains("disk0"),
+        "{printed}"
     );
     launcher.expect_no_process_left();
 }
@@ -358,9 +358,9 @@ fn the_printed_script_cleans_up_after_failures_and_signals() {
     for shell in ["sh", "bash"] {
         let mut missing = launch_script(shell, "", Some("/nonexistent.img"));
         assert_eq!(missing.wait(), 1);
-        let said = missing.read("stderr");
-        assert_eq!(said.lines().count(), 1, "{shell}: {said}");
-        assert!(said.contains("/nonexistent.img"), "{shell}: {said}");
+        let printed = missing.read("stderr");
+        assert_eq!(printed.lines().count(), 1, "{shell}: {printed}");
+        assert!(printed.contains("/nonexistent.img"), "{shell}: {printed}");
         expect_nothing_left(&missing);
 
         for (victim, code) in [("device-disk", 5), ("vcpu-runner", 137)] {
@@ -376,8 +376,8 @@ fn the_printed_script_cleans_up_after_failures_and_signals() {
             script.wait_file("serial", "idle");
             kill_process(script.pid(), signal).unwrap();
             let code = script.wait();
-            let said = script.read("stderr");
-            assert_eq!(code, 0, "{shell}, {signal:?}: {said}");
+            let printed = script.read("stderr");
+            assert_eq!(code, 0, "{shell}, {signal:?}: {printed}");
             expect_nothing_left(&script);
         }
     }
@@ -433,11 +433,11 @@ fn mistakes_that_the_runner_detects_are_one_line() {
         let arguments = [&["run", "--quiet", "--kernel", kernel], more].concat();
         let mut launcher = Launcher::start(&arguments);
         assert_eq!(launcher.wait(), code);
-        let said = launcher.read("stderr");
-        assert_eq!(said.lines().count(), 1, "{said}");
-        assert!(said.starts_with("vcpu-runner: "), "{said}");
+        let printed = launcher.read("stderr");
+        assert_eq!(printed.lines().count(), 1, "{printed}");
+        assert!(printed.starts_with("vcpu-runner: "), "{printed}");
         for part in parts {
-            assert!(said.contains(part), "no {part:?} in: {said}");
+            assert!(printed.contains(part), "no {part:?} in: {printed}");
         }
         launcher.expect_no_process_left();
     }

@@ -46,8 +46,8 @@ fn expect_end(launcher: &mut Launcher, code: i32) {
 
 /// Checks that a command is refused with one line, and that nothing has changed.
 fn expect_refused(launcher: &Launcher, arguments: &[&str], parts: &[&str]) {
-    let (code, said, error) = launcher.ctl(arguments);
-    assert_eq!((code, said.as_str()), (1, ""), "{arguments:?}: {error}");
+    let (code, printed, error) = launcher.ctl(arguments);
+    assert_eq!((code, printed.as_str()), (1, ""), "{arguments:?}: {error}");
     assert_eq!(error.lines().count(), 1, "{error}");
     for part in parts {
         assert!(error.contains(part), "no {part:?} in: {error}");
@@ -188,7 +188,7 @@ fn a_refused_swap_changes_nothing() {
             "path=other.img,serial=much-longer-than-twenty-bytes",
             &["device-disk", "--serial"],
         ),
-        ("socket=nobody", &["disk0", "nobody"]),
+        ("socket=missing.sock", &["disk0", "missing.sock"]),
     ] {
         expect_refused(&launcher, &["swap", "disk0", with], parts);
     }
@@ -379,9 +379,9 @@ fn silent_and_non_reading_clients_do_not_block_others() {
     long.set_write_timeout(Some(Duration::from_millis(500)))
         .unwrap();
     let _ = long.write_all(&b"x".repeat(100_000));
-    let mut said = String::new();
-    let _ = long.read_to_string(&mut said);
-    assert!(said.contains("longer than 65536 bytes"), "{said}");
+    let mut printed = String::new();
+    let _ = long.read_to_string(&mut printed);
+    assert!(printed.contains("longer than 65536 bytes"), "{printed}");
     launcher.do_ctl(&["stop"]);
     expect_end(&mut launcher, 0);
 }

@@ -54,9 +54,9 @@ fn expect_end(launcher: &mut Launcher, code: i32) {
 }
 
 fn deaths(launcher: &Launcher, id: &str) -> usize {
-    let said = launcher.read("stderr");
+    let printed = launcher.read("stderr");
     let line = format!("outrigger: {id}: ");
-    said.lines().filter(|it| it.starts_with(&line)).count()
+    printed.lines().filter(|it| it.starts_with(&line)).count()
 }
 
 /// Kills `name` and waits for its successor, `times` times.
@@ -168,14 +168,14 @@ fn repeated_deaths_delay_the_restart_and_a_restart_command_resets_the_delay() {
     launcher.wait_file("serial", "idle");
     // The first restart has no delay, the others have growing delays.
     kill(&launcher, "device-disk", 4, Duration::ZERO);
-    let said = launcher.read("stderr");
+    let printed = launcher.read("stderr");
     assert!(
-        said.contains("disk0: device-disk died: signal 9; started again as"),
-        "{said}"
+        printed.contains("disk0: device-disk died: signal 9; started again as"),
+        "{printed}"
     );
     for wait in [100, 200, 400] {
         let text = format!("to be started again in {wait} ms");
-        assert!(said.contains(&text), "{said}");
+        assert!(printed.contains(&text), "{printed}");
     }
     // A restart command has no delay and resets the history.
     launcher.do_ctl(&["restart", "disk0"]);

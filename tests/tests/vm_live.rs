@@ -55,8 +55,12 @@ fn size(launcher: &Launcher, name: &str) -> u64 {
 
 /// Checks that `ctl` refuses a command, with one line on stderr.
 fn expect_refused(launcher: &Launcher, arguments: &[&str], code: i32, part: &str) {
-    let (got, said, error) = launcher.ctl(arguments);
-    assert_eq!((got, said.as_str()), (code, ""), "{arguments:?}: {error}");
+    let (got, printed, error) = launcher.ctl(arguments);
+    assert_eq!(
+        (got, printed.as_str()),
+        (code, ""),
+        "{arguments:?}: {error}"
+    );
     assert_eq!(error.lines().count(), 1, "{error}");
     assert!(
         error.contains(part),
@@ -84,12 +88,12 @@ fn linux_uses_the_new_size_of_a_grown_disk() {
     let mut launcher = launch(&kernel, cmdline, &more);
     let start = Instant::now();
     let serial = launcher.directory().join("serial");
-    while !std::fs::read_to_string(&serial).is_ok_and(|said| said.contains("GROW ready")) {
+    while !std::fs::read_to_string(&serial).is_ok_and(|printed| printed.contains("GROW ready")) {
         assert!(start.elapsed() < PATIENCE, "{}", launcher.read("stderr"));
         std::thread::sleep(std::time::Duration::from_millis(50));
     }
-    let said = launcher.do_ctl(&["resize", "disk0", "96M"]);
-    assert_eq!(said, "the guest sees 100663296 bytes\n");
+    let printed = launcher.do_ctl(&["resize", "disk0", "96M"]);
+    assert_eq!(printed, "the guest sees 100663296 bytes\n");
     assert_eq!(launcher.wait(), 0, "{}", launcher.read("serial"));
     let serial = launcher.read("serial");
     assert!(serial.contains("STEP grow: pass"), "{serial}");
@@ -261,10 +265,10 @@ fn a_disk_process_gets_every_option_of_its_description() {
         let mut launcher = start(disk);
         assert_ne!(launcher.wait(), 0, "{disk}");
         let error = launcher.read("stderr");
-        let said = error
+        let printed = error
             .lines()
             .any(|line| line.contains("device-disk: ") && line.contains(part));
-        assert!(said, "{disk}: {error}");
+        assert!(printed, "{disk}: {error}");
     }
     let mut launcher =
         start("path=top,format=qcow2,backing=allow,cache=unsafe,queues=4,poll-us=50");
