@@ -11,10 +11,6 @@
 //!    [`mod@script`] prints the plan as a shell script.
 //!
 //! [`ctl`] is the client of the control socket, [`demo`] runs a built-in machine.
-//!
-//! Two pairs of modules need each other's types: `supervise` is implemented in several files
-//! that all extend its `Supervisor`, and `supervise::device` holds the `supervise::swap` stage
-//! that in turn holds the new process specification of the device.
 
 mod check;
 mod config;

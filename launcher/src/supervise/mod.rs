@@ -5,18 +5,21 @@
 //! send: one for each process, one for signals and the control socket. The modules:
 //!
 //! * [`spawn`] starts one process; [`processes`] has the running ones and their kill timers.
-//! * [`device`] is a device and what its processes are started with.
+//! * [`device`] is a device, [`process_spec`] what its processes are started with.
 //! * [`start`] starts the machine, [`restart`] restarts a device whose process has ended,
-//!   with the delays of [`backoff`], and [`swap`] swaps or restarts a device on request.
+//!   with the delays of [`backoff`], and [`swap`] swaps or restarts a device on request, in
+//!   the stages of [`swap_stage`].
 //! * [`terminal`] restores the mode of the user's terminal.
 
 mod backoff;
 mod device;
+mod process_spec;
 mod processes;
 mod restart;
 pub mod spawn;
 mod start;
 mod swap;
+mod swap_stage;
 mod terminal;
 
 use std::fmt::Display;
@@ -32,7 +35,7 @@ use rustix::process::Signal;
 use self::device::SupervisedDevice;
 use self::processes::ProcessTable;
 use self::spawn::{describe, exit_code};
-use self::swap::SwapStage;
+use self::swap_stage::SwapStage;
 pub use self::terminal::SavedTerminal;
 use crate::config::{MachineConfig, RestartPolicy};
 use crate::messages::{ProcessNumber, SupervisorEvent};
@@ -108,7 +111,7 @@ impl Supervisor {
                 }
                 Ok(SupervisorEvent::Exited(number, status)) => self.process_exited(number, status),
                 Ok(SupervisorEvent::Ready(number)) => self.process_ready(number),
-                Ok(SupervisorEvent::FirstLine(number, line)) => self.first_line(number, line),
+                Ok(SupervisorEvent::FirstLine(number, line)) => self.first_line(number, &line),
                 Ok(SupervisorEvent::Machine(event)) => self.machine_event(&event),
                 Ok(SupervisorEvent::Request(request)) => self.request(request),
                 Ok(SupervisorEvent::Terminate) => self.end_runner(),

@@ -7,7 +7,8 @@ use std::time::Instant;
 use anyhow::bail;
 use outrigger_protocol::{ErrorCode, exit};
 
-use super::device::{ProcessSpec, SupervisedDevice};
+use super::device::SupervisedDevice;
+use super::process_spec::ProcessSpec;
 use super::spawn::{SpawnSpec, describe, exit_code};
 use super::{EventReceiver, READY_LIMIT, Supervisor};
 use crate::messages::{CommandError, ProcessNumber, SupervisorEvent};

@@ -18,68 +18,15 @@ use outrigger_protocol::ErrorCode;
 use rustix::process::Signal;
 
 use super::backoff::RestartHistory;
-use super::device::{ProcessSpec, SupervisedDevice};
+use super::device::SupervisedDevice;
+use super::process_spec::ProcessSpec;
 use super::spawn::describe;
+use super::swap_stage::{Successor, SwapStage};
 use super::{READY_LIMIT, REPLACED_LIMIT, Supervisor};
 use crate::config::MachineConfig;
 use crate::keyval;
 use crate::messages::{CommandError, ProcessNumber, SupervisorRequest, SwapReady, SwapSource};
 use crate::plan;
-
-/// The stages of a swap.
-pub enum SwapStage {
-    /// The old process has been told to end. Its successor follows at the same socket.
-    AwaitingExit {
-        /// Takes the answer when the successor is ready.
-        reply: Sender<SwapReady>,
-    },
-    /// The successor was started, and is not ready yet.
-    Starting {
-        /// The successor.
-        process: ProcessNumber,
-        /// What changes when the swap is committed.
-        successor: Successor,
-        /// Takes the answer when the successor is ready.
-        reply: Sender<SwapReady>,
-        /// The first line on its stderr; empty if it will print none.
-        first_line: Option<String>,
-        /// How it ended.
-        status: Option<ExitStatus>,
-    },
-    /// The successor is ready, and the control socket's thread commits or aborts the swap.
-    Ready {
-        /// The successor, if the launcher started it and it still runs.
-        process: Option<ProcessNumber>,
-        /// What changes when the swap is committed.
-        successor: Successor,
-    },
-}
-
-/// What serves the device after the swap.
-pub enum Successor {
-    /// A process at the same socket. It is the current process already.
-    SameSocket,
-    /// A process with sockets of its own.
-    NewSocket {
-        /// What it was started with.
-        spec: Box<ProcessSpec>,
-        /// The description of the machine with it, if that differs.
-        config: Option<Box<MachineConfig>>,
-    },
-    /// A process that the launcher did not start.
-    External,
-}
-
-impl SwapStage {
-    /// Returns the successor, if the launcher started it.
-    fn process(&self) -> Option<ProcessNumber> {
-        match self {
-            SwapStage::AwaitingExit { .. } => None,
-            SwapStage::Starting { process, .. } => Some(*process),
-            SwapStage::Ready { process, .. } => *process,
-        }
-    }
-}
 
 impl Supervisor {
     /// Carries out a request of the control socket.
@@ -285,89 +232,42 @@ impl Supervisor {
         }
     }
 
-    /// A process is ready. If it is a successor, the swap gets to its last stage.
+    /// A process is ready. If it is the successor of a swap, the control socket's thread goes on.
     pub fn process_ready(&mut self, number: ProcessNumber) {
         self.processes.cancel_kill(number);
         for device in &mut self.devices {
-            device.swap = match device.swap.take() {
-                Some(SwapStage::Starting {
-                    process,
-                    successor,
-                    reply,
-                    ..
-                }) if process == number => {
-                    let path = match &successor {
-                        Successor::NewSocket { spec, .. } => Some(spec.socket.path.clone()),
-                        Successor::SameSocket | Successor::External => None,
-                    };
-                    let _ = reply.send(Ok(path));
-                    Some(SwapStage::Ready {
-                        process: Some(process),
-                        successor,
-                    })
-                }
-                other => other,
-            };
+            device.swap = device.swap.take().map(|stage| stage.process_ready(number));
         }
     }
 
     /// A process printed its first line to stderr. If it is a successor that does not become
     /// ready, that is the reason.
-    pub fn first_line(&mut self, number: ProcessNumber, line: String) {
+    pub fn first_line(&mut self, number: ProcessNumber, line: &str) {
         for index in 0..self.devices.len() {
-            if let Some(SwapStage::Starting {
-                process,
-                first_line,
-                ..
-            }) = &mut self.devices[index].swap
-                && *process == number
-            {
-                *first_line = Some(line);
-                return self.fail_swap(index);
+            if let Some(stage) = &mut self.devices[index].swap {
+                stage.set_first_line(number, line);
+                self.end_failed_swap(index);
             }
         }
     }
 
-    /// A process of the device has ended, which is the successor of a swap or a process that
-    /// was swapped before.
-    pub fn swap_process_exited(
-        &mut self,
-        index: usize,
-        number: ProcessNumber,
-        exit_status: ExitStatus,
-    ) {
-        match &mut self.devices[index].swap {
-            Some(SwapStage::Starting {
-                process, status, ..
-            }) if *process == number => {
-                *status = Some(exit_status);
-                self.fail_swap(index);
-            }
-            Some(SwapStage::Ready { process, .. }) if *process == Some(number) => *process = None,
-            _ => {}
+    /// A process of the device has ended, which may be the successor of a swap.
+    pub fn swap_process_exited(&mut self, index: usize, number: ProcessNumber, status: ExitStatus) {
+        if let Some(stage) = &mut self.devices[index].swap {
+            stage.process_exited(number, status);
+            self.end_failed_swap(index);
         }
     }
 
-    /// Ends the swap if the successor has ended before it was ready, and its first line is
-    /// known.
-    fn fail_swap(&mut self, index: usize) {
+    /// Ends the swap if its successor could not start.
+    fn end_failed_swap(&mut self, index: usize) {
         let device = &mut self.devices[index];
-        let has_failed = |stage: &mut SwapStage| {
-            matches!(
-                stage,
-                SwapStage::Starting {
-                    first_line: Some(_),
-                    status: Some(_),
-                    ..
-                }
-            )
-        };
         let Some(SwapStage::Starting {
             reply,
             first_line: Some(line),
             status: Some(status),
             ..
-        }) = device.swap.take_if(has_failed)
+        }) = device.swap.take_if(|stage| stage.has_failed())
         else {
             return;
         };
