@@ -55,7 +55,7 @@ macro_rules! display_as_option_value {
     ($($choice:ty),*) => {$(
         impl fmt::Display for $choice {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                // Only a variant that clap skips has no name, and none does.
+                // This is `None` only for variants with `#[value(skip)]`.
                 self.to_possible_value()
                     .map_or(Ok(()), |value| f.write_str(value.get_name()))
             }

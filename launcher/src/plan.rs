@@ -66,10 +66,6 @@ pub struct MachinePlan {
 /// The id of the platform process.
 pub const PLATFORM: &str = "platform";
 
-fn args<const N: usize>(words: [&str; N]) -> Vec<OsString> {
-    words.iter().map(OsString::from).collect()
-}
-
 impl ProgramPlan {
     fn new(id: String, name: &'static str, summary: String) -> Self {
         ProgramPlan {
@@ -214,7 +210,7 @@ fn plan_net(id: String, net: &NetConfig) -> ProgramPlan {
         NetKind::Isolated => {
             let address = net.address.as_deref().unwrap_or("10.0.2.1/24");
             let mut program = ProgramPlan::new(id, "device-net", format!("isolated, {address}"));
-            program.args = args(["--isolated", address]);
+            program.arg("--isolated", address);
             program
         }
         NetKind::Tap => {
