@@ -140,6 +140,7 @@ pub fn device(machine: &MachineConfig, id: &str) -> Option<DevicePlan> {
             _ => return None,
         }
     };
+    program.arg("--id", id);
     common_args(&mut program, machine);
     Some(DevicePlan { program, kind })
 }
@@ -325,6 +326,9 @@ mod tests {
             plan.devices[3].option("/run/b"),
             ("--platform", "socket=/run/b".into())
         );
+        for program in &programs {
+            assert!(has(program, &["--id", &program.id]), "{}", program.id);
+        }
         for program in programs.into_iter().chain([&plan.runner]) {
             assert!(has(program, &["--sandbox", "log"]), "{}", program.id);
         }
