@@ -2,6 +2,7 @@
 //! option value on the command line and a string in the VM file.
 
 use std::fmt;
+use std::str::FromStr;
 
 use clap::ValueEnum;
 use serde::Deserialize;
@@ -26,6 +27,15 @@ pub enum ImageFormat {
     Qcow2,
     /// QEMU's original qcow, version 1
     Qcow,
+}
+
+impl FromStr for ImageFormat {
+    type Err = String;
+
+    /// Parses the name of a format as it is stored in an image with a backing file.
+    fn from_str(name: &str) -> Result<Self, String> {
+        ValueEnum::from_str(name, false)
+    }
 }
 
 /// Whether the backing file that an image names is opened.

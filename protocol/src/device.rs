@@ -5,9 +5,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::ErrorCode;
 
-/// The longest command line in bytes that the socket accepts.
-pub const MAX_LINE: usize = 4096;
-
 /// A command, for example `{"command":"resize","size":1073741824}`. Variants without fields
 /// have braces because serde refuses unknown keys only in struct variants.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]

@@ -6,7 +6,8 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use outrigger_protocol::device::{DeviceReply, MAX_LINE, QueueStats};
+use outrigger_control_socket::MAX_LINE;
+use outrigger_protocol::device::{DeviceReply, QueueStats};
 use outrigger_tests::binaries::binary;
 use outrigger_tests::disk::{Request, SECTOR, pattern_of};
 use outrigger_tests::driver::Driver;

@@ -12,9 +12,9 @@ mod swap;
 use std::io::{self, ErrorKind};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -32,6 +32,9 @@ pub const REPLY_LIMIT: Duration = Duration::from_secs(150);
 const RUNNER_SOCKET_LIMIT: Duration = Duration::from_secs(15);
 /// How long the runner may take to answer, a little more than it gives itself.
 const RUNNER_REPLY_LIMIT: Duration = Duration::from_secs(65);
+/// How long the supervisor may take to answer. The slowest request waits for a process to end
+/// and for its successor to become ready.
+const SUPERVISOR_REPLY_LIMIT: Duration = Duration::from_secs(65);
 /// How long sending the last replies and events may take at the end of the machine.
 const FINISH_LIMIT: Duration = Duration::from_millis(500);
 /// Commands in progress at a time. Each may have a connection to the runner, which serves as
@@ -42,11 +45,11 @@ const MAX_COMMANDS: usize = MAX_CLIENTS - 1;
 pub struct ControlSocket {
     socket: Option<(UnixListener, BoundSocket)>,
     context: Arc<ControlContext>,
-    running: Option<Running>,
+    running: Option<RunningControl>,
 }
 
 /// What runs between [`ControlSocket::start`] and [`ControlSocket::finish`].
-struct Running {
+struct RunningControl {
     server: Option<ControlServer>,
     /// Removes the socket at the end.
     _socket_file: Option<BoundSocket>,
@@ -58,7 +61,7 @@ struct Running {
 struct ControlContext {
     /// Path of the runner's control socket.
     runner: PathBuf,
-    supervisor: Mutex<Sender<SupervisorEvent>>,
+    supervisor: Sender<SupervisorEvent>,
     /// Number of commands in progress.
     commands: AtomicUsize,
 }
@@ -80,7 +83,7 @@ impl ControlSocket {
             socket: path.map(bind).transpose()?,
             context: Arc::new(ControlContext {
                 runner,
-                supervisor: Mutex::new(supervisor),
+                supervisor,
                 commands: AtomicUsize::new(0),
             }),
             running: None,
@@ -101,13 +104,13 @@ impl ControlSocket {
             }
             None => (None, None),
         };
-        let (done, events_done) = channel();
+        let (done, events_done) = channel::<()>();
         let (context, events_server) = (Arc::clone(&self.context), server.clone());
         std::thread::spawn(move || {
             events::relay(&context, events_server.as_ref());
-            drop::<Sender<()>>(done);
+            drop(done);
         });
-        self.running = Some(Running {
+        self.running = Some(RunningControl {
             server,
             _socket_file: socket_file,
             events_done,
@@ -188,17 +191,24 @@ impl ControlContext {
     ) -> Result<T, CommandError> {
         let (reply, answer) = channel();
         let ended = || CommandError::new(ErrorCode::Ended, "the machine has ended");
-        let supervisor = lock(&self.supervisor).clone();
-        supervisor
+        self.supervisor
             .send(SupervisorEvent::Request(request(reply)))
             .map_err(|_| ended())?;
-        answer.recv_timeout(RUNNER_REPLY_LIMIT).map_err(|_| ended())
+        answer
+            .recv_timeout(SUPERVISOR_REPLY_LIMIT)
+            .map_err(|error| match error {
+                RecvTimeoutError::Disconnected => ended(),
+                RecvTimeoutError::Timeout => {
+                    let why = format!("no answer within {SUPERVISOR_REPLY_LIMIT:?}");
+                    CommandError::new(ErrorCode::Timeout, why)
+                }
+            })
     }
 
     /// Sends an event to the supervisor.
     fn notify(&self, event: SupervisorEvent) {
         // Fails only when the machine has ended.
-        let _ = lock(&self.supervisor).send(event);
+        let _ = self.supervisor.send(event);
     }
 }
 
@@ -209,8 +219,4 @@ fn error_code(error: &io::Error, closed: ErrorCode) -> ErrorCode {
         ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => closed,
         _ => ErrorCode::Failed,
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

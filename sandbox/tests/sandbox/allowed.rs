@@ -23,17 +23,17 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
-use crate::{POLICY, Probe, ProbeEnd, sealed, sealed_only};
+use crate::{POLICY, ProbeEnd, SandboxProbe, sealed, sealed_only};
 
-const fn works(name: &'static str, run: fn()) -> Probe {
-    Probe {
+const fn works(name: &'static str, run: fn()) -> SandboxProbe {
+    SandboxProbe {
         name,
         run,
         end: ProbeEnd::Success,
     }
 }
 
-pub const PROBES: &[Probe] = &[
+pub const PROBES: &[SandboxProbe] = &[
     works("do nothing", sealed),
     works(
         "use memory and eventfds that are received later",
@@ -63,7 +63,7 @@ pub const PROBES: &[Probe] = &[
         thread.join().unwrap_err();
         eprintln!("logged");
     }),
-    Probe {
+    SandboxProbe {
         name: "abort",
         run: || {
             sealed();

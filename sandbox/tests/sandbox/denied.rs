@@ -4,17 +4,17 @@ use std::arch::asm;
 use std::sync::mpsc;
 use std::thread;
 
-use crate::{KILLED, Probe, ProbeEnd, sealed};
+use crate::{KILLED, ProbeEnd, SandboxProbe, sealed};
 
-const fn killed(name: &'static str, run: fn()) -> Probe {
-    Probe {
+const fn killed(name: &'static str, run: fn()) -> SandboxProbe {
+    SandboxProbe {
         name,
         run,
         end: KILLED,
     }
 }
 
-pub const PROBES: &[Probe] = &[
+pub const PROBES: &[SandboxProbe] = &[
     // Opening an object by name.
     killed("open a file", || {
         call_sealed(libc::SYS_openat, [AT_FDCWD, path(), 0, 0, 0, 0])
@@ -184,7 +184,7 @@ pub const PROBES: &[Probe] = &[
         const X32: i64 = 0x4000_0000;
         call_sealed(X32 + libc::SYS_getpid, [0; 6])
     }),
-    Probe {
+    SandboxProbe {
         name: "call as a 32-bit program",
         run: || {
             sealed();

@@ -16,7 +16,7 @@ use rustix::process::{
 };
 use rustix::thread::{capabilities, capability_is_in_ambient_set, no_new_privs};
 
-use crate::{POLICY, Probe, ProbeEnd, RunAs, sealed_only, start_waiting};
+use crate::{POLICY, ProbeEnd, RunAs, SandboxProbe, sealed_only, start_waiting};
 
 pub const FROM_WITHIN: &str = "isolate: as seen from within";
 pub const FROM_OUTSIDE: &str = "isolate: as seen from outside";
@@ -24,15 +24,15 @@ pub const FROM_OUTSIDE: &str = "isolate: as seen from outside";
 const ALL: [&str; 6] = ["cgroup", "ipc", "mnt", "net", "user", "uts"];
 const UNPRIVILEGED_ID: u32 = 65534;
 
-const fn works(name: &'static str, run: fn()) -> Probe {
-    Probe {
+const fn works(name: &'static str, run: fn()) -> SandboxProbe {
+    SandboxProbe {
         name,
         run,
         end: ProbeEnd::Success,
     }
 }
 
-pub const PROBES: &[Probe] = &[
+pub const PROBES: &[SandboxProbe] = &[
     works(FROM_WITHIN, check_from_within),
     works(FROM_OUTSIDE, wait_for_end_of_input),
     works("isolate: fails with a second thread", || {

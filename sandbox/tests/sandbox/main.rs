@@ -19,7 +19,7 @@ use outrigger_sandbox::{
 };
 
 /// One action to try in a sandboxed process.
-struct Probe {
+struct SandboxProbe {
     name: &'static str,
     run: fn(),
     end: ProbeEnd,
@@ -90,7 +90,7 @@ fn sealed_only() {
     println!("sealed");
 }
 
-fn probes() -> impl Iterator<Item = &'static Probe> {
+fn probes() -> impl Iterator<Item = &'static SandboxProbe> {
     [denied::PROBES, allowed::PROBES, isolation::PROBES]
         .into_iter()
         .flatten()
@@ -168,7 +168,7 @@ fn main() -> ExitCode {
     ExitCode::from(u8::from(failed > 0))
 }
 
-fn run(probe: &Probe, start: RunAs) -> Result<(), String> {
+fn run(probe: &SandboxProbe, start: RunAs) -> Result<(), String> {
     let output = match command(probe.name, start).stdin(Stdio::null()).output() {
         // The host itself refuses user namespaces to ordinary users.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied && start.needs_rights() => {
