@@ -9,9 +9,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::{ErrorCode, device};
 
-/// The longest command line in bytes that the control socket accepts.
-pub const MAX_LINE: usize = 64 * 1024;
-
 /// A command, for example `{"command":"pause"}`. Variants without fields have braces
 /// because serde refuses unknown keys only in struct variants.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]

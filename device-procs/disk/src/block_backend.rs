@@ -7,8 +7,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use clap::ValueEnum;
 use device_vhost_user::ConfigSpace;
+pub use outrigger_cli::CacheMode;
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 
 use crate::config;
@@ -17,18 +17,6 @@ use crate::image::{Geometry, Image};
 use crate::io_engine::IoOp;
 use crate::stats::StatsRecorder;
 use crate::transfer::{VectoredIo, transfer};
-
-/// How writes get to the disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum CacheMode {
-    /// Through the host's page cache; a flush puts them onto the medium
-    #[default]
-    Writeback,
-    /// Past the page cache (O_DIRECT)
-    None,
-    /// Through the page cache; a flush does nothing, and a crash of the host may lose all
-    Unsafe,
-}
 
 /// The block back end.
 pub struct BlockBackend {

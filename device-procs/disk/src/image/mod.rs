@@ -17,12 +17,10 @@ use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::str::FromStr;
-
-use clap::ValueEnum;
 
 use device_vhost_user::Buffers;
 
+pub use outrigger_cli::{BackingPolicy, ImageFormat};
 pub use raw::BLKGETSIZE64;
 
 /// Size of a sector of virtio-blk in bytes (virtio 1.2 section 5.2.4).
@@ -50,34 +48,6 @@ impl Geometry {
     pub fn sectors(&self) -> u64 {
         self.capacity / SECTOR
     }
-}
-
-/// The format of an image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum ImageFormat {
-    /// The file is the disk
-    Raw,
-    /// QEMU's copy-on-write format, versions 2 and 3
-    Qcow2,
-    /// QEMU's first copy-on-write format, version 1
-    Qcow,
-}
-
-impl FromStr for ImageFormat {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        ValueEnum::from_str(name, false)
-    }
-}
-
-/// Whether an image may have a backing file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum BackingPolicy {
-    /// No: an image with a backing file is refused
-    Deny,
-    /// Yes: the backing file is read, whatever its path is
-    Allow,
 }
 
 /// Where an image comes from, and how its backing files are opened.
