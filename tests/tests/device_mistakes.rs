@@ -1,6 +1,6 @@
-//! Mistakes in the command lines of device processes: each ends with one line that
-//! names the thing, and with a code that says whether the command line or something
-//! that it names is wrong. Nothing is left behind.
+//! Mistakes in the command lines of device processes. Each one is reported with one line that
+//! names the option, and with an exit code that tells an invalid command line from an error
+//! of something that it names. No files are left behind.
 
 use std::fs::{File, Permissions};
 use std::os::fd::OwnedFd;
@@ -11,15 +11,15 @@ use std::path::Path;
 use outrigger_tests::binaries;
 use outrigger_tests::process::{Launch, Process};
 
-/// The command line makes no sense.
+/// Exit code: the command line is invalid.
 const USAGE: i32 = 2;
-/// What it names is not as it should be.
+/// Exit code: something that the command line names cannot be used.
 const FAILED: i32 = 1;
 
-/// In arguments and messages, the directory of the test.
+/// Stands for the directory of the test in arguments and messages.
 const HERE: &str = "@";
 
-/// Files that mistakes are made with.
+/// Files that the command lines refer to.
 fn prepare(directory: &Path) -> UnixListener {
     std::fs::write(directory.join("image"), [0; 4096]).unwrap();
     std::fs::write(directory.join("empty"), []).unwrap();
@@ -27,7 +27,7 @@ fn prepare(directory: &Path) -> UnixListener {
     UnixListener::bind(directory.join("served")).unwrap()
 }
 
-/// The names in `directory`.
+/// The file names in `directory`.
 fn names(directory: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(directory).unwrap();
     let mut names: Vec<_> = entries
@@ -45,8 +45,8 @@ fn expect(process: &Process, code: i32, line: &str) {
     assert_eq!(status.code(), Some(code), "{log}");
 }
 
-/// Runs `program` with each command line, for its code and its line without the
-/// program's name in front.
+/// Runs `program` with each command line, and checks its exit code and its line, which
+/// begins with the program's name.
 fn table(program: &str, mistakes: &[(&str, i32, &str)]) {
     for &(arguments, code, message) in mistakes {
         let launch = Launch::new(program);
@@ -62,8 +62,8 @@ fn table(program: &str, mistakes: &[(&str, i32, &str)]) {
 
 const LONG: &str = "@/0123456789012345678901234567890123456789012345678901234567890123456789012345678901234567890123456789";
 
-/// Mistakes with the socket are the same for every device; `good` are options of a
-/// device that has nothing else to complain of.
+/// Mistakes with the socket are the same for every device. `good` are valid options for
+/// everything else.
 fn sockets(program: &str, good: &str) {
     let long = format!("--socket-path {LONG}");
     let too_long = format!(
@@ -125,18 +125,18 @@ fn sockets(program: &str, good: &str) {
     for (arguments, code, message) in mistakes {
         table(program, &[(&format!("{good} {arguments}"), code, message)]);
     }
-    // Nobody to tell that the program serves.
+    // The readiness notification cannot be sent.
     let mut launch = Launch::new(program);
     let here = launch.directory().to_owned();
     let _served = prepare(&here);
     let before = names(&here);
-    launch.command().env("NOTIFY_SOCKET", here.join("nobody"));
+    launch.command().env("NOTIFY_SOCKET", here.join("missing"));
     let arguments = format!("{good} --socket-path @/s").replace(HERE, here.to_str().unwrap());
     let process = launch.args(arguments.split_whitespace()).spawn();
     let line = format!("{program}: NOTIFY_SOCKET: No such file or directory (os error 2)");
     expect(&process, FAILED, &line);
     assert_eq!(names(&here), before);
-    // A descriptor that is no socket.
+    // A descriptor that is not a socket.
     let file = OwnedFd::from(File::open("/dev/null").unwrap());
     let number = std::os::fd::AsRawFd::as_raw_fd(&file);
     let launch = Launch::new(program);
@@ -152,27 +152,27 @@ fn sockets(program: &str, good: &str) {
 }
 
 #[test]
-fn sockets_of_the_disk() {
+fn invalid_sockets_of_device_disk() {
     sockets("device-disk", "--blk-file @/image");
 }
 
 #[test]
-fn sockets_of_the_network() {
+fn invalid_sockets_of_device_net() {
     sockets("device-net", "--isolated");
 }
 
 #[test]
-fn sockets_of_the_console() {
+fn invalid_sockets_of_device_console() {
     sockets("device-console", "--pty");
 }
 
 #[test]
-fn sockets_of_the_platform() {
+fn invalid_sockets_of_device_platform() {
     sockets("device-platform", "--serial null");
 }
 
 #[test]
-fn platforms() {
+fn invalid_options_of_device_platform() {
     table(
         "device-platform",
         &[
@@ -206,7 +206,7 @@ fn platforms() {
 }
 
 #[test]
-fn images() {
+fn invalid_options_of_device_disk() {
     table(
         "device-disk",
         &[
@@ -274,9 +274,9 @@ fn images() {
     );
 }
 
-/// A name of several lines does not make the message one.
+/// A file name with a newline does not make the message two lines.
 #[test]
-fn control_characters() {
+fn control_characters_in_errors_are_escaped() {
     for (program, option, named) in [
         ("device-disk", "--blk-file=", "--blk-file "),
         ("device-platform", "--serial=file=", "--serial file="),
@@ -293,9 +293,9 @@ fn control_characters() {
     }
 }
 
-/// By an ordinary user: root may write to any file.
+/// Run as an ordinary user, because root may write to any file.
 #[test]
-fn an_image_that_may_only_be_read() {
+fn an_image_without_write_permission() {
     let program = File::open(binaries::binary("device-disk")).unwrap();
     let launch = Launch::of(&program).as_user(65534);
     let here = launch.directory().to_owned();
@@ -318,7 +318,7 @@ fn an_image_that_may_only_be_read() {
 }
 
 #[test]
-fn networks() {
+fn invalid_options_of_device_net() {
     table(
         "device-net",
         &[
@@ -372,7 +372,7 @@ fn networks() {
 }
 
 #[test]
-fn consoles() {
+fn invalid_options_of_device_console() {
     let unix = format!("--socket-path @/s --unix {LONG}");
     let too_long = format!(
         "invalid value '{LONG}' for '--unix <PATH>': longer than the 107 bytes that a socket path may have: give a shorter path"

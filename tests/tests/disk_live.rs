@@ -1,4 +1,4 @@
-//! What can be asked of device-disk while it serves: its control socket.
+//! The control socket of device-disk, while it serves a guest.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -48,7 +48,7 @@ impl Client {
         self.ask(&format!(r#"{{"command":"resize","size":{size}}}"#))
     }
 
-    /// Why it is not done.
+    /// The error of a command that fails.
     fn refused(&mut self, line: &str) -> String {
         let reply = self.ask(line);
         assert!(!reply.ok && reply.capacity.is_none(), "{line}: {reply:?}");
@@ -80,7 +80,7 @@ fn send(guest: &mut Guest, kind: u32, sector: u64, data: &[Buffer]) -> u32 {
 }
 
 #[test]
-fn statistics_add_up() {
+fn statistics_match_the_requests() {
     let (process, mut client) = start(&[]);
     assert_eq!(client.stats()[0].latency.samples, 0);
     let mut guest = Guest::boot(process.connect(), FLUSH | EVENT_IDX, 1);
@@ -126,7 +126,7 @@ fn statistics_add_up() {
 }
 
 #[test]
-fn each_queue_counts_its_own_and_how_much_is_under_way() {
+fn each_queue_counts_its_requests_and_those_in_flight() {
     let (process, mut client) = start(&["--queues", "2"]);
     let socket = process.directory().join("socket");
     let mut driver = Driver::connect(&socket, 2, 32, 4096);
@@ -183,7 +183,7 @@ fn a_disk_grows_while_it_is_written_to() {
                 }
                 rounds += 1;
             }
-            // The driver reads the new size, and uses what is there now.
+            // The driver reads the new size and uses the new part.
             let capacity = driver.capacity();
             let queue = &mut driver.queues[0];
             queue.write(3, capacity - 4096);
@@ -211,14 +211,14 @@ fn a_disk_grows_while_it_is_written_to() {
             .all(|&byte| byte == 0)
     );
     assert!(bytes[bytes.len() - 4096..].iter().all(|&byte| byte == 3));
-    // What the guest sees is never less than it was.
+    // The size that the guest sees never shrinks.
     let why = client.refused(r#"{"command":"resize","size":1048576}"#);
     assert!(!why.is_empty());
     for size in [0, 512, (6 << 20) + 1, u64::MAX, u64::MAX - 511] {
         client.refused(&format!(r#"{{"command":"resize","size":{size}}}"#));
     }
     assert_eq!(std::fs::metadata(&image).unwrap().len(), 5 << 20);
-    // Somebody else makes the file longer.
+    // Another process makes the file longer.
     let file = std::fs::File::options().write(true).open(&image).unwrap();
     file.set_len(8 << 20).unwrap();
     assert_eq!(
@@ -237,9 +237,9 @@ fn qemu_img(arguments: &[&str], image: &Path) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// As its reader and writer by trade sees it afterwards.
+/// qemu-img checks the image afterwards.
 #[test]
-fn an_image_in_qcow2_grows_and_is_whole() {
+fn a_qcow2_image_grows_and_stays_valid() {
     let launch = Launch::new("device-disk");
     let directory = launch.directory().to_owned();
     let (image, control) = (directory.join("image"), directory.join("control"));
@@ -287,13 +287,13 @@ fn an_image_in_qcow2_grows_and_is_whole() {
 }
 
 #[test]
-fn nonsense_is_answered_and_nobody_is_held_up() {
+fn invalid_commands_are_answered_and_delay_no_client() {
     let (process, mut client) = start(&["--read-only"]);
     let control = process.directory().join("control");
     let mut silent: Vec<_> = (0..20).map(|_| Client::new(&control)).collect();
     let mut long = Client::new(&control);
     let _ = long.0.get_mut().write_all(&vec![b'{'; 4 * MAX_LINE]);
-    // Its connection may have gone to make room.
+    // Its connection may have been closed to make room for another client.
     let mut client_again = Client::new(&control);
     for line in [
         "",
@@ -320,13 +320,13 @@ fn nonsense_is_answered_and_nobody_is_held_up() {
 }
 
 #[test]
-fn a_socket_of_somebody_elses_is_taken_over() {
+fn an_inherited_control_socket_is_served() {
     let launch = Launch::new("device-disk");
     let image = launch.directory().join("image");
     std::fs::write(&image, pattern_of(0, SIZE)).unwrap();
     let path = launch.directory().join("others");
     let listener = UnixListener::bind(&path).unwrap();
-    // Who comes early waits.
+    // A client that connects early waits.
     let mut early = Client::new(&path);
     let _process = launch
         .args([Path::new("--blk-file"), &image])
@@ -336,7 +336,7 @@ fn a_socket_of_somebody_elses_is_taken_over() {
 }
 
 #[test]
-fn who_has_none_says_so() {
+fn a_control_socket_that_cannot_be_used_is_reported() {
     let said = |program: &str, arguments: &[&str]| {
         let output = Command::new(binary(program))
             .args(arguments)
@@ -370,6 +370,6 @@ fn who_has_none_says_so() {
         assert_eq!(code, Some(1), "{error}");
         assert!(error.contains(&control.join(" ")), "{error}");
     }
-    // A start that fails leaves nothing behind.
+    // A failed start leaves no files behind.
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
 }

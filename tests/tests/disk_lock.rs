@@ -1,4 +1,4 @@
-//! Images are locked as QEMU locks them. Each test has the real thing on one side.
+//! Image locks, tested against those of QEMU's programs.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ fn disk(image: &Path, options: &[&str]) -> Launch {
         .args(options)
 }
 
-/// What a device-disk says that must not start on `image`.
+/// The error of a device-disk that must not start on `image`.
 fn refusal(image: &Path, options: &[&str]) -> String {
     let launch = disk(image, options);
     let socket = launch.directory().join("socket");
@@ -40,7 +40,7 @@ fn refusal(image: &Path, options: &[&str]) -> String {
     why.trim_end().to_owned()
 }
 
-/// Runs a program of QEMU's.
+/// Runs one of QEMU's programs.
 fn qemu(program: &str, args: &[&str], image: &Path) -> Output {
     Command::new(program)
         .args(args)
@@ -51,7 +51,7 @@ fn qemu(program: &str, args: &[&str], image: &Path) -> Output {
 
 const WRITE: &[&str] = &["-f", "raw", "-c", "write 0 512"];
 const READ: &[&str] = &["-r", "-f", "raw", "-c", "read 0 512"];
-/// Reads the whole image and wants nobody to write meanwhile.
+/// Reads the whole image, without sharing the write permission.
 fn convert(image: &Path, options: &[&str]) -> Output {
     let copy = image.with_extension("copy");
     Command::new("qemu-img")
@@ -75,7 +75,7 @@ fn works(output: &Output) {
     assert!(output.status.success(), "{error}");
 }
 
-/// qemu-storage-daemon with `image`, which it serves to nobody.
+/// qemu-storage-daemon with `image` open and no export.
 fn daemon(image: &Path, read_only: &str) -> Process {
     let launch = Launch::program(Path::new("qemu-storage-daemon"));
     let ready = launch.directory().join("pid");
@@ -106,7 +106,7 @@ fn qemu_does_not_write_to_an_image_in_use() {
     let _disk = disk(&image, &[]).listening();
     is_locked(&qemu("qemu-io", WRITE, &image));
     is_locked(&convert(&image, &[]));
-    // Those who take what they get are free to.
+    // A program that does not lock is not stopped.
     works(&convert(&image, &["-U"]));
 }
 
@@ -129,7 +129,7 @@ fn an_image_that_qemu_writes_to_is_refused() {
         assert!(why.starts_with(&who), "{why}");
         assert!(why.ends_with(") writes to it"), "{why}");
     }
-    // Whoever knows better may.
+    // --lock off overrides it.
     disk(&image, &["--lock", "off"]).listening();
     drop(daemon);
     disk(&image, &[]).listening();
@@ -148,7 +148,7 @@ fn two_disks_share_an_image_only_for_reading() {
     let writer = disk(&image, &[]).listening();
     let who = format!("process {} (device-disk) ", writer.pid());
     let why = refusal(&image, &[]);
-    assert_eq!(why, format!("{who}lets nobody else write to it"));
+    assert_eq!(why, format!("{who}does not let others write to it"));
     assert_eq!(
         refusal(&image, &["--read-only"]),
         format!("{who}writes to it")
@@ -157,24 +157,24 @@ fn two_disks_share_an_image_only_for_reading() {
 
     let first = disk(&image, &["--read-only"]).listening();
     let second = disk(&image, &["--read-only"]).listening();
-    assert!(refusal(&image, &[]).ends_with("lets nobody else write to it"));
+    assert!(refusal(&image, &[]).ends_with("does not let others write to it"));
     drop((first, second));
 }
 
 #[test]
-fn the_lock_goes_with_its_process() {
+fn the_lock_ends_with_its_process() {
     let (_directory, image) = image();
     for _ in 0..5 {
         let process = disk(&image, &[]).listening();
         process.signal(Signal::KILL);
         process.wait();
-        // The next one has it at once.
+        // The next process gets the lock at once.
         disk(&image, &[]).listening();
     }
 }
 
-/// As a launcher does it: it opens the image once, and each process that inherits the
-/// open file has its lock. So the next one can be there before the last has gone.
+/// A launcher opens the image once, and each process that inherits the open file shares its
+/// lock. So the next process can start before the last one has ended.
 #[test]
 fn processes_with_the_same_open_file_share_the_lock() {
     let (_directory, image) = image();
@@ -187,21 +187,21 @@ fn processes_with_the_same_open_file_share_the_lock() {
     let second = start().listening();
     let is_taken = || {
         is_locked(&qemu("qemu-io", WRITE, &image));
-        assert!(refusal(&image, &[]).contains("lets nobody else write to it"));
+        assert!(refusal(&image, &[]).contains("does not let others write to it"));
     };
     is_taken();
     first.signal(Signal::KILL);
     first.wait();
     is_taken();
     drop(second);
-    // Nobody serves it, and still it is the launcher's.
+    // No process serves the image, but the launcher still has the lock.
     is_taken();
     drop(file);
     disk(&image, &[]).listening();
 }
 
 #[test]
-fn an_open_file_must_be_open_for_what_is_done_with_it() {
+fn an_inherited_file_must_be_open_for_its_use() {
     let (_directory, image) = image();
     let mistake = |file: File, options: &[&str]| {
         let launch = Launch::new("device-disk");

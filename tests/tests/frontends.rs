@@ -1,5 +1,4 @@
-//! device-disk under a front end and a driver that others wrote (crate virtio-driver),
-//! without a machine.
+//! device-disk with the front end and the driver of crate virtio-driver, without a VM.
 
 use outrigger_tests::disk::pattern_of;
 use outrigger_tests::driver::Driver;
@@ -47,15 +46,15 @@ fn reads_writes_and_flushes_one_at_a_time() {
         assert_eq!(queue.run(), 0);
         assert_eq!(queue.content(3), [block as u8 ^ 0x5a; BLOCK]);
     }
-    // Beyond the end: an error for that request alone.
+    // A request beyond the end of the disk fails, and no other.
     queue.read(0, SIZE as u64);
     assert_eq!(queue.run(), -libc::EIO);
     queue.read(0, 4 * BLOCK as u64);
     assert_eq!(queue.run(), 0);
 }
 
-/// Reads every block once, as many at a time as there are buffers, in an order of its
-/// own, and turns it around on the disk.
+/// Reads every block once, with as many requests in flight as there are buffers, and writes
+/// it back reversed.
 fn turn_around(driver: &mut Driver, index: usize, blocks: &[usize]) {
     let queue = &mut driver.queues[index];
     let mut todo = blocks.iter().copied();
@@ -95,7 +94,7 @@ fn turn_around(driver: &mut Driver, index: usize, blocks: &[usize]) {
 
 fn turns_the_whole_disk_around(queues: usize) {
     let (process, mut driver) = disk(queues);
-    // In steps that visit each block once.
+    // A stride that visits each block once.
     let order: Vec<usize> = (0..BLOCKS).map(|i| i * 397 % BLOCKS).collect();
     for index in 0..queues {
         let own: Vec<usize> = order.iter().copied().skip(index).step_by(queues).collect();

@@ -1,6 +1,6 @@
-//! device-disk dies, at each point where it can and at any time, and its successor gets
-//! the table of what was in flight: each request is completed exactly once. The front
-//! end here is crate vhost's, and knows nothing of our runner.
+//! device-disk dies at each fault point and at random times, and the next process gets the
+//! in-flight table: each request is completed exactly once. The front end is that of crate
+//! vhost, not our runner.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -31,37 +31,37 @@ const QUEUES: usize = 2;
 const QUEUE_SIZE: u16 = 64;
 /// Sectors of each request.
 const LENGTH: usize = 8;
-/// What is read is in the first half of the image, and what is written in the second.
+/// Reads use the first half of the image, writes the second.
 const HALF: usize = 1 << 20;
 
-/// What outlives a disk process: image, guest, and the table.
-struct World {
+/// What outlives a disk process: image, guest, and in-flight table.
+struct Survivors {
     directory: TempDir,
     ram: Arc<Ram>,
     queues: Vec<DriverQueue>,
     table: Option<(VhostUserInflight, File)>,
     outstanding: Vec<HashMap<u16, Pending>>,
-    /// Places of the image that were written to.
+    /// Offsets of the image that were written to.
     written: usize,
     completed: usize,
 }
 
-/// A request that the guest waits for.
+/// A request that is not completed yet.
 struct Pending {
     status: u64,
     data: u64,
-    /// Where it is on the disk, in bytes.
+    /// Its offset on the disk in bytes.
     offset: usize,
     writes: bool,
 }
 
-/// Data that no other place of the disk has.
+/// Data that differ for each offset of the disk.
 fn data_of(offset: usize) -> Vec<u8> {
     let words = (0..LENGTH * SECTOR / 8).flat_map(|at| ((offset + at) as u64).to_le_bytes());
     words.collect()
 }
 
-impl World {
+impl Survivors {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut image = pattern_of(0, HALF);
@@ -73,7 +73,7 @@ impl World {
             queue.event_idx = true;
             queue
         });
-        World {
+        Survivors {
             directory,
             queues: queues.collect(),
             ram,
@@ -88,7 +88,7 @@ impl World {
         self.directory.path().join("image")
     }
 
-    /// A disk process, which dies where `fault` says.
+    /// Starts a disk process that dies at the fault point `fault`.
     fn process(&self, fault: Option<&str>) -> Process {
         let program = match fault {
             Some(_) => helper("faulty-disk"),
@@ -104,7 +104,7 @@ impl World {
             .listening()
     }
 
-    /// The whole handshake, in the order in which the runner has it.
+    /// The whole handshake, in the same order as in the runner.
     fn connect(&mut self, process: &Process) -> Result<Frontend> {
         let mut frontend = self.negotiate(process)?;
         if self.table.is_none() {
@@ -121,7 +121,7 @@ impl World {
         Ok(frontend)
     }
 
-    /// Everything up to SET_FEATURES.
+    /// The handshake up to SET_FEATURES.
     fn negotiate(&self, process: &Process) -> Result<Frontend> {
         let mut frontend = Frontend::from_stream(process.connect(), QUEUES as u64);
         frontend.set_owner()?;
@@ -157,7 +157,7 @@ impl World {
         frontend.set_vring_enable(index, true)
     }
 
-    /// Offers as many requests as there is room for, `count` at most, to each queue.
+    /// Makes up to `count` requests available in each queue, as many as it has room for.
     fn offer(&mut self, count: usize) {
         for index in 0..QUEUES {
             for _ in 0..count.min(self.queues[index].room() / 3) {
@@ -202,7 +202,7 @@ impl World {
         self.request(VIRTIO_BLK_T_OUT, offset, data)
     }
 
-    /// Takes what is completed and checks it.
+    /// Takes the completed requests and checks them.
     fn reap(&mut self) {
         let image = File::open(self.image()).unwrap();
         for (queue, outstanding) in self.queues.iter_mut().zip(&mut self.outstanding) {
@@ -228,8 +228,8 @@ impl World {
         }
     }
 
-    /// Waits until all is completed (true) or the process has died. Looks at a ring only
-    /// after an interrupt, so that one that is missing is noticed.
+    /// Waits until all requests are completed (true) or the process has died. Checks a ring
+    /// only after an interrupt, so that a missing interrupt is noticed.
     fn settle(&mut self, process: &Process) -> bool {
         let start = Instant::now();
         self.arm();
@@ -272,8 +272,8 @@ impl World {
 }
 
 #[test]
-fn each_request_is_completed_once_wherever_the_process_dies() {
-    // Not sent here, or only in mid-stop.
+fn each_request_is_completed_once_for_a_death_at_every_fault_point() {
+    // These are not sent here, or only while a ring stops.
     let others = [
         "GET_VRING_BASE",
         "SET_VRING_ERR",
@@ -293,9 +293,9 @@ fn each_request_is_completed_once_wherever_the_process_dies() {
             (false, false) => &[1],
         };
         for nth in times {
-            let mut world = World::new();
+            let mut world = Survivors::new();
             let fault = format!("{point}:{nth}");
-            // In the middle of a guest's life, with work in both queues.
+            // With requests in flight in both queues.
             let calm = world.process(None);
             let frontend = world.connect(&calm).unwrap();
             world.offer(4);
@@ -325,7 +325,7 @@ fn each_request_is_completed_once_wherever_the_process_dies() {
 }
 
 #[test]
-fn each_request_is_completed_once_over_kills_at_any_time() {
+fn each_request_is_completed_once_for_kills_at_random_times() {
     const KILLS: u32 = 100;
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
     let seed = match std::env::var("OUTRIGGER_SEED") {
@@ -340,18 +340,18 @@ fn each_request_is_completed_once_over_kills_at_any_time() {
         random ^= random << 17;
         random % below
     };
-    let mut world = World::new();
+    let mut world = Survivors::new();
     let mut replayed = 0;
     for _ in 0..KILLS {
-        // Memory is given out and not taken back: a bound for it.
+        // Guest memory is allocated and never freed, so this limits it.
         if world.completed > 1200 {
             assert!(world.outstanding.iter().all(HashMap::is_empty));
-            world = World::new();
+            world = Survivors::new();
         }
         let doomed = world.process(None);
         let _frontend = world.connect(&doomed).unwrap();
         world.offer(1 + random(20) as usize);
-        // Shorter than any sleep: the work is done within a moment.
+        // Shorter than a sleep, because the requests take microseconds.
         let moment = Duration::from_micros(random(200));
         let start = Instant::now();
         while start.elapsed() < moment {
@@ -367,12 +367,12 @@ fn each_request_is_completed_once_over_kills_at_any_time() {
     println!("{replayed} of {KILLS} kills found requests in flight");
 }
 
-/// What is in flight when a ring starts is done before it has stopped again, so that a
-/// front end may forget the table then.
+/// Requests that are in flight when a ring starts are completed before it has stopped, so
+/// that a front end may then drop the table.
 #[test]
 fn a_stop_leaves_nothing_in_flight() {
     for round in 0..20 {
-        let mut world = World::new();
+        let mut world = Survivors::new();
         world.offer(20);
         let doomed = world.process(Some("popped:1"));
         let _frontend = world.connect(&doomed);
@@ -384,7 +384,7 @@ fn a_stop_leaves_nothing_in_flight() {
             let base = frontend.get_vring_base(index).unwrap();
             assert_eq!(base, u32::from(world.queues[index].device_used_index()));
         }
-        // A fresh table does for the rest.
+        // The next process gets a new table.
         world.table = None;
         drop(frontend);
         let _frontend = world.connect(&successor).unwrap();
@@ -393,7 +393,7 @@ fn a_stop_leaves_nothing_in_flight() {
 }
 
 #[test]
-fn only_a_disk_tracks_what_is_in_flight() {
+fn only_a_disk_offers_an_inflight_table() {
     let socket = tempfile::tempdir().unwrap();
     let console = Launch::new("device-console")
         .args(["--unix".into(), socket.path().join("console")])
@@ -407,41 +407,41 @@ fn only_a_disk_tracks_what_is_in_flight() {
 }
 
 #[test]
-fn asking_for_tables_costs_nothing() {
-    let world = World::new();
+fn repeated_requests_for_tables_leak_nothing() {
+    let world = Survivors::new();
     let process = world.process(None);
     let mut frontend = world.negotiate(&process).unwrap();
     let wish = VhostUserInflight::new(0, 0, QUEUES as u16, QUEUE_SIZE);
     frontend.get_inflight_fd(&wish).unwrap();
-    let (files, memory) = (World::open_files(&process), process.resident());
+    let (files, memory) = (Survivors::open_files(&process), process.resident());
     for _ in 0..10_000 {
         let (shape, file) = frontend.get_inflight_fd(&wish).unwrap();
         assert_eq!((shape.num_queues, shape.queue_size), (2, QUEUE_SIZE));
         assert!(file.metadata().unwrap().len() >= shape.mmap_size);
     }
-    // A table that is set replaces the one before.
+    // SET_INFLIGHT_FD replaces the table.
     for _ in 0..1000 {
         let (shape, file) = frontend.get_inflight_fd(&wish).unwrap();
         frontend.set_inflight_fd(&shape, file.as_raw_fd()).unwrap();
     }
-    // Answered once all of that is done.
+    // Answered after all of that is done.
     frontend.get_features().unwrap();
-    // The one that is set may stay open.
-    assert!(World::open_files(&process) <= files + 1);
+    // The current table may stay open.
+    assert!(Survivors::open_files(&process) <= files + 1);
     assert!(process.resident() < memory + (8 << 20));
 }
 
-/// Waits until the log has `what` so many times, and sees that it stays so. A line may
-/// come behind the answer that it is about.
-fn complains(process: &Process, what: &str, times: usize) {
+/// Waits until the log contains `what` so many times, and checks that it is no more. (A line
+/// may be written after the reply that it belongs to.)
+fn assert_logged(process: &Process, what: &str, times: usize) {
     let count = || process.log().matches(what).count();
     wait_until(what, || count() >= times);
     assert_eq!(count(), times, "{}", process.log());
 }
 
 #[test]
-fn tables_of_a_wrong_shape_are_refused() {
-    let mut world = World::new();
+fn tables_of_the_wrong_size_are_refused() {
+    let mut world = Survivors::new();
     let process = world.process(None);
     let mut frontend = world.negotiate(&process).unwrap();
     let wish = VhostUserInflight::new(0, 0, QUEUES as u16, QUEUE_SIZE);
@@ -469,27 +469,27 @@ fn tables_of_a_wrong_shape_are_refused() {
     let other = tempfile::tempfile().unwrap();
     other.set_len(good.mmap_size - 1).unwrap();
     assert!(frontend.set_inflight_fd(&good, other.as_raw_fd()).is_err());
-    complains(&process, "inflight table: ", 10);
+    assert_logged(&process, "inflight table: ", 10);
 
-    // One that is too small for a ring is refused when that starts. (Those that it makes
-    // itself have room for all.)
+    // A table that is too small for a ring is refused when the ring starts. (Tables that
+    // the process makes have room for every ring.)
     let small = VhostUserInflight::new(2 * 576, 0, QUEUES as u16, QUEUE_SIZE / 2);
     frontend.set_inflight_fd(&small, other.as_raw_fd()).unwrap();
     frontend.set_mem_table(&world.ram.regions()).unwrap();
     assert!(world.start(&mut frontend, 1).is_err());
     let why = "inflight table: queue 1: 32 entries are too few for a ring of 64";
-    complains(&process, why, 1);
+    assert_logged(&process, why, 1);
     drop(frontend);
 
-    // None of it has harmed the process.
+    // The process still works.
     world.offer(5);
     let _frontend = world.connect(&process).unwrap();
     assert!(world.settle(&process));
 }
 
 #[test]
-fn tables_without_sense_stop_a_queue_and_nothing_else() {
-    let mut world = World::new();
+fn an_invalid_table_stops_only_its_queue() {
+    let mut world = Survivors::new();
     let process = world.process(None);
     let frontend = world.connect(&process).unwrap();
     world.offer(5);
@@ -506,13 +506,13 @@ fn tables_without_sense_stop_a_queue_and_nothing_else() {
     world.table = Some((shape, file));
     let frontend = world.connect(&process).unwrap();
     for queue in 0..QUEUES {
-        complains(
+        assert_logged(
             &process,
             &format!("queue={queue} error=inflight table: "),
             1,
         );
     }
-    // It answers, and serves the next front end.
+    // It still answers, and serves the next front end.
     frontend.get_features().unwrap();
     drop(frontend);
     world.table = None;

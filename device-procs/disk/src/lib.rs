@@ -133,13 +133,13 @@ fn block_size(text: &str) -> Result<u32, String> {
     match text {
         "512" => Ok(512),
         "4096" => Ok(4096),
-        _ => Err("it is neither 512 nor 4096".to_owned()),
+        _ => Err("neither 512 nor 4096".to_owned()),
     }
 }
 
 fn serial(text: &str) -> Result<String, String> {
     if text.len() > request::ID_SIZE {
-        return Err(format!("it is longer than {} bytes", request::ID_SIZE));
+        return Err(format!("longer than {} bytes", request::ID_SIZE));
     }
     Ok(text.to_owned())
 }

@@ -1,11 +1,11 @@
-//! Image locks as QEMU takes them, so that two programs that do not know of each other
-//! do not write to one image (QEMU, block/file-posix.c, "raw_check_lock_bytes").
+//! Image locks, compatible with QEMU's (block/file-posix.c, "raw_check_lock_bytes"), so that
+//! two independent programs do not write to the same image.
 //!
-//! Who uses an image marks, with shared locks on single bytes of it, what it does
-//! (from byte 100 on) and what it does not let others do (from byte 200 on); then it
-//! looks whether anybody has marked the contrary. The locks belong to the open file
-//! description (F_OFD_SETLK in fcntl(2)): they go when the process does, however that
-//! may be, and do not conflict with those of its own duplicates.
+//! A program takes shared locks on single bytes of the image: on bytes from 100 on for each
+//! permission that it uses, and on bytes from 200 on for each permission that it does not
+//! share. Then it checks that no other program has locked the opposite bytes. The locks
+//! belong to the open file description (F_OFD_SETLK in fcntl(2)): the kernel drops them when
+//! the process ends, and they do not conflict with those of duplicate descriptors.
 
 use std::fs::File;
 use std::io;
@@ -15,47 +15,46 @@ use std::time::{Duration, Instant};
 
 use crate::image::SECTOR;
 
-/// First byte of what a user does.
-const DOES: i64 = 100;
-/// First byte of what a user keeps others from doing.
-const FORBIDS: i64 = 200;
+/// Lock byte of permission 0 that a program uses.
+const USED_BASE: i64 = 100;
+/// Lock byte of permission 0 that a program does not share.
+const UNSHARED_BASE: i64 = 200;
 
-/// Reads data that makes sense, as against data in mid-change. (QEMU's consistent
-/// read and write-unchanged are permissions 0 and 2.)
-const READ: i64 = 0;
-/// Writes.
+/// QEMU's BLK_PERM_CONSISTENT_READ: reads data that nobody changes meanwhile.
+const CONSISTENT_READ: i64 = 0;
+/// BLK_PERM_WRITE.
 const WRITE: i64 = 1;
-/// Changes the size.
+/// BLK_PERM_RESIZE.
 const RESIZE: i64 = 3;
 
-/// What is to be done with a disk.
+/// How an image is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ImageAccess {
-    /// Its bytes are read.
+    /// It is read.
     Read,
-    /// They are written, too, where they are.
+    /// It is written, and its file does not grow.
     Write,
-    /// They are written, and the file grows by it.
+    /// It is written, and its file grows.
     Grow,
 }
 
-/// So long is waited for a holder that nobody knows.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// How long to wait for a lock whose holder cannot be found.
+const UNKNOWN_HOLDER_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Locks `file` as a disk of a machine: nobody else may write to it.
+/// Locks `file` as the disk of a VM: no other program may write to it.
 ///
-/// A process that was killed may hold its locks for a moment longer: the kernel takes its
-/// io_uring apart when it is gone. So a holder that cannot be found is given some time.
+/// The locks of a process that was killed remain for a moment, while the kernel dismantles
+/// its io_uring. So this waits a little for a holder that cannot be found.
 ///
 /// # Errors
-/// One line that says what somebody else does with the image, and who it is if that
-/// can be known; or fcntl(2)'s.
-pub fn take(file: &File, to: ImageAccess) -> io::Result<()> {
-    let begun = Instant::now();
+/// Another program uses the image; the error names it if it is known. Or fcntl(2) fails.
+pub fn take(file: &File, access: ImageAccess) -> io::Result<()> {
+    let start = Instant::now();
     loop {
-        match take_at_once(file, to) {
+        match try_take(file, access) {
             Err(error)
-                if error.kind() == io::ErrorKind::ResourceBusy && begun.elapsed() < PATIENCE =>
+                if error.kind() == io::ErrorKind::ResourceBusy
+                    && start.elapsed() < UNKNOWN_HOLDER_TIMEOUT =>
             {
                 std::thread::sleep(Duration::from_millis(5));
             }
@@ -64,34 +63,34 @@ pub fn take(file: &File, to: ImageAccess) -> io::Result<()> {
     }
 }
 
-/// As [`take`]; `ResourceBusy` is somebody whom we cannot find.
-fn take_at_once(file: &File, to: ImageAccess) -> io::Result<()> {
-    let does: &[i64] = match to {
-        ImageAccess::Read => &[READ],
-        // Its last sector is made whole once the guest writes there.
-        ImageAccess::Write if file.metadata()?.len() % SECTOR == 0 => &[READ, WRITE],
-        ImageAccess::Write | ImageAccess::Grow => &[READ, WRITE, RESIZE],
+/// As [`take`], without waiting. `ResourceBusy` if the holder cannot be found.
+fn try_take(file: &File, access: ImageAccess) -> io::Result<()> {
+    let used: &[i64] = match access {
+        ImageAccess::Read => &[CONSISTENT_READ],
+        // An incomplete last sector is completed when the guest writes to it.
+        ImageAccess::Write if file.metadata()?.len() % SECTOR == 0 => &[CONSISTENT_READ, WRITE],
+        ImageAccess::Write | ImageAccess::Grow => &[CONSISTENT_READ, WRITE, RESIZE],
     };
-    for &permission in does {
-        lock(file, DOES + permission)?;
+    for &permission in used {
+        lock(file, USED_BASE + permission)?;
     }
-    lock(file, FORBIDS + WRITE)?;
+    lock(file, UNSHARED_BASE + WRITE)?;
 
-    // Everybody marks first and looks then, so of two who come at once at least one
-    // sees the other.
-    for &permission in does {
-        let what = match permission {
-            WRITE => "lets nobody else write to it",
-            RESIZE => "lets nobody else change its size",
-            _ => "lets nobody else read it",
+    // Every program locks first and checks then, so of two that start at the same time at
+    // least one sees the other.
+    for &permission in used {
+        let why = match permission {
+            WRITE => "does not let others write to it",
+            RESIZE => "does not let others change its size",
+            _ => "does not let others read it",
         };
-        look(file, FORBIDS + permission, what)?;
+        check(file, UNSHARED_BASE + permission, why)?;
     }
-    look(file, DOES + WRITE, "writes to it")
+    check(file, USED_BASE + WRITE, "writes to it")
 }
 
 fn request(kind: libc::c_int, start: i64) -> libc::flock {
-    // SAFETY: plain data, for which zeros are valid (and l_pid must be 0).
+    // SAFETY: plain data, for which zeros are valid. (l_pid must be 0.)
     let mut request: libc::flock = unsafe { std::mem::zeroed() };
     request.l_type = kind as libc::c_short;
     request.l_whence = libc::SEEK_SET as libc::c_short;
@@ -102,7 +101,7 @@ fn request(kind: libc::c_int, start: i64) -> libc::flock {
 
 fn fcntl(file: &File, command: libc::c_int, request: &mut libc::flock) -> io::Result<()> {
     loop {
-        // SAFETY: both commands take a `struct flock`.
+        // SAFETY: both commands take a `struct flock`, which `request` is.
         if unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut *request) } == 0 {
             return Ok(());
         }
@@ -115,37 +114,38 @@ fn fcntl(file: &File, command: libc::c_int, request: &mut libc::flock) -> io::Re
 
 fn lock(file: &File, start: i64) -> io::Result<()> {
     fcntl(file, libc::F_OFD_SETLK, &mut request(libc::F_RDLCK, start)).map_err(|error| {
-        // Nobody of QEMU's kin takes these bytes for itself alone.
+        // QEMU and we take shared locks only, so this is another kind of program.
         match error.raw_os_error() {
-            Some(libc::EAGAIN | libc::EACCES) => taken(file, start, "has it for itself alone"),
+            Some(libc::EAGAIN | libc::EACCES) => locked(file, start, "has an exclusive lock"),
             _ => io::Error::new(
                 error.kind(),
-                format!("locking it: {error} (--lock off does without)"),
+                format!("locking it: {error} (use --lock off to serve it without locks)"),
             ),
         }
     })
 }
 
-fn look(file: &File, start: i64, what: &str) -> io::Result<()> {
+/// Checks that no other program holds a lock on byte `start`.
+fn check(file: &File, start: i64, why: &str) -> io::Result<()> {
     let mut request = request(libc::F_WRLCK, start);
     fcntl(file, libc::F_OFD_GETLK, &mut request)?;
     if libc::c_int::from(request.l_type) == libc::F_UNLCK {
         return Ok(());
     }
-    Err(taken(file, start, what))
+    Err(locked(file, start, why))
 }
 
-fn taken(file: &File, start: i64, what: &str) -> io::Error {
-    let (kind, who) = match holder(file, start) {
-        Some(who) => (io::ErrorKind::WouldBlock, who),
+fn locked(file: &File, start: i64, why: &str) -> io::Error {
+    let (kind, holder) = match holder(file, start) {
+        Some(holder) => (io::ErrorKind::WouldBlock, holder),
         None => (io::ErrorKind::ResourceBusy, "another process".to_owned()),
     };
-    io::Error::new(kind, format!("it is locked: {who} {what}"))
+    io::Error::new(kind, format!("it is locked: {holder} {why}"))
 }
 
-/// Who holds a lock on byte `start` of `file`. /proc/locks does not tell whose an OFD
-/// lock is; /proc/PID/fdinfo does (proc_pid_fdinfo(5)), of processes that we may look
-/// into.
+/// The process that holds a lock on byte `start` of `file`. /proc/locks does not tell the
+/// owner of an OFD lock, but /proc/PID/fdinfo does (proc_pid_fdinfo(5)), for processes that
+/// we may inspect.
 fn holder(file: &File, start: i64) -> Option<String> {
     let metadata = file.metadata().ok()?;
     let (major, minor) = (libc::major(metadata.dev()), libc::minor(metadata.dev()));
@@ -170,8 +170,8 @@ fn holder(file: &File, start: i64) -> Option<String> {
         })
 }
 
-/// Whether a descriptor's fdinfo has a lock on byte `start` of `image`, which is
-/// `MAJOR:MINOR:INODE`:
+/// Whether the fdinfo of a descriptor has a lock on byte `start` of `image`, which is given
+/// as `MAJOR:MINOR:INODE`:
 /// `lock:  1: OFDLCK  ADVISORY  READ -1 fe:00:1234 100 101`.
 fn locks(fdinfo: &str, image: &str, start: i64) -> bool {
     let lines = fdinfo.lines().filter_map(|line| line.strip_prefix("lock:"));
@@ -180,8 +180,8 @@ fn locks(fdinfo: &str, image: &str, start: i64) -> bool {
         let [.., of, first, last] = fields[..] else {
             return false;
         };
-        let reaches = last == "EOF" || last.parse().is_ok_and(|last: i64| last >= start);
-        of == image && reaches && first.parse().is_ok_and(|first: i64| first <= start)
+        let covers = last == "EOF" || last.parse().is_ok_and(|last: i64| last >= start);
+        of == image && covers && first.parse().is_ok_and(|first: i64| first <= start)
     })
 }
 
@@ -200,7 +200,7 @@ mod tests {
         let (first, second, third) = (open(&image), open(&image), open(&image));
         take(&first, ImageAccess::Read).unwrap();
         take(&second, ImageAccess::Read).unwrap();
-        let why = take_at_once(&third, ImageAccess::Write)
+        let why = try_take(&third, ImageAccess::Write)
             .unwrap_err()
             .to_string();
         assert!(why.contains("locked"), "{why}");
@@ -208,21 +208,21 @@ mod tests {
 
         let writer = open(&image);
         take(&writer, ImageAccess::Write).unwrap();
-        assert!(take_at_once(&open(&image), ImageAccess::Write).is_err());
-        assert!(take_at_once(&open(&image), ImageAccess::Read).is_err());
-        // The lock is the open file's: it goes with its last descriptor.
+        assert!(try_take(&open(&image), ImageAccess::Write).is_err());
+        assert!(try_take(&open(&image), ImageAccess::Read).is_err());
+        // The lock belongs to the open file description, and lasts as long as that.
         let duplicate = writer.try_clone().unwrap();
         drop(writer);
-        assert!(take_at_once(&open(&image), ImageAccess::Read).is_err());
+        assert!(try_take(&open(&image), ImageAccess::Read).is_err());
         drop(duplicate);
         take(&open(&image), ImageAccess::Write).unwrap();
     }
 
-    /// A file that ends within a sector grows, which somebody may not let it.
+    /// A file that ends within a sector may grow, which needs the permission.
     #[test]
-    fn an_image_that_may_grow_is_marked() {
+    fn an_image_that_may_grow_takes_the_resize_lock() {
         let image = NamedTempFile::new().unwrap();
-        for (len, to, grows) in [
+        for (len, access, grows) in [
             (1000, ImageAccess::Write, true),
             (1000, ImageAccess::Read, false),
             (1024, ImageAccess::Write, false),
@@ -230,15 +230,15 @@ mod tests {
         ] {
             image.as_file().set_len(len).unwrap();
             let user = open(&image);
-            take(&user, to).unwrap();
-            let marked = look(&open(&image), DOES + RESIZE, "").is_err();
-            assert_eq!(marked, grows, "{len} bytes, {to:?}");
+            take(&user, access).unwrap();
+            let locked = check(&open(&image), USED_BASE + RESIZE, "").is_err();
+            assert_eq!(locked, grows, "{len} bytes, {access:?}");
             drop(user);
 
             let other = open(&image);
-            lock(&other, FORBIDS + RESIZE).unwrap();
-            let refused = take_at_once(&open(&image), to).is_err();
-            assert_eq!(refused, grows, "{len} bytes, {to:?}");
+            lock(&other, UNSHARED_BASE + RESIZE).unwrap();
+            let refused = try_take(&open(&image), access).is_err();
+            assert_eq!(refused, grows, "{len} bytes, {access:?}");
         }
     }
 

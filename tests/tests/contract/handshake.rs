@@ -1,4 +1,4 @@
-//! Before any data moves.
+//! The handshake.
 
 use outrigger_tests::guest::{EVENT_IDX, Guest, INDIRECT_DESC, PROTOCOL_FEATURES, VERSION_1};
 use outrigger_tests::ram::Ram;
@@ -16,7 +16,7 @@ pub fn offers_what_every_device_offers<S: Subject>() {
     let offered = guest.frontend.get_features().unwrap();
     let wanted = VERSION_1 | EVENT_IDX | INDIRECT_DESC | PROTOCOL_FEATURES | S::FEATURES;
     assert_eq!(offered & wanted, wanted, "{offered:#x}");
-    // Packed rings are not handled, so offering them would be a lie.
+    // Packed rings are not supported, so they must not be offered.
     assert_eq!(offered & (1 << VIRTIO_F_RING_PACKED), 0);
 
     guest.frontend.set_features(wanted).unwrap();
@@ -29,7 +29,7 @@ pub fn offers_what_every_device_offers<S: Subject>() {
     assert!(offered.contains(wanted), "{offered:?}");
 }
 
-pub fn tells_how_many_queues_it_has<S: Subject>() {
+pub fn reports_its_number_of_queues<S: Subject>() {
     let device = Device::<S>::listening();
     let mut guest = device.boot(0);
     assert_eq!(guest.frontend.get_queue_num().unwrap(), S::QUEUES as u64);
@@ -52,8 +52,8 @@ pub fn pads_and_bounds_its_configuration_space<S: Subject>() {
     assert_eq!(guest.config(4, 12), whole[4..16]);
     assert_eq!(guest.config(200, 56), [0; 56]);
 
-    // Beyond the end: answered, with a length of zero for an error. (Crate
-    // vhost's front end would wait for the rest for ever.)
+    // Beyond the end, the answer is an error, with a length of zero. (The front end of
+    // crate vhost would wait for the rest for ever.)
     let ask = |guest: &Guest, offset: u32, size: u32| {
         let range = [offset, size, 0].map(u32::to_le_bytes).concat();
         let payload = [range, vec![0; size as usize]].concat();
@@ -70,7 +70,7 @@ pub fn pads_and_bounds_its_configuration_space<S: Subject>() {
     assert_eq!(guest.config(0, 256), whole);
     drop(guest);
 
-    // No range at all: whoever asks so is no front end.
+    // An invalid range may end the connection.
     for (offset, size) in [(u32::MAX, 2), (0, 0)] {
         let guest = device.boot(0);
         ask(&guest, offset, size);
@@ -101,7 +101,7 @@ pub fn serves_one_front_end_after_the_other<S: Subject>() {
     }
 }
 
-pub fn survives_a_front_end_that_leaves_in_mid_message<S: Subject>() {
+pub fn survives_a_disconnect_within_a_message<S: Subject>() {
     let mut device = Device::<S>::listening();
     let request = FrontendReq::SET_VRING_NUM as u32;
     for sent in 0..8 {

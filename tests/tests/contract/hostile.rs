@@ -1,5 +1,5 @@
-//! What a hostile guest or front end may do: the process refuses it, goes on, and
-//! serves the next one.
+//! Hostile guests and front ends: the process refuses what they do, continues, and serves the
+//! next front end.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::thread::sleep;
@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::subject::{Device, Subject};
 
-/// A user address and a guest-physical one where there is nothing.
+/// A user address and a guest-physical address that are not mapped.
 const NOWHERE: u64 = 1 << 50;
 
 pub fn queue_that_does_not_exist<S: Subject>() {
@@ -35,12 +35,12 @@ pub fn queue_that_does_not_exist<S: Subject>() {
         front.set_vring_enable(index, true).unwrap_err();
     }
     device.round_trip(&mut guest);
-    // There is no answer to this one that says "no".
+    // The reply to this message cannot report an error.
     guest.frontend.get_vring_base(200).unwrap_err();
     device.must_serve();
 }
 
-pub fn impossible_ring_size<S: Subject>() {
+pub fn invalid_ring_size<S: Subject>() {
     let mut device = Device::<S>::listening();
     let mut guest = device.boot(0);
     for size in [0, 3, 100, 1 << 15, u16::MAX] {
@@ -60,7 +60,7 @@ pub fn impossible_ring_size<S: Subject>() {
 
 pub fn second_queue_without_multi_queue<S: Subject>() {
     let mut device = Device::<S>::listening();
-    // Without acknowledgements, so that only the connection can end.
+    // Without REPLY_ACK, so the process can only end the connection.
     for index in [S::QUEUES as u32, 1 << 31, u32::MAX] {
         let guest = device.boot(0);
         let body = [index, 1].map(u32::to_le_bytes).concat();
@@ -97,7 +97,7 @@ pub fn rings_outside_memory<S: Subject>() {
             let _ = guest.frontend.set_vring_addr(index, &addresses);
             let start = guest.frontend.set_vring_kick(index, &queue.kick);
             assert!(start.is_err(), "ring {ring} at {bad:#x}");
-            // With the same doorbell, which must not be in its own way.
+            // With the same doorbell, which must have left the poller.
             guest.frontend.set_vring_addr(index, &good).unwrap();
             guest.frontend.set_vring_kick(index, &queue.kick).unwrap();
             guest.frontend.set_vring_call(index, &queue.call).unwrap();
@@ -187,7 +187,7 @@ const CHAINS: &[(&str, Build)] = &[
     }),
 ];
 
-/// Descriptors of one byte each: direction, flags, successor.
+/// Descriptors of one byte each: direction, flags, next.
 fn direct(queue: &DriverQueue, ram: &Ram, chain: &[(u16, u16, u16)]) {
     write_table(queue, ram, queue.descriptors, chain);
 }
@@ -215,7 +215,7 @@ fn indirect(queue: &DriverQueue, table: u64, len: u32) {
     );
 }
 
-pub fn chain_that_no_driver_may_build<S: Subject>() {
+pub fn malformed_chain<S: Subject>() {
     let mut device = Device::<S>::listening();
     for (what, build) in CHAINS {
         let mut guest = device.boot(EVENT_IDX | INDIRECT_DESC);
@@ -223,7 +223,7 @@ pub fn chain_that_no_driver_may_build<S: Subject>() {
         let queue = &mut guest.queues[S::REQUESTS];
         queue.offer(0);
         queue.kick();
-        // It comes back, so that the ring does not fill up with the like.
+        // It is returned, so that the ring does not fill up.
         assert_eq!(queue.wait().head, 0, "{what}");
         assert!(device.process.is_running(), "{what}");
         device.round_trip(&mut guest);
@@ -231,7 +231,7 @@ pub fn chain_that_no_driver_may_build<S: Subject>() {
     device.must_serve();
 }
 
-pub fn fills_no_log<S: Subject>() {
+pub fn does_not_fill_the_log<S: Subject>() {
     let mut device = Device::<S>::listening();
     let mut guest = device.boot(EVENT_IDX);
     let queue = &mut guest.queues[S::REQUESTS];
@@ -270,8 +270,8 @@ pub fn buffer_outside_memory<S: Subject>() {
     }
 }
 
-/// After `break_it` the queue is broken, which the err descriptor says, and whole
-/// again after a stop and a start.
+/// After `break_it` the queue is broken, which the err eventfd reports. It works again after
+/// a stop and a start.
 fn breaks_the_queue<S: Subject>(break_it: fn(&mut DriverQueue)) {
     let mut device = Device::<S>::listening();
     let mut guest = device.boot(EVENT_IDX);
@@ -282,7 +282,7 @@ fn breaks_the_queue<S: Subject>(break_it: fn(&mut DriverQueue)) {
     break_it(queue);
     queue.kick();
     wait_until("the queue is broken", || err.read().is_ok());
-    // What cannot be trusted is not worked on.
+    // A broken ring is not processed.
     let before = queue.device_used_index();
     queue.kick();
     assert!(guest.frontend.get_features().is_ok());
@@ -309,10 +309,10 @@ pub fn head_out_of_range<S: Subject>() {
 /// Request, flags, announced size, body, descriptors.
 type Message<'a> = (u32, u32, u32, Vec<u8>, Vec<BorrowedFd<'a>>);
 
-pub fn message_that_makes_no_sense<S: Subject>() {
+pub fn malformed_message<S: Subject>() {
     let mut device = Device::<S>::listening();
     let event = EventFd::new(EFD_NONBLOCK).unwrap();
-    // SAFETY: `event` lives until the end.
+    // SAFETY: `event` stays open until the end of the test.
     let event = unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&event)) };
     let file = tempfile::tempfile().unwrap();
     let regions = |count: u32| [&[count, 0].map(u32::to_le_bytes).concat()[..], &[0; 32]].concat();
@@ -356,7 +356,7 @@ pub fn message_that_makes_no_sense<S: Subject>() {
         for flags in [flags, flags | raw::NEED_REPLY] {
             let guest = device.boot(EVENT_IDX);
             raw::send(&guest.stream, request, flags, size, &body, &fds).unwrap();
-            // And the header of a next one, for what waits for more.
+            // Followed by another header, for a process that waits for more bytes.
             let _ = raw::send(&guest.stream, Req::GET_FEATURES as u32, 1, 0, &[], &[]);
             drop(guest);
             assert!(
@@ -368,10 +368,10 @@ pub fn message_that_makes_no_sense<S: Subject>() {
     device.must_serve();
 }
 
-pub fn descriptors_without_end<S: Subject>() {
+pub fn endless_descriptor_chain<S: Subject>() {
     let mut device = Device::<S>::listening();
     let mut guest = device.boot(EVENT_IDX);
-    // One of each, so that what is kept is counted.
+    // One of each kind, so that descriptors that are kept are counted.
     let event = EventFd::new(EFD_NONBLOCK).unwrap();
     let (channel, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let round = |guest: &mut Guest| {
@@ -389,11 +389,11 @@ pub fn descriptors_without_end<S: Subject>() {
         round(&mut guest);
     }
     match before {
-        // The last message's own may still be open for a moment.
+        // The descriptor of the last message may still be open for a moment.
         Ok(before) => wait_until("as many files are open as before", || {
             count().is_ok_and(|now| now <= before)
         }),
-        // Only root may look into a process that is not dumpable.
+        // Only root may inspect a process that is not dumpable.
         Err(_) => assert!(!rustix::process::geteuid().is_root()),
     }
     device.round_trip(&mut guest);
@@ -402,7 +402,7 @@ pub fn descriptors_without_end<S: Subject>() {
 pub fn random_descriptors<S: Subject>() {
     let mut device = Device::<S>::listening();
     let mut guest = device.boot(EVENT_IDX | INDIRECT_DESC);
-    // A linear congruential generator: the same numbers each time.
+    // A linear congruential generator: the same numbers in every run.
     let mut state = 0x5eed_u64;
     let mut random = move |below: u64| {
         state = state

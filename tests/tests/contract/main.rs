@@ -1,6 +1,6 @@
-//! What every device process must do, whatever the device: the contract of
-//! vhost-user and of the house, kept by real processes. [`subject`] says what the
-//! devices are; each of the other rooms holds one side of the contract.
+//! What every device process must do, whatever the device: the contract of vhost-user and of
+//! this project, tested with real processes. [`subject`] describes the devices; each of the
+//! other modules tests one side of the contract.
 
 mod handshake;
 mod hostile;
@@ -14,33 +14,33 @@ mod subject;
 macro_rules! contract {
     ($($device:ident: $subject:ty,)*) => {$(
         mod $device {
-            contract! { @rooms $subject;
+            contract! { @modules $subject;
                 handshake {
                     offers_what_every_device_offers
-                    tells_how_many_queues_it_has
+                    reports_its_number_of_queues
                     refuses_features_that_it_did_not_offer
                     pads_and_bounds_its_configuration_space
                     refuses_writes_to_its_configuration_space
                     serves_one_front_end_after_the_other
-                    survives_a_front_end_that_leaves_in_mid_message
+                    survives_a_disconnect_within_a_message
                 }
                 memory {
-                    takes_memory_region_by_region
-                    works_on_while_memory_is_replaced
-                    works_on_while_regions_come_and_go
-                    returns_requests_into_a_region_that_is_gone
-                    refuses_impossible_regions
+                    accepts_memory_regions_one_by_one
+                    continues_while_memory_is_replaced
+                    continues_while_regions_are_added_and_removed
+                    returns_requests_in_a_removed_region
+                    refuses_invalid_regions
                 }
                 rings {
-                    run_from_the_start_without_protocol_features
+                    are_enabled_from_the_start_without_protocol_features
                     may_be_enabled_before_the_features_are_set
                     stay_enabled_when_features_are_set_again
                     keep_their_state_when_the_doorbell_is_replaced
                     do_not_lose_a_kick_from_before_the_start
-                    stop_for_good_before_the_answer
-                    go_on_where_they_stopped_and_lose_nothing
-                    reset_in_the_middle_of_work
-                    stand_still_when_the_device_hangs_up
+                    have_stopped_when_get_vring_base_is_answered
+                    resume_where_they_stopped_and_lose_nothing
+                    can_be_reset_with_requests_in_flight
+                    have_stopped_when_the_socket_is_closed
                     are_silent_and_answer_while_stopped
                     interrupt_only_when_asked
                     do_not_lose_an_interrupt
@@ -51,16 +51,16 @@ macro_rules! contract {
                 }
                 hostile {
                     queue_that_does_not_exist
-                    impossible_ring_size
+                    invalid_ring_size
                     second_queue_without_multi_queue
                     rings_outside_memory
-                    chain_that_no_driver_may_build
+                    malformed_chain
                     buffer_outside_memory
-                    fills_no_log
+                    does_not_fill_the_log
                     available_index_that_jumps
                     head_out_of_range
-                    message_that_makes_no_sense
-                    descriptors_without_end
+                    malformed_message
+                    endless_descriptor_chain
                     random_descriptors
                 }
                 requirements {
@@ -82,10 +82,10 @@ macro_rules! contract {
             }
         }
     )*};
-    (@rooms $subject:ty; $($room:ident { $($test:ident)* })*) => {$(
-        mod $room {
+    (@modules $subject:ty; $($module:ident { $($test:ident)* })*) => {$(
+        mod $module {
             use crate::subject::*;
-            $(#[test] fn $test() { crate::$room::$test::<$subject>() })*
+            $(#[test] fn $test() { crate::$module::$test::<$subject>() })*
         }
     )*};
 }

@@ -13,9 +13,9 @@ use vhost::vhost_user::VhostUserFrontend;
 
 use crate::subject::{Device, Subject};
 
-pub fn takes_memory_region_by_region<S: Subject>() {
+pub fn accepts_memory_regions_one_by_one<S: Subject>() {
     let mut device = Device::<S>::listening();
-    // More than the 8 that SET_MEM_TABLE has room for, in no order.
+    // More than the 8 regions of a SET_MEM_TABLE message, in any order.
     let layout: Vec<(u64, u64)> = (0..20u64).map(|i| (i << 30, 1 << 20)).collect();
     let mut guest = Guest::new(device.process.connect(), Ram::new(&layout));
     guest.negotiate(EVENT_IDX);
@@ -28,7 +28,7 @@ pub fn takes_memory_region_by_region<S: Subject>() {
     }
     device.round_trip(&mut guest);
 
-    // What is not in use may go, once; and come back.
+    // A region that is not in use can be removed once, and added again.
     for region in &regions[5..12] {
         guest.frontend.remove_mem_region(region).unwrap();
         guest.frontend.remove_mem_region(region).unwrap_err();
@@ -38,7 +38,7 @@ pub fn takes_memory_region_by_region<S: Subject>() {
     guest.frontend.add_mem_region(&regions[7]).unwrap_err();
     device.round_trip(&mut guest);
 
-    // Without the rings' own region the queues stop, and nothing else does.
+    // Without the region of its rings, a queue stops. Everything else continues.
     guest.frontend.remove_mem_region(&regions[0]).unwrap();
     guest.queues[S::REQUESTS].kick();
     assert!(guest.frontend.get_features().is_ok());
@@ -47,7 +47,7 @@ pub fn takes_memory_region_by_region<S: Subject>() {
     device.must_serve();
 }
 
-pub fn works_on_while_memory_is_replaced<S: Subject>() {
+pub fn continues_while_memory_is_replaced<S: Subject>() {
     let mut device = Device::<S>::listening();
     let mut guest = device.boot(EVENT_IDX);
     let request = S::request(&guest.ram);
@@ -63,15 +63,15 @@ pub fn works_on_while_memory_is_replaced<S: Subject>() {
     device.round_trip(&mut guest);
 }
 
-/// More regions than one message has room for come and go beside those in use, while
-/// requests are in the queue all the time.
-pub fn works_on_while_regions_come_and_go<S: Subject>() {
+/// Regions, more than fit into one message, are added and removed while requests are in
+/// flight.
+pub fn continues_while_regions_are_added_and_removed<S: Subject>() {
     let mut device = Device::<S>::listening();
     let layout: Vec<(u64, u64)> = (0..20u64).map(|i| (i << 30, 1 << 20)).collect();
     let mut guest = Guest::new(device.process.connect(), Ram::new(&layout));
     guest.negotiate(EVENT_IDX);
     let regions = guest.ram.regions();
-    // Rings are in the first region and the last.
+    // The rings are in the first and the last region.
     for region in [&regions[0], &regions[19]] {
         guest.frontend.add_mem_region(region).unwrap();
     }
@@ -87,7 +87,7 @@ pub fn works_on_while_regions_come_and_go<S: Subject>() {
     let completed = std::thread::scope(|scope| {
         let feeder = scope.spawn(|| {
             let (mut completed, start) = (0, Instant::now());
-            // On a busy machine it may begin when the others are done.
+            // On a busy machine this thread may start when the others are done.
             while !stop.load(Ordering::Acquire) || completed == 0 && start.elapsed() < DEADLINE {
                 while queue.room() >= request.len() {
                     queue.add(&request);
@@ -112,9 +112,9 @@ pub fn works_on_while_regions_come_and_go<S: Subject>() {
     device.round_trip(&mut guest);
 }
 
-/// A buffer in a region that was removed is a buffer in no region: its request comes
-/// back, and the next one is served; when the region is there again, so is the buffer.
-pub fn returns_requests_into_a_region_that_is_gone<S: Subject>() {
+/// A request with a buffer in a removed region is returned, and the next one is served. When
+/// the region is added again, the buffer can be used again.
+pub fn returns_requests_in_a_removed_region<S: Subject>() {
     let mut device = Device::<S>::listening();
     let layout: Vec<(u64, u64)> = (0..10u64).map(|i| (i << 30, 1 << 20)).collect();
     let mut guest = Guest::new(device.process.connect(), Ram::new(&layout));
@@ -126,7 +126,7 @@ pub fn returns_requests_into_a_region_that_is_gone<S: Subject>() {
     for _ in 0..S::QUEUES {
         guest.add_queue(64);
     }
-    // The same request, its buffers moved to the region that goes.
+    // The same request, with its buffers in the region that is removed.
     let request = S::request(&guest.ram);
     let moved: Vec<Buffer> = request
         .iter()
@@ -144,7 +144,7 @@ pub fn returns_requests_into_a_region_that_is_gone<S: Subject>() {
         guest.frontend.remove_mem_region(&regions[5]).unwrap();
         let before = guest.ram.get(5 << 30, 1 << 20);
         assert_eq!(guest.queues[S::REQUESTS].run(&moved).len, 0);
-        // Not a byte was written there: the device has let go of it.
+        // The device wrote no byte there, because it has unmapped the region.
         assert!(guest.ram.get(5 << 30, 1 << 20) == before);
         device.round_trip(&mut guest);
         guest.frontend.add_mem_region(&regions[5]).unwrap();
@@ -153,7 +153,7 @@ pub fn returns_requests_into_a_region_that_is_gone<S: Subject>() {
     device.round_trip(&mut guest);
 }
 
-pub fn refuses_impossible_regions<S: Subject>() {
+pub fn refuses_invalid_regions<S: Subject>() {
     let mut device = Device::<S>::listening();
     let mut guest = device.boot(0);
     let ram = Arc::clone(&guest.ram); // keeps the file open
@@ -185,7 +185,7 @@ pub fn refuses_impossible_regions<S: Subject>() {
     }
     drop(guest);
 
-    // Numbers that are no region at all may end the connection.
+    // An invalid region may end the connection.
     for region in [
         (beyond, beyond, 4096, u64::MAX - 100),
         (beyond, beyond, u64::MAX, 0),

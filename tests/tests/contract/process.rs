@@ -1,4 +1,4 @@
-//! The process as its launcher and its host see it.
+//! The process itself: sandbox, signals, exit codes.
 
 use std::os::unix::process::CommandExt;
 use std::thread::sleep;
@@ -60,7 +60,7 @@ pub fn ends_on_sigterm_under_load<S: Subject>() {
         "{:?}",
         device.process.wait()
     );
-    // No request is half done: as many are used as the index says.
+    // No request is half done: the used index counts completed requests only.
     while queue.take().is_some() {}
     assert_eq!(queue.used_index, queue.device_used_index());
 }
@@ -68,11 +68,11 @@ pub fn ends_on_sigterm_under_load<S: Subject>() {
 pub fn leaves_sigint_to_a_launcher_that_ignores_it<S: Subject>() {
     let (mut launch, subject) = S::prepare();
     let ignore = || {
-        // SAFETY: no handler is installed.
+        // SAFETY: SIG_IGN is not a handler.
         unsafe { libc::signal(libc::SIGINT, libc::SIG_IGN) };
         Ok(())
     };
-    // SAFETY: makes one system call and allocates nothing.
+    // SAFETY: the closure makes one system call and allocates nothing.
     unsafe { launch.command().pre_exec(ignore) };
     let process = launch.listening();
     let mut device = Device { process, subject };
@@ -108,7 +108,7 @@ pub fn sleeps_when_there_is_nothing_to_do<S: Subject>() {
     let mut device = Device::<S>::listening();
     let mut guest = device.boot(EVENT_IDX | S::FEATURES);
     device.round_trip(&mut guest);
-    // A second in which no tick is used, once what was begun has settled.
+    // Waits for a second in which the process uses no CPU tick.
     wait_until("it sleeps", || {
         let before = device.process.ticks();
         sleep(Duration::from_secs(1));
@@ -133,7 +133,7 @@ pub fn refuses_contradictory_options<S: Subject>() {
     let process = launch.args(["--socket-path", "/x", "--fd", "3"]).spawn();
     assert_eq!(process.wait().code(), Some(2), "{}", process.log());
 
-    // No socket at all; a socket where there is none. One line each.
+    // Without a socket, and with a path that has none: one line each.
     let cases = [
         (2, &[][..]),
         (1, &["--fd", "1000"]),

@@ -1,5 +1,5 @@
-//! What virtio 1.2 section 2.7 requires of a device's rings and is not a room of
-//! its own elsewhere; each named after its section.
+//! Requirements of virtio 1.2 section 2.7 on a device that no other module tests. Each test is
+//! named after the section.
 
 use std::time::Duration;
 
@@ -9,8 +9,7 @@ use outrigger_tests::ram::Ram;
 
 use crate::subject::{Device, Subject};
 
-/// Builds `direct` in the queue's own table, followed by a table with `rest`, and
-/// runs the request.
+/// Runs a request with the descriptors `direct` and an indirect table with `rest`.
 fn run_mixed(
     queue: &mut DriverQueue,
     ram: &Ram,
@@ -49,7 +48,7 @@ pub fn r2_7_5_3_2_direct_descriptors_before_an_indirect_table<S: Subject>() {
     let mut guest = device.boot(EVENT_IDX | INDIRECT_DESC);
     let request = S::request(&guest.ram);
     let expected = guest.queues[S::REQUESTS].run(&request).len;
-    // The first buffer in two pieces, so that there is something to go before.
+    // The first buffer is split in two, for a direct descriptor before the indirect table.
     let half = request[0].len / 2;
     let mut pieces = vec![
         Buffer {

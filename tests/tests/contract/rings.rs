@@ -1,4 +1,4 @@
-//! How rings start, run and stop.
+//! Rings: start, operation, stop.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
@@ -15,11 +15,11 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::subject::{Device, Subject};
 
-/// Long enough to see that something does not happen: a device that is wrong
-/// does it within microseconds.
+/// Long enough to see that something does not happen, which a wrong device would do within
+/// microseconds.
 const A_WHILE: Duration = Duration::from_millis(50);
 
-/// Fills queue [`Subject::REQUESTS`] with requests; returns how many.
+/// Fills queue [`Subject::REQUESTS`] with requests; returns their number.
 fn fill<S: Subject>(guest: &mut Guest) -> usize {
     let request = S::request(&guest.ram);
     let queue = &mut guest.queues[S::REQUESTS];
@@ -30,7 +30,7 @@ fn fill<S: Subject>(guest: &mut Guest) -> usize {
     count
 }
 
-pub fn run_from_the_start_without_protocol_features<S: Subject>() {
+pub fn are_enabled_from_the_start_without_protocol_features<S: Subject>() {
     let mut device = Device::<S>::listening();
     let mut guest = Guest::new(device.process.connect(), Ram::small());
     guest.frontend.set_owner().unwrap();
@@ -45,8 +45,8 @@ pub fn run_from_the_start_without_protocol_features<S: Subject>() {
     device.round_trip(&mut guest);
 }
 
-/// As QEMU does with a network card: enabled as soon as the protocol features are
-/// negotiated, before the features are set.
+/// QEMU enables the rings of a network device as soon as the protocol features are
+/// negotiated, before it sets the features.
 pub fn may_be_enabled_before_the_features_are_set<S: Subject>() {
     let mut device = Device::<S>::listening();
     let mut guest = Guest::new(device.process.connect(), Ram::small());
@@ -80,8 +80,8 @@ pub fn may_be_enabled_before_the_features_are_set<S: Subject>() {
     device.round_trip(&mut guest);
     drop(guest);
 
-    // Without protocol features, or with features that leave them out, the message
-    // means nothing; nor does a third state, or a message without a body.
+    // The message is invalid without protocol features, without their feature bit, with a
+    // third state, and without a body.
     let cases = [
         (false, false, 1, 8),
         (true, true, 1, 8),
@@ -128,7 +128,7 @@ pub fn keep_their_state_when_the_doorbell_is_replaced<S: Subject>() {
     }
     device.round_trip(&mut guest);
 
-    // A ring that is started and not enabled stays silent, and then catches up.
+    // A ring that is started and not enabled does nothing until it is enabled.
     let index = S::REQUESTS;
     guest.frontend.set_vring_enable(index, false).unwrap();
     let doorbell = EventFd::new(EFD_NONBLOCK).unwrap();
@@ -157,7 +157,7 @@ pub fn do_not_lose_a_kick_from_before_the_start<S: Subject>() {
     }
 }
 
-/// Keeps a queue full until told to stop; returns how many requests were completed.
+/// Keeps a queue full until it should stop; returns the number of completed requests.
 fn feed(queue: &mut DriverQueue, request: &[Buffer], stop: &AtomicBool) -> usize {
     let mut completed = 0;
     while !stop.load(Ordering::Acquire) {
@@ -172,7 +172,7 @@ fn feed(queue: &mut DriverQueue, request: &[Buffer], stop: &AtomicBool) -> usize
     completed
 }
 
-pub fn stop_for_good_before_the_answer<S: Subject>() {
+pub fn have_stopped_when_get_vring_base_is_answered<S: Subject>() {
     let device = Device::<S>::listening();
     let mut guest = device.boot(EVENT_IDX);
     let request = S::request(&guest.ram);
@@ -197,7 +197,7 @@ pub fn stop_for_good_before_the_answer<S: Subject>() {
             let base: Vec<u16> = (0..S::QUEUES)
                 .map(|index| frontend.get_vring_base(index).unwrap() as u16)
                 .collect();
-            // What has been taken is completed, and no more will be.
+            // All popped requests are completed, and no others will be.
             let completed = u16::from_le_bytes(ram.get(used_ring + 2, 2).try_into().unwrap());
             assert_eq!(completed, base[S::REQUESTS], "taken and not completed");
             stop.store(true, Ordering::Release);
@@ -225,7 +225,7 @@ pub fn stop_for_good_before_the_answer<S: Subject>() {
     assert!(in_the_middle > 0, "no stop came while there was work");
 }
 
-pub fn go_on_where_they_stopped_and_lose_nothing<S: Subject>() {
+pub fn resume_where_they_stopped_and_lose_nothing<S: Subject>() {
     let mut device = Device::<S>::listening();
     let mut guest = device.boot(EVENT_IDX);
     for _ in 0..3 {
@@ -243,8 +243,8 @@ pub fn go_on_where_they_stopped_and_lose_nothing<S: Subject>() {
     device.round_trip(&mut next);
 }
 
-/// A driver resets the device while it works, and starts anew in the same memory.
-pub fn reset_in_the_middle_of_work<S: Subject>() {
+/// A driver resets the device with requests in flight, and starts again in the same memory.
+pub fn can_be_reset_with_requests_in_flight<S: Subject>() {
     let mut device = Device::<S>::listening();
     let mut guest = device.boot(EVENT_IDX | S::FEATURES);
     for round in 0..20 {
@@ -263,8 +263,9 @@ pub fn reset_in_the_middle_of_work<S: Subject>() {
     }
 }
 
-/// Who sees the device's end of the socket closed may be sure that it writes nowhere.
-pub fn stand_still_when_the_device_hangs_up<S: Subject>() {
+/// When the device has closed its end of the socket, it does not write to guest memory any
+/// more.
+pub fn have_stopped_when_the_socket_is_closed<S: Subject>() {
     let mut device = Device::<S>::listening();
     for round in 0..20 {
         let mut guest = device.boot(EVENT_IDX);
@@ -314,7 +315,7 @@ pub fn are_silent_and_answer_while_stopped<S: Subject>() {
     sleep(A_WHILE);
     assert!(guest.ram.snapshot() == before, "written to while stopped");
     assert_eq!(guest.interrupts(), 0);
-    // A second stop says the same.
+    // A second stop returns the same index.
     assert_eq!(guest.stop(S::REQUESTS), base[S::REQUESTS]);
     for (index, base) in base.into_iter().enumerate() {
         guest.start(index, base);
@@ -327,7 +328,7 @@ pub fn interrupt_only_when_asked<S: Subject>() {
     let mut guest = device.boot(EVENT_IDX);
     let request = S::request(&guest.ram);
     let queue = &mut guest.queues[S::REQUESTS];
-    // used_event far away: many requests, no interrupt.
+    // With a distant used_event, many requests cause no interrupt.
     queue.set_used_event(queue.used_index.wrapping_sub(2));
     for _ in 0..10 {
         queue.add(&request);
@@ -336,7 +337,7 @@ pub fn interrupt_only_when_asked<S: Subject>() {
     }
     sleep(A_WHILE);
     assert_eq!(queue.interrupts(), 0);
-    // Two more from here: the first is silent, the second is not.
+    // Of the next two requests, only the second one causes an interrupt.
     queue.set_used_event(queue.used_index.wrapping_add(1));
     queue.add(&request);
     queue.kick();
@@ -353,7 +354,7 @@ pub fn do_not_lose_an_interrupt<S: Subject>() {
     let mut guest = device.boot(EVENT_IDX);
     let request = S::request(&guest.ram);
     let queue = &mut guest.queues[S::REQUESTS];
-    // Kicks only where the device asks for one, and sleeps for each completion.
+    // Kicks only if the device asks for it, and sleeps until each completion.
     let mut kicks = 0;
     for _ in 0..500 {
         let before = queue.avail_index;
@@ -382,7 +383,7 @@ pub fn take_indirect_descriptors<S: Subject>() {
     device.round_trip(&mut guest);
 }
 
-/// As QEMU's virtio-mmio offers to the guest of any device, which takes all of it.
+/// QEMU's virtio-mmio offers rings of this size for any device, and guests use all of it.
 pub fn have_up_to_1024_entries<S: Subject>() {
     let mut device = Device::<S>::listening();
     let mut guest = Guest::new(device.process.connect(), Ram::small());
@@ -399,7 +400,7 @@ pub fn wrap_around<S: Subject>() {
     let mut guest = device.boot(EVENT_IDX);
     for index in 0..S::QUEUES {
         guest.stop(index);
-        // As if 65,500 requests had gone through already.
+        // As after 65,500 requests.
         guest.queues[index].set_indices(65_500);
         guest.start(index, 65_500);
     }

@@ -1,4 +1,4 @@
-//! The devices under test, as far as the contract needs to know them.
+//! The devices under test.
 
 use std::io::{Read, Write};
 use std::net::Ipv4Addr;
@@ -13,26 +13,26 @@ use outrigger_tests::{DEADLINE, console, disk, net};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_T_IN};
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU};
 
-/// A kind of device, with what it serves to its guest.
+/// A device under test, with its image, tap or client.
 pub trait Subject: Sized {
-    /// Its program.
+    /// Name of its program.
     const NAME: &'static str;
-    /// Its queues.
+    /// Number of queues.
     const QUEUES: usize;
-    /// A queue whose requests the device completes by itself.
+    /// A queue whose requests the device completes without other input.
     const REQUESTS: usize;
-    /// Feature bits of its own that it always offers.
+    /// Feature bits that it always offers.
     const FEATURES: u64;
     /// Its type in `--print-capabilities`.
     const TYPE: &'static str;
 
-    /// Makes what it serves, and the options that say so.
+    /// Makes its image, tap or socket, and the options for it.
     fn prepare() -> (Launch, Self);
 
-    /// A request for queue [`Subject::REQUESTS`] that is always the same.
+    /// A request for queue [`Subject::REQUESTS`], always the same.
     fn request(ram: &Ram) -> Vec<Buffer>;
 
-    /// Some data through the device and back, compared; all queues are running.
+    /// Sends data through the device and back, and compares them. All queues are running.
     fn round_trip(device: &mut Device<Self>, guest: &mut Guest);
 }
 
@@ -58,7 +58,7 @@ impl<S: Subject> Device<S> {
         S::round_trip(self, guest);
     }
 
-    /// Shows that the process serves, whatever the last front end did.
+    /// Checks that the process still serves a front end.
     pub fn must_serve(&mut self) {
         assert!(self.process.is_running(), "the process is gone");
         let mut guest = self.boot(S::FEATURES);
@@ -103,7 +103,7 @@ impl<const QUEUES: usize> Subject for Disk<QUEUES> {
     }
 }
 
-/// device-net in a network of its own.
+/// device-net with a network namespace of its own.
 pub struct Net;
 
 impl Subject for Net {
@@ -124,7 +124,7 @@ impl Subject for Net {
     }
 
     fn round_trip(_device: &mut Device<Self>, guest: &mut Guest) {
-        // Each time somebody else asks, so that the answer is to this question.
+        // Another sender address each time, so that an old answer is not taken for this one.
         static ASKING: AtomicU8 = AtomicU8::new(0);
         let number = 2 + ASKING.fetch_add(1, Ordering::Relaxed) % 250;
         net::post(guest, 2, 2048);
@@ -163,7 +163,7 @@ impl Subject for Console {
             client.set_read_timeout(Some(DEADLINE)).unwrap();
             client
         });
-        // The client also finds what requests have left there.
+        // The client also gets the output of earlier requests.
         let text = format!("guest {number}\n");
         console::send(guest, text.as_bytes());
         let mut heard = Vec::new();

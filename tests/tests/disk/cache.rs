@@ -1,4 +1,4 @@
-//! Each way between the medium and guest memory.
+//! Cache modes: every path between the image and guest memory.
 
 use std::fs::File;
 use std::os::unix::fs::OpenOptionsExt;
@@ -14,11 +14,11 @@ use virtio_bindings::virtio_blk::*;
 
 use crate::subject::{Disk, FLUSH, SIZE};
 
-/// Longest request in sectors.
+/// The longest request in sectors.
 const LONGEST: u64 = 48;
 
-/// Random requests of any length, to buffers at any address, some at a time; the disk
-/// must say what a model says, and so must the file afterwards.
+/// Random requests of any length, with buffers at any address, several in flight. The disk
+/// must agree with a model, and so must the file afterwards.
 fn work(disk: &mut Disk, requests: usize) {
     let mut random = Random::announced();
     let mut model = pattern_of(0, SIZE);
@@ -28,13 +28,13 @@ fn work(disk: &mut Disk, requests: usize) {
     while left > 0 {
         let mut batch = Vec::new();
         let count = (1 + random.below(buffers.len() as u64) as usize).min(left);
-        // No two of a batch touch the same bytes: their order is nobody's promise.
+        // The requests of a batch do not overlap, because their order is not defined.
         let share = (SIZE / SECTOR) as u64 / count as u64;
         for (number, &buffer) in buffers[..count].iter().enumerate() {
             let sectors = 1 + random.below(LONGEST);
             let sector = number as u64 * share + random.below(share - sectors);
             let len = sectors as usize * SECTOR;
-            // Whole pages at times, which go another way.
+            // Sometimes whole pages, which use another path.
             let at = match random.below(3) {
                 0 => buffer.next_multiple_of(4096),
                 _ => buffer + random.below(4096 - 16),
@@ -78,7 +78,7 @@ fn work(disk: &mut Disk, requests: usize) {
     assert!(disk.file() == model);
 }
 
-/// The same memory in up to three pieces.
+/// The same memory in up to three buffers.
 fn in_pieces(random: &mut Random, buffer: Buffer) -> Vec<Buffer> {
     let mut pieces = vec![buffer];
     while pieces.len() < 3 && random.below(2) == 0 {
@@ -94,14 +94,14 @@ fn in_pieces(random: &mut Random, buffer: Buffer) -> Vec<Buffer> {
     pieces
 }
 
-/// Drops what the page cache has of the image, as far as the file system lets it.
+/// Drops the page cache of the image, if the file system supports that.
 fn chill(disk: &Disk) {
     let file = File::open(&disk.image).unwrap();
     file.sync_all().unwrap();
     rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
 }
 
-/// Whether the file system of temporary files knows a way past the page cache.
+/// Whether the file system of temporary files supports O_DIRECT.
 pub fn has_direct() -> bool {
     let file = tempfile::NamedTempFile::new().unwrap();
     let mut options = File::options();
@@ -114,7 +114,7 @@ pub fn has_direct() -> bool {
 }
 
 #[test]
-fn through_the_page_cache() {
+fn writeback_mode_uses_the_page_cache() {
     for mode in ["writeback", "unsafe"] {
         let mut disk = Disk::new(&["--cache", mode]);
         work(&mut disk, 400);
@@ -123,7 +123,7 @@ fn through_the_page_cache() {
 }
 
 #[test]
-fn what_is_not_in_the_page_cache_is_read_all_the_same() {
+fn reads_that_miss_the_page_cache_return_the_data() {
     read_cold(&mut Disk::new(&[]));
 }
 
@@ -139,7 +139,7 @@ fn read_cold(disk: &mut Disk) {
 }
 
 #[test]
-fn past_the_page_cache() {
+fn cache_none_bypasses_the_page_cache() {
     if has_direct() {
         let mut disk = Disk::new(&["--cache", "none"]);
         work(&mut disk, 400);
@@ -147,13 +147,13 @@ fn past_the_page_cache() {
 }
 
 #[test]
-fn one_request_after_the_other_where_the_host_has_no_io_uring() {
+fn requests_are_served_one_by_one_without_io_uring() {
     for mode in ["writeback", "none"] {
         if mode == "none" && !has_direct() {
             continue;
         }
         let mut launch = Launch::new("device-disk");
-        // SAFETY: makes system calls only, and allocates nothing.
+        // SAFETY: the closure makes system calls only, and allocates nothing.
         unsafe { launch.command().pre_exec(forbid_io_uring) };
         let mut disk = Disk::launch(launch, SIZE, &["--cache", mode], 1, FLUSH);
         let log = disk.process.log();
@@ -163,7 +163,7 @@ fn one_request_after_the_other_where_the_host_has_no_io_uring() {
     }
 }
 
-/// io_uring_setup(2) is refused from now on (seccomp(2)).
+/// Makes io_uring_setup(2) fail from now on (seccomp(2)).
 fn forbid_io_uring() -> std::io::Result<()> {
     let statement = |code: u32, k: u32, jt, jf| libc::sock_filter {
         code: code as u16,
@@ -173,7 +173,7 @@ fn forbid_io_uring() -> std::io::Result<()> {
     };
     let refuse = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
     let mut filter = [
-        // The call's number is the first word of what is looked at.
+        // The number of the system call is the first word of the data.
         statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
         statement(
             libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
@@ -188,7 +188,7 @@ fn forbid_io_uring() -> std::io::Result<()> {
         len: filter.len() as u16,
         filter: filter.as_mut_ptr(),
     };
-    // SAFETY: prctl(2) as it is documented; the program is valid for the call.
+    // SAFETY: the arguments are as prctl(2) documents; the program is valid during the call.
     let refused = unsafe {
         libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
             || libc::prctl(
@@ -203,9 +203,10 @@ fn forbid_io_uring() -> std::io::Result<()> {
     }
 }
 
-/// A driver that does not flush, or says so in the field (virtio 1.2 section 5.2.6.2).
+/// A driver without VIRTIO_BLK_F_FLUSH, and one that sets `writeback` to 0 (virtio 1.2
+/// section 5.2.6.2).
 #[test]
-fn writes_through_where_the_driver_wants_it() {
+fn a_driver_can_switch_to_write_through() {
     const WRITEBACK: u32 = 32;
     let wce = 1 << VIRTIO_BLK_F_CONFIG_WCE;
     for (features, expected) in [(0, 0), (FLUSH | wce, 1)] {
@@ -218,7 +219,7 @@ fn writes_through_where_the_driver_wants_it() {
         disk.guest.set_config(WRITEBACK, &[value]).unwrap();
         assert_eq!(disk.guest.config(WRITEBACK, 1), [value]);
     }
-    // Neither another value nor another field.
+    // Other values and other fields cannot be written.
     assert!(disk.guest.set_config(WRITEBACK, &[2]).is_err());
     assert!(disk.guest.set_config(0, &[0]).is_err());
     assert_eq!(disk.guest.config(WRITEBACK, 1), [0]);
@@ -226,7 +227,7 @@ fn writes_through_where_the_driver_wants_it() {
 }
 
 #[test]
-fn blocks_of_4096_bytes_are_all_or_nothing() {
+fn transfers_of_partial_blocks_are_refused() {
     let mut disk = Disk::new(&["--block-size", "4096"]);
     assert_eq!(disk.guest.config(20, 4), 4096u32.to_le_bytes());
     assert_eq!(disk.receive(VIRTIO_BLK_T_IN, 8, 4096).0, VIRTIO_BLK_S_OK);
@@ -238,16 +239,16 @@ fn blocks_of_4096_bytes_are_all_or_nothing() {
     assert!(log.contains("not made of whole blocks"), "{log}");
 }
 
-/// The most resident memory that a process ever had, in KiB.
+/// The peak resident memory of a process in KiB.
 fn peak(process: &Process) -> u64 {
     let text = process.status("", "VmHWM");
     text.trim_end_matches(" kB").parse().unwrap()
 }
 
-/// Sent again and again over the same few pages, at an address that the medium does not
-/// take: what the process has of it in memory stays little.
+/// A request that consists of the same few pages many times, misaligned for direct I/O, needs
+/// little memory in the process.
 #[test]
-fn a_huge_request_takes_little_memory() {
+fn a_huge_request_needs_little_memory() {
     const PIECE: u32 = 2 << 20;
     const PIECES: usize = 126;
     if !has_direct() {
@@ -280,9 +281,9 @@ fn a_huge_request_takes_little_memory() {
     assert!(most < 64 << 10, "{most} KiB");
 }
 
-/// A worker that looks for work finds what the kernel did a part of, too.
+/// A worker that polls also continues a short transfer.
 #[test]
-fn a_request_of_very_many_pieces_goes_on_while_its_worker_looks() {
+fn a_request_of_many_segments_completes_while_its_worker_polls() {
     const SIZE: u64 = 1 << 20;
     const PIECES: usize = 1022;
     let disk = Disk::new(&[]);
@@ -291,7 +292,7 @@ fn a_request_of_very_many_pieces_goes_on_while_its_worker_looks() {
         .args(["--blk-file".as_ref(), disk.image.as_os_str()])
         .args(["--poll-us", "10000", "--read-only", "--lock", "off"])
         .listening();
-    // Each piece lies in two regions.
+    // Each buffer lies in two regions.
     let ram = Ram::new(&[(0, SIZE), (SIZE, SIZE)]);
     assert_eq!(ram.alloc(512), SIZE);
     let mut guest = Guest::new(process.connect(), ram);

@@ -1,4 +1,4 @@
-//! What a medium does not do fails that request alone.
+//! An I/O error fails only the request that caused it.
 
 use std::fs::File;
 use std::path::Path;
@@ -16,9 +16,9 @@ use crate::subject::{Disk, FLUSH, SIZE};
 const OK: u32 = VIRTIO_BLK_S_OK;
 const ERROR: u32 = VIRTIO_BLK_S_IOERR;
 
-/// Somebody else makes the file shorter: what is gone is an error, and all else goes on.
+/// Another process truncates the file: only requests for the missing part fail.
 #[test]
-fn a_file_that_is_shortened_fails_what_lies_beyond() {
+fn requests_beyond_the_end_of_a_truncated_file_fail() {
     for mode in ["writeback", "none"] {
         if mode == "none" && !has_direct() {
             continue;
@@ -34,16 +34,16 @@ fn a_file_that_is_shortened_fails_what_lies_beyond() {
         let log = disk.process.log();
         assert!(log.contains("request failed queue=0 request="), "{log}");
         assert!(log.contains("operation=\"read\""), "{log}");
-        // The guest's own writes make it longer again.
+        // Writes of the guest make the file longer again.
         let data = vec![0x77; 4096];
         assert_eq!(disk.send(VIRTIO_BLK_T_OUT, half, &data), OK);
         assert_eq!(disk.receive(VIRTIO_BLK_T_IN, half, 4096), (OK, data));
     }
 }
 
-/// A block device whose end is gone: EIO.
+/// A block device that fails in its second half: EIO.
 #[test]
-fn a_medium_that_fails_fails_no_other_request() {
+fn an_io_error_fails_only_its_request() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), pattern_of(0, SIZE)).unwrap();
     let Some(device) = Loop::new(file.path()) else {
@@ -75,15 +75,15 @@ fn a_medium_that_fails_fails_no_other_request() {
     }
 }
 
-/// A file system without room for all of a sparse image: ENOSPC, until there is some.
+/// A file system without room for all of a sparse image: ENOSPC, until it has room again.
 #[test]
-fn a_full_file_system_fails_no_other_request() {
+fn a_full_file_system_fails_only_requests_that_need_space() {
     for format in ["raw", "qcow2", "qcow"] {
         let launch = Launch::program(Path::new("unshare"));
         let place = launch.directory().join("place");
         let socket = launch.directory().join("socket");
         std::fs::create_dir(&place).unwrap();
-        // A file system of its own, which goes with the process.
+        // A file system of its own, which is unmounted with the process.
         let script = "mount -t tmpfs -o size=640k none \"$1\" && \
              \"$2\" create \"$1/image\" --format \"$3\" --size 1M && \
              exec \"$2\" --format \"$3\" --blk-file \"$1/image\" --socket-path \"$4\" --ready-fd \"$6\"";
@@ -121,7 +121,7 @@ fn a_full_file_system_fails_no_other_request() {
         };
         let log = disk.process.log();
         assert!(log.contains("No space left on device"), "{format}: {log}");
-        // What has its place is read and written as before, and what has none stays as it was.
+        // Allocated ranges are read and written as before. The others have not changed.
         for (number, &ok) in done.iter().enumerate() {
             let (status, got) = disk.receive(VIRTIO_BLK_T_IN, sector(number), data.len());
             assert_eq!(status, OK, "{format}, {number}");
@@ -130,7 +130,7 @@ fn a_full_file_system_fails_no_other_request() {
         assert_eq!(disk.send(VIRTIO_BLK_T_OUT, sector(good), &data), OK);
         assert_eq!(disk.send(VIRTIO_BLK_T_FLUSH, 0, &[]), OK);
         if format == "raw" {
-            // There is room again.
+            // The file system has room again.
             let zeroes = outrigger_tests::disk::range(sector(good), sector(1) as u32, 0);
             assert_eq!(disk.send(VIRTIO_BLK_T_DISCARD, 0, &zeroes), OK);
             assert_eq!(disk.send(VIRTIO_BLK_T_OUT, sector(bad), &data), OK);

@@ -1,5 +1,5 @@
-//! A front end takes the end of its connection for a sign that nobody touches the guest's
-//! memory any more.
+//! When the connection is closed, a front end assumes that guest memory is not accessed any
+//! more.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
@@ -25,10 +25,10 @@ fn read(guest: &mut Guest, queue: usize, at: u64, sector: u64) {
     guest.queues[queue].kick();
 }
 
-/// SIGTERM leaves nothing in work: a front end without a table of what is in flight could not
-/// know of it.
+/// SIGTERM leaves no request in flight: a front end without an in-flight table would not know
+/// of it.
 #[test]
-fn comes_after_the_requests_in_work_when_the_process_is_asked_to_end() {
+fn socket_closes_after_requests_in_flight_when_the_process_is_terminated() {
     let Some(slow) = SlowFile::new() else { return };
     let process = Launch::new("device-disk")
         .pass("--blk-fd", slow.file.try_clone().unwrap().into())
@@ -46,10 +46,10 @@ fn comes_after_the_requests_in_work_when_the_process_is_asked_to_end() {
     assert!(guest.ram.get(at, BYTES) == [CONTENT; BYTES]);
 }
 
-/// An inherited file may be open to go past the page cache, where nobody holds on to the
-/// connection: it does not.
+/// An inherited file that has O_DIRECT loses the flag, for in this mode no io_uring keeps the
+/// connection open.
 #[test]
-fn comes_after_the_last_transfer_of_a_file_that_was_open_past_the_page_cache() {
+fn socket_closes_after_the_last_direct_transfer() {
     let Some(slow) = SlowFile::new() else { return };
     let mut options = std::fs::File::options();
     options.read(true).custom_flags(libc::O_DIRECT);
@@ -68,9 +68,9 @@ fn comes_after_the_last_transfer_of_a_file_that_was_open_past_the_page_cache() {
     assert!(readable_within(&guest.stream, DEADLINE));
 }
 
-/// The medium works on by itself when the process is dead, and then writes to guest memory.
+/// After the death of the process, the block device still writes to guest memory.
 #[test]
-fn comes_after_the_last_transfer_whatever_becomes_of_the_process() {
+fn socket_closes_after_the_last_transfer_when_the_process_is_killed() {
     for queues in [1, 2] {
         let Some(slow) = SlowFile::new() else { return };
         let count = queues.to_string();
@@ -85,7 +85,7 @@ fn comes_after_the_last_transfer_whatever_becomes_of_the_process() {
         for _ in 0..queues {
             guest.add_queue(64);
         }
-        // It works.
+        // A transfer is in flight.
         let at = guest.ram.alloc(2 * BYTES as u64).next_multiple_of(4096);
         let last = queues - 1;
         read(&mut guest, last, at, 0);

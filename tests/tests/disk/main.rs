@@ -1,4 +1,4 @@
-//! device-disk as its guest sees it.
+//! device-disk, tested through its queues.
 
 mod cache;
 mod faults;

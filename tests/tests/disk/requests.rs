@@ -1,4 +1,4 @@
-//! Requests of every kind and shape.
+//! Requests of every type and layout.
 
 use std::os::unix::fs::MetadataExt;
 
@@ -33,9 +33,9 @@ fn writes_the_image_and_flushes_it() {
     assert_eq!(disk.receive(VIRTIO_BLK_T_IN, 7, 3 * SECTOR).1, data);
 }
 
-/// As with QEMU, a file that ends within a sector makes a disk that ends with it.
+/// If a file ends within a sector, the disk ends with that sector, as in QEMU.
 #[test]
-fn pads_the_last_sector_of_a_file_of_odd_size() {
+fn pads_an_incomplete_last_sector() {
     let mut disk = Disk::start(10_000, &[], 1);
     let log = disk.process.log();
     assert!(log.contains("240 zero bytes"), "{log}");
@@ -46,7 +46,7 @@ fn pads_the_last_sector_of_a_file_of_odd_size() {
     let (status, data) = disk.receive(VIRTIO_BLK_T_IN, 19, SECTOR);
     assert_eq!((status, data), (VIRTIO_BLK_S_OK, expected));
     assert_eq!(disk.receive(VIRTIO_BLK_T_IN, 20, 512).0, VIRTIO_BLK_S_IOERR);
-    // It stays as long as it is until the guest writes there.
+    // The file does not grow until the guest writes there.
     let data = [0x5a; SECTOR];
     assert_eq!(disk.send(VIRTIO_BLK_T_OUT, 18, &data), VIRTIO_BLK_S_OK);
     assert_eq!(disk.file().len(), 10_000);
@@ -56,14 +56,14 @@ fn pads_the_last_sector_of_a_file_of_odd_size() {
 }
 
 #[test]
-fn tells_its_serial_number() {
+fn returns_its_serial_number() {
     let mut disk = Disk::new(&["--serial", "twenty-bytes-serial!"]);
     let (status, id) = disk.receive(VIRTIO_BLK_T_GET_ID, 0, 20);
     assert_eq!(
         (status, &id[..]),
         (VIRTIO_BLK_S_OK, &b"twenty-bytes-serial!"[..])
     );
-    // Room for more or less than there is.
+    // Buffers that are longer or shorter than the serial number.
     assert_eq!(disk.receive(VIRTIO_BLK_T_GET_ID, 0, 6).1, b"twenty");
     assert_eq!(disk.receive(VIRTIO_BLK_T_GET_ID, 0, 30).1[..20], id);
 
@@ -75,7 +75,7 @@ fn tells_its_serial_number() {
 }
 
 #[test]
-fn gives_discarded_ranges_back() {
+fn deallocates_discarded_ranges() {
     let mut disk = Disk::new(&[]);
     if !disk.offers(VIRTIO_BLK_F_DISCARD) {
         return; // the file system cannot punch holes
@@ -87,7 +87,7 @@ fn gives_discarded_ranges_back() {
     let after = std::fs::metadata(&disk.image).unwrap();
     assert_eq!(after.len(), before.len());
     assert!(after.blocks() < before.blocks());
-    // What lies between is as it was.
+    // The range in between has not changed.
     let (_, kept) = disk.receive(VIRTIO_BLK_T_IN, 256, 256 * SECTOR);
     assert!(kept == pattern_of(256 * SECTOR, 256 * SECTOR));
 }
@@ -108,9 +108,9 @@ fn writes_zeroes() {
     assert!(disk.file() == expected);
 }
 
-/// tmpfs cannot zero a range; then the process writes zeroes.
+/// tmpfs does not support FALLOC_FL_ZERO_RANGE, so the process writes zeros.
 #[test]
-fn writes_zeroes_where_the_file_system_does_not_help() {
+fn writes_zeroes_on_a_file_system_without_fallocate() {
     let directory = tempfile::tempdir_in("/dev/shm").unwrap();
     let image = directory.path().join("image");
     std::fs::write(&image, pattern_of(0, SIZE)).unwrap();
@@ -134,7 +134,7 @@ fn writes_zeroes_where_the_file_system_does_not_help() {
 }
 
 #[test]
-fn refuses_ranges_that_make_no_sense() {
+fn refuses_invalid_ranges() {
     let mut disk = Disk::new(&[]);
     let invalid = [
         range(SECTORS, 1, 0),
@@ -153,15 +153,15 @@ fn refuses_ranges_that_make_no_sense() {
         for data in &invalid {
             assert_eq!(disk.send(kind, 0, data), VIRTIO_BLK_S_IOERR, "{data:?}");
         }
-        // A flag nobody knows asks for something that nobody does.
+        // Unknown flags are not supported.
         assert_eq!(disk.send(kind, 0, &range(0, 1, 2)), VIRTIO_BLK_S_UNSUPP);
     }
-    // None of several is touched.
+    // If one of several ranges is invalid, none is zeroed.
     assert!(disk.file() == pattern_of(0, SIZE));
 }
 
 #[test]
-fn refuses_what_a_read_only_disk_cannot_do() {
+fn refuses_writes_to_a_read_only_disk() {
     let mut disk = Disk::new(&["--read-only"]);
     assert!(disk.offers(VIRTIO_BLK_F_RO));
     assert!(!disk.offers(VIRTIO_BLK_F_DISCARD) && !disk.offers(VIRTIO_BLK_F_WRITE_ZEROES));
@@ -182,7 +182,7 @@ fn refuses_what_a_read_only_disk_cannot_do() {
 }
 
 #[test]
-fn refuses_what_lies_beyond_its_end() {
+fn refuses_requests_beyond_the_end_of_the_disk() {
     let mut disk = Disk::new(&[]);
     for (sector, len) in [
         (SECTORS, 512),
@@ -204,7 +204,7 @@ fn refuses_what_lies_beyond_its_end() {
 }
 
 #[test]
-fn refuses_requests_that_it_does_not_know() {
+fn refuses_unknown_request_types() {
     let mut disk = Disk::new(&[]);
     for kind in [2, 5, 7, 12, 14, 1 << 31, u32::MAX] {
         assert_eq!(disk.receive(kind, 0, 512).0, VIRTIO_BLK_S_UNSUPP);
@@ -212,7 +212,7 @@ fn refuses_requests_that_it_does_not_know() {
     }
 }
 
-/// `buffer` as a chain of pieces, the lengths of which repeat.
+/// `buffer` as a chain of buffers with these lengths, repeated.
 fn split(buffer: Buffer, lengths: &[u32]) -> Vec<Buffer> {
     let mut pieces = Vec::new();
     let mut at = 0;
@@ -232,7 +232,7 @@ fn split(buffer: Buffer, lengths: &[u32]) -> Vec<Buffer> {
 }
 
 #[test]
-fn takes_requests_split_in_any_way() {
+fn accepts_any_split_of_header_data_and_status() {
     let mut disk = Disk::new(&[]);
     let ram = std::sync::Arc::clone(&disk.guest.ram);
     let queue = &mut disk.guest.queues[0];
@@ -245,7 +245,7 @@ fn takes_requests_split_in_any_way() {
         &[700],
         &[5000],
     ] {
-        // A read: data and status are one stretch of memory.
+        // A read: data and status are contiguous.
         let header = |kind| ram.put(&header(kind, 3));
         let readable = split(Buffer::readable(header(VIRTIO_BLK_T_IN), 16), lengths);
         let answer = ram.put(&[0xee; 513]);
@@ -256,7 +256,7 @@ fn takes_requests_split_in_any_way() {
         expected.push(VIRTIO_BLK_S_OK as u8);
         assert_eq!(ram.get(answer, 513), expected, "{lengths:?}");
 
-        // A write of the same: header and data are one stretch of memory.
+        // A write of the same data: header and data are contiguous.
         let mut bytes = outrigger_tests::disk::header(VIRTIO_BLK_T_OUT, 3).to_vec();
         bytes.extend(&expected[..512]);
         let readable = Buffer::readable(ram.put(&bytes), 528);
@@ -270,12 +270,12 @@ fn takes_requests_split_in_any_way() {
 }
 
 #[test]
-fn returns_requests_that_lack_header_or_status() {
+fn returns_requests_without_header_or_status() {
     let mut disk = Disk::new(&[]);
     let ram = std::sync::Arc::clone(&disk.guest.ram);
     let queue = &mut disk.guest.queues[0];
     let header = Buffer::readable(ram.put(&header(VIRTIO_BLK_T_IN, 0)), 16);
-    // No status byte: nothing can be said, but the buffer comes back.
+    // Without a status byte no error can be reported, but the buffer is returned.
     assert_eq!(queue.run(&[header]).len, 0);
     let status = Buffer::writable(ram.put(&[0xee]), 1);
     let short = Buffer { len: 15, ..header };
@@ -287,10 +287,10 @@ fn returns_requests_that_lack_header_or_status() {
 }
 
 #[test]
-fn counts_no_further_than_it_can() {
+fn refuses_sector_numbers_that_overflow() {
     let Disk { process, guest, .. } = Disk::new(&[]);
     drop(guest);
-    // As many writable bytes as a used element can count, and one more.
+    // One writable byte more than a used element can count.
     let ram = Ram::new(&[(0, 1 << 20), (1 << 32, (2 << 30) + (1 << 20))]);
     let mut guest = Guest::new(process.connect(), ram);
     guest.negotiate(EVENT_IDX);
@@ -319,13 +319,13 @@ fn counts_no_further_than_it_can() {
 }
 
 #[test]
-fn serves_many_queues_at_a_time() {
+fn serves_many_queues_in_parallel() {
     const QUEUES: usize = 4;
     let mut disk = Disk::start(SIZE, &["--queues", "4"], QUEUES);
     assert!(disk.offers(VIRTIO_BLK_F_MQ));
     assert_eq!(disk.guest.config(34, 2), [QUEUES as u8, 0]);
     let ram = std::sync::Arc::clone(&disk.guest.ram);
-    // Each queue writes a quarter of the disk, all of them at once.
+    // Each queue writes a quarter of the disk, in parallel.
     let quarter = SIZE / QUEUES;
     std::thread::scope(|scope| {
         for (number, queue) in disk.guest.queues.iter_mut().enumerate() {
@@ -351,7 +351,7 @@ fn serves_many_queues_at_a_time() {
 }
 
 #[test]
-fn refuses_images_that_are_none() {
+fn refuses_files_that_are_not_images() {
     for image in ["/nonexistent", "/", "/dev/null"] {
         let process = Launch::new("device-disk")
             .args(["--socket-path", "/nonexistent/socket", "--blk-file", image])

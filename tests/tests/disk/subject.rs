@@ -1,4 +1,4 @@
-//! A disk process with an image of its own, and its guest.
+//! A disk process with its image and its guest.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
@@ -26,12 +26,12 @@ impl Disk {
         Self::launch(Launch::new("device-disk"), size, options, queues, FLUSH)
     }
 
-    /// With a driver that accepts `features`.
+    /// Starts a disk with a driver that accepts `features`.
     pub fn driven(features: u64) -> Self {
         Self::launch(Launch::new("device-disk"), SIZE, &[], 1, features)
     }
 
-    /// The same by a command of the test's own making.
+    /// As above, with a command line of the test.
     pub fn launch(
         launch: Launch,
         size: usize,
@@ -64,7 +64,7 @@ impl Disk {
         &self.guest.ram
     }
 
-    /// The status of a request whose data the device reads.
+    /// Sends a request with data for the device; returns its status.
     pub fn send(&mut self, kind: u32, sector: u64, data: &[u8]) -> u32 {
         let data = match data.len() {
             0 => vec![],
@@ -73,7 +73,7 @@ impl Disk {
         self.run(kind, sector, &data)
     }
 
-    /// The status of a request whose data the device writes, and the data.
+    /// Sends a request for data; returns its status and the data.
     pub fn receive(&mut self, kind: u32, sector: u64, len: usize) -> (u32, Vec<u8>) {
         let at = self.ram().put(&vec![0xcc; len]);
         let status = self.run(kind, sector, &[Buffer::writable(at, len as u32)]);

@@ -1,25 +1,25 @@
-//! Images of all formats under a guest, and what QEMU makes of them afterwards.
+//! Images of all formats, used by a guest and checked by QEMU afterwards.
 
 mod create;
-mod shop;
+mod hostile_images;
+mod image_dir;
 mod steps;
-mod tricks;
 
 use outrigger_tests::disk::pattern_of;
 use rustix::process::Signal;
 
-use shop::{SIZE, Shop, connect, end, make};
+use image_dir::{ImageDir, SIZE, connect, end, make};
 use steps::{Kind, Random, Step, exercise, ranges, read};
 
 fn agrees_with_qemu(kind: &str, options: &[&str], seed: u64) {
     for queues in [1, 4] {
-        let shop = Shop::new();
-        let (format, mut content) = make(&shop, kind);
-        shop.agrees("disk", format, &content, false);
+        let dir = ImageDir::new();
+        let (format, mut content) = make(&dir, kind);
+        dir.agrees("disk", format, &content, false);
         let count = queues.to_string();
         let all = ["--format", format, "--backing", "allow", "--queues", &count];
         let mut random = Random::new(seed + queues as u64);
-        let process = shop
+        let process = dir
             .launch("disk", &[&all[..], options].concat())
             .listening();
         let mut driver = connect(&process, queues);
@@ -28,10 +28,10 @@ fn agrees_with_qemu(kind: &str, options: &[&str], seed: u64) {
         assert!(read(&mut driver, 0..SIZE) == content);
         drop(driver);
         end(&process);
-        shop.agrees("disk", format, &content, false);
+        dir.agrees("disk", format, &content, false);
         if kind == "qcow2 with a snapshot" {
-            shop.works("qemu-img snapshot -a then disk");
-            shop.agrees("disk", format, &pattern_of(0, SIZE), false);
+            dir.works("qemu-img snapshot -a then disk");
+            dir.agrees("disk", format, &pattern_of(0, SIZE), false);
         }
     }
 }
@@ -63,20 +63,20 @@ kinds! {
     qcow_on_raw: "qcow on raw", 150;
 }
 
-/// A process is killed in the middle of requests; those that were completed are done, and
-/// the image is one that others can use.
+/// A process is killed with requests in flight. The completed ones are in the image, which
+/// other programs can use.
 #[test]
-fn what_was_completed_outlives_the_process() {
+fn completed_writes_survive_the_death_of_the_process() {
     for (index, kind) in ["qcow2", "qcow2 4k", "qcow2 compressed", "qcow"]
         .iter()
         .enumerate()
     {
-        let shop = Shop::new();
-        let (format, mut content) = make(&shop, kind);
+        let dir = ImageDir::new();
+        let (format, mut content) = make(&dir, kind);
         let mut random = Random::new(1000 + index as u64);
         for kill in 0..4 {
             let options = ["--format", format, "--queues", "4"];
-            let process = shop.launch("disk", &options).listening();
+            let process = dir.launch("disk", &options).listening();
             let mut driver = connect(&process, 4);
             let now = read(&mut driver, 0..SIZE);
             assert!(now == content, "{kind}: kill {kill}");
@@ -92,14 +92,14 @@ fn what_was_completed_outlives_the_process() {
                 queue.kick();
                 unsure.extend(steps);
             }
-            // Some of them will be done.
+            // Some of these are completed.
             std::thread::sleep(std::time::Duration::from_micros(random.below(3000) as u64));
             process.signal(Signal::KILL);
             process.wait();
             drop(driver);
             drop(process);
 
-            let process = shop.launch("disk", &options).listening();
+            let process = dir.launch("disk", &options).listening();
             let mut driver = connect(&process, 1);
             let now = read(&mut driver, 0..SIZE);
             for step in &unsure {
@@ -112,7 +112,7 @@ fn what_was_completed_outlives_the_process() {
                 let old = &mut content[step.range.clone()];
                 let both = old.iter().zip(&new);
                 let one_of_them = now.iter().zip(both).all(|(now, (old, new))| {
-                    // A cluster of a discarded or overwritten range may be zeros on its way.
+                    // A cluster that was being discarded or overwritten may be zeros.
                     now == old || now == new || *now == 0
                 });
                 assert!(one_of_them, "{kind}: kill {kill}: {step:?}");
@@ -121,7 +121,7 @@ fn what_was_completed_outlives_the_process() {
             assert!(now == content, "{kind}: kill {kill}");
             drop(driver);
             end(&process);
-            shop.agrees("disk", format, &content, true);
+            dir.agrees("disk", format, &content, true);
         }
     }
 }

@@ -1,15 +1,15 @@
-//! Random requests, and what is known of the disk's content.
+//! Random requests, and a model of the disk's content.
 
 use std::ops::Range;
 
 use outrigger_tests::driver::{Driver, Queue};
 
-use crate::shop::{DEPTH, LARGEST, SIZE};
+use crate::image_dir::{DEPTH, LARGEST, SIZE};
 
-/// Queues take turns on the disk by so much, which is no multiple of any cluster.
+/// The disk is striped over the queues in this unit, which is not a multiple of a cluster.
 const STRIPE: usize = 24 << 10;
 
-/// Numbers that look random and are the same each time (xorshift64*).
+/// Pseudo-random numbers, the same in every run (xorshift64*).
 pub struct Random(u64);
 
 impl Random {
@@ -35,7 +35,7 @@ pub enum Kind {
     Flush,
 }
 
-/// A request, of a part of the disk that no other one at the time is of.
+/// A request for a range that no other request in flight uses.
 #[derive(Clone, Debug)]
 pub struct Step {
     pub kind: Kind,
@@ -84,14 +84,14 @@ impl Step {
     }
 }
 
-/// Ranges that do not overlap: some stripes of this queue, or some with a bit of the next.
+/// Ranges that do not overlap: some stripes of this queue, or some with a part of the next.
 pub fn ranges(random: &mut Random, queue: usize, queues: usize) -> Vec<Range<usize>> {
     let stripes = SIZE.div_ceil(STRIPE) / queues;
     let mut chosen: Vec<usize> = (0..DEPTH).map(|_| random.below(stripes)).collect();
     chosen.sort_unstable();
     chosen.dedup();
     let range = |stripe: usize| {
-        // Of one queue alone stripes may be longer.
+        // With one queue, a range may span several stripes.
         let long = if queues == 1 {
             STRIPE * stripes
         } else {
@@ -109,7 +109,7 @@ pub fn ranges(random: &mut Random, queue: usize, queues: usize) -> Vec<Range<usi
     ranges
 }
 
-/// Rounds of random requests on all queues at a time, of which every one is checked.
+/// Runs rounds of random requests on all queues, and checks each of them.
 pub fn exercise(driver: &mut Driver, model: &mut [u8], random: &mut Random, rounds: usize) {
     let discards = driver.discards();
     let queues = driver.queues.len();
@@ -146,7 +146,7 @@ pub fn exercise(driver: &mut Driver, model: &mut [u8], random: &mut Random, roun
             match step.kind {
                 Kind::Write(key) => part.copy_from_slice(&step.bytes(key)),
                 Kind::Zero(_) => part.fill(0),
-                // What it reads as then is the device's choice, of two.
+                // The range then reads as before or as zeros.
                 Kind::Discard if discards => {
                     let now = read(driver, step.range.clone());
                     let mut pairs = now.iter().zip(part.iter());

@@ -1,4 +1,4 @@
-//! `device-disk create`: makes images.
+//! `device-disk create`: creates images.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -16,16 +16,16 @@ use super::qcow2::storage::Storage;
 use super::{BackingPolicy, ImageFormat, ImageOrigin, SECTOR, backing, open_file};
 use crate::lock;
 
-/// Longest name of another file that QEMU, and we, read in an image.
-const MAX_NAME: usize = 1023;
+/// The longest name of a backing file, in QEMU and here.
+const MAX_BACKING_NAME: usize = 1023;
 
-/// What image to make.
+/// Which image to create.
 #[derive(Args, Clone, Debug)]
 pub struct CreateOptions {
     /// The image's file
     file: PathBuf,
 
-    /// Its format
+    /// The format of the image
     #[arg(long, value_enum, value_name = "raw|qcow2|qcow")]
     format: ImageFormat,
 
@@ -33,17 +33,17 @@ pub struct CreateOptions {
     #[arg(long, value_name = "SIZE", value_parser = outrigger_cli::size::parse)]
     size: u64,
 
-    /// Size of a cluster, which qcow2 and qcow images consist of [default: 64K; of qcow 4K, or
-    /// 512 on another image]
+    /// Cluster size of a qcow2 or qcow image [default: 64K; for qcow 4K, or 512 with a backing
+    /// file]
     #[arg(long, value_name = "SIZE", value_parser = outrigger_cli::size::parse)]
     cluster_size: Option<u64>,
 
-    /// Image that this one is to lie on: what has not been written here is read there; a
-    /// relative path is relative to the new image
+    /// Backing file: what is not written in the new image is read from there. A relative path
+    /// is relative to the new image
     #[arg(long, value_name = "PATH", requires = "backing_format")]
     backing: Option<String>,
 
-    /// Format of that image
+    /// Format of the backing file
     #[arg(long, value_name = "raw|qcow2", requires = "backing",
           value_parser = ["raw", "qcow2"])]
     backing_format: Option<String>,
@@ -54,24 +54,24 @@ pub struct CreateOptions {
 }
 
 impl CreateOptions {
-    /// Makes the image: all of it, or nothing.
+    /// Creates the image, completely or not at all.
     ///
     /// # Errors
-    /// One line that names the file.
+    /// The options are invalid or the file cannot be created. The error names the file.
     pub fn make(&self) -> io::Result<()> {
         let name = self.file.display().to_string();
-        let made = self.check().and_then(|()| self.place());
+        let made = self.check().and_then(|()| self.create());
         made.map_err(|error| io::Error::new(error.kind(), format!("{name}: {error}")))
     }
 
-    /// What can be seen before there is a file.
+    /// Checks the options.
     fn check(&self) -> io::Result<()> {
         let refused = |why: &str| Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         if self.size == 0 || !self.size.is_multiple_of(SECTOR) {
-            return refused("--size: a disk has one or more sectors of 512 bytes");
+            return refused("--size: it must be a multiple of 512, and not 0");
         }
         if self.size > i64::MAX as u64 {
-            return refused("--size: no disk is that large");
+            return refused("--size: it is too large");
         }
         let largest = match self.format {
             ImageFormat::Raw => 0,
@@ -83,13 +83,14 @@ impl CreateOptions {
                 return refused("--cluster-size: a raw image has no clusters");
             }
             if !cluster.is_power_of_two() || !(512..=largest).contains(&cluster) {
-                let why = format!("--cluster-size: a power of two from 512 to {largest}");
+                let why =
+                    format!("--cluster-size: it must be a power of two from 512 to {largest}");
                 return refused(&why);
             }
         }
-        if let Some((name, format)) = self.below() {
+        if let Some((name, format)) = self.backing() {
             if self.format == ImageFormat::Raw {
-                return refused("--backing: a raw image cannot lie on another one");
+                return refused("--backing: a raw image cannot have a backing file");
             }
             let origin = ImageOrigin {
                 name: "",
@@ -98,32 +99,35 @@ impl CreateOptions {
                 lock: false,
                 depth: 0,
             };
-            // That it can be opened is all that matters here.
-            let said = match self.format {
-                // It has no room for the word.
+            // Checks that the backing file can be opened.
+            let format = match self.format {
+                // A qcow image does not store the format.
                 ImageFormat::Qcow if format != "raw" => {
-                    return refused("--backing-format: a qcow image can lie on a raw one only");
+                    return refused(
+                        "--backing-format: the backing file of a qcow image must be raw",
+                    );
                 }
                 ImageFormat::Qcow => None,
                 _ => Some(format),
             };
-            drop(backing::open(name, said, &origin)?);
+            drop(backing::open(name, format, &origin)?);
             if is_same(&self.directory().join(name), &self.file) {
-                return refused("--backing: an image cannot lie on itself");
+                return refused("--backing: an image cannot be its own backing file");
             }
-            if name.len() > MAX_NAME {
-                let why = format!("--backing: a name has at most {MAX_NAME} bytes");
+            if name.len() > MAX_BACKING_NAME {
+                let why = format!("--backing: its name is longer than {MAX_BACKING_NAME} bytes");
                 return refused(&why);
             }
         }
         Ok(())
     }
 
-    fn below(&self) -> Option<(&str, &str)> {
+    /// Name and format of the backing file.
+    fn backing(&self) -> Option<(&str, &str)> {
         self.backing.as_deref().zip(self.backing_format.as_deref())
     }
 
-    /// Where the file is to be.
+    /// The directory of the new file.
     fn directory(&self) -> &Path {
         match self.file.parent() {
             Some(parent) if parent != Path::new("") => parent,
@@ -131,16 +135,16 @@ impl CreateOptions {
         }
     }
 
-    /// Makes the image beside where it is to be, and moves it there.
-    fn place(&self) -> io::Result<()> {
+    /// Creates the image under a temporary name, and renames it.
+    fn create(&self) -> io::Result<()> {
         let Some(name) = self.file.file_name() else {
             return Err(io::ErrorKind::IsADirectory.into());
         };
         let replaced = match self.file.symlink_metadata() {
             Ok(metadata) if !metadata.is_file() => {
-                return Err(io::Error::other("there is something that is no file"));
+                return Err(io::Error::other("it exists and is not a regular file"));
             }
-            Ok(_) if !self.force => return Err(there_already()),
+            Ok(_) if !self.force => return Err(already_exists()),
             Ok(metadata) => {
                 lock::take(&open_file(&self.file, false)?, lock::ImageAccess::Grow)?;
                 Some(metadata)
@@ -151,14 +155,14 @@ impl CreateOptions {
         let mut hidden = std::ffi::OsString::from(".");
         hidden.push(name);
         hidden.push(format!(".{}.new", std::process::id()));
-        let new = Unplaced(self.directory().join(hidden));
+        let new = TemporaryFile(self.directory().join(hidden));
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create_new(true)
             .open(&new.0)?;
         if let Some(replaced) = replaced {
-            // Who could not read the old one must not read this one.
+            // Users that could not read the old file must not read the new one.
             file.set_permissions(replaced.permissions())?;
         }
         self.fill(file.try_clone()?)?;
@@ -166,9 +170,9 @@ impl CreateOptions {
         if self.force {
             std::fs::rename(&new.0, &self.file)?;
         } else {
-            move_to_nothing(&new.0, &self.file)?;
+            rename_without_replacing(&new.0, &self.file)?;
         }
-        // So that it is there after a power cut as well.
+        // So that the file is there after a power failure.
         File::open(self.directory())?.sync_all()
     }
 
@@ -178,7 +182,7 @@ impl CreateOptions {
             ImageFormat::Raw => image_file.zero(0, self.size, true),
             ImageFormat::Qcow => {
                 let bits = self.cluster_size.map(u64::ilog2);
-                let name = self.below().map(|(name, _)| name);
+                let name = self.backing().map(|(name, _)| name);
                 QcowHeader::new(self.size, bits, name).create(&image_file)
             }
             ImageFormat::Qcow2 => {
@@ -187,7 +191,7 @@ impl CreateOptions {
                 if let Some(cluster) = self.cluster_size {
                     image = image.cluster_size(cluster as usize);
                 }
-                if let Some((name, format)) = self.below() {
+                if let Some((name, format)) = self.backing() {
                     image = image.backing(name.to_owned(), format.to_owned());
                 }
                 image.create()
@@ -201,33 +205,33 @@ fn is_same(one: &Path, other: &Path) -> bool {
     id(one).is_some_and(|one| id(other) == Some(one))
 }
 
-fn there_already() -> io::Error {
-    let why = "there is a file already (--force replaces it)";
+fn already_exists() -> io::Error {
+    let why = "it exists already (use --force to replace it)";
     io::Error::new(io::ErrorKind::AlreadyExists, why)
 }
 
-/// Moves a file to where there is none.
-fn move_to_nothing(from: &Path, to: &Path) -> io::Result<()> {
+/// Renames a file, unless the new name exists.
+fn rename_without_replacing(from: &Path, to: &Path) -> io::Result<()> {
     use rustix::io::Errno;
     match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
-        // Not all file systems can.
+        // Not all file systems support this.
         Err(Errno::INVAL | Errno::NOSYS) => {
             match rustix::fs::linkat(CWD, from, CWD, to, AtFlags::empty()) {
-                Err(Errno::EXIST) => Err(there_already()),
+                Err(Errno::EXIST) => Err(already_exists()),
                 result => Ok(result?),
             }
         }
-        Err(Errno::EXIST) => Err(there_already()),
+        Err(Errno::EXIST) => Err(already_exists()),
         result => Ok(result?),
     }
 }
 
-/// A file that is removed unless it has got another name.
-struct Unplaced(PathBuf);
+/// A file that is removed when this is dropped, unless it was renamed.
+struct TemporaryFile(PathBuf);
 
-impl Drop for Unplaced {
+impl Drop for TemporaryFile {
     fn drop(&mut self) {
-        // Nothing is left to do about an error; mostly there is no such file any more.
+        // After a rename there is no such file.
         let _ = std::fs::remove_file(&self.0);
     }
 }

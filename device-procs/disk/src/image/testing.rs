@@ -1,4 +1,4 @@
-//! What the formats' tests use: a disk in front of an image, a model beside it, and QEMU.
+//! Helpers of the formats' tests: a disk on top of an image, a model of it, and QEMU.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use super::{BackingPolicy, Extent, Image, ImageFormat, ImageOrigin, SECTOR, open
 use crate::lock::{self, ImageAccess};
 use crate::transfer;
 
-/// Most bytes of a request.
+/// The longest request in bytes.
 pub const LARGEST: usize = 1 << 20;
 
 /// An image as the rest of the program uses it.
@@ -25,7 +25,7 @@ pub struct TestDisk {
 
 impl TestDisk {
     pub fn new(image: Arc<dyn Image>) -> Self {
-        // Two regions, so that buffers come in pieces.
+        // Two regions, so that buffers consist of several slices.
         let half = LARGEST / 2;
         let ranges = [
             (GuestAddress(0), half + 4096),
@@ -80,7 +80,7 @@ impl TestDisk {
             let piece = buffers.take(len as usize).unwrap();
             match extent {
                 Extent::Data { offset, .. } => match self.image.metadata_file() {
-                    // Where tests make it fail.
+                    // Fault injection.
                     Some(image_file) => image_file.write_guest(&piece, offset)?,
                     None => transfer::write(self.image.file(), offset, &piece)?,
                 },
@@ -100,7 +100,7 @@ fn pieces(memory: &GuestMemory, len: usize) -> Buffers<'_> {
         .collect()
 }
 
-/// Numbers that look random and are the same each time (xorshift64*).
+/// Pseudo-random numbers, the same in every run (xorshift64*).
 #[derive(Clone)]
 pub struct Random(u64);
 
@@ -117,7 +117,7 @@ impl Random {
     }
 }
 
-/// What a guest asks of a disk.
+/// A request of a guest.
 #[derive(Clone, Debug)]
 pub enum Step {
     Read(u64, usize),
@@ -127,7 +127,7 @@ pub enum Step {
 }
 
 impl Step {
-    /// One somewhere on a disk of `capacity` bytes, mostly small.
+    /// A random request on a disk of `capacity` bytes, mostly a small one.
     pub fn random(random: &mut Random, capacity: u64) -> Self {
         let sectors = capacity / SECTOR;
         let most = [1, 8, 64, 700][random.below(4) as usize].min(sectors);
@@ -159,7 +159,7 @@ impl Step {
         Ok(Vec::new())
     }
 
-    /// Where it writes, if it does.
+    /// The range that it writes, if any.
     pub fn range(&self) -> std::ops::Range<usize> {
         match self {
             Step::Read(..) => 0..0,
@@ -169,7 +169,7 @@ impl Step {
     }
 }
 
-/// Runs `count` random steps and compares with `model`, which knows the disk's content.
+/// Runs `count` random steps and compares the disk with `model`, its content.
 pub fn exercise(disk: &TestDisk, model: &mut [u8], random: &mut Random, count: usize) {
     for number in 0..count {
         let step = Step::random(random, model.len() as u64);
@@ -183,7 +183,7 @@ pub fn exercise(disk: &TestDisk, model: &mut [u8], random: &mut Random, count: u
                 model[*offset as usize..][..bytes.len()].copy_from_slice(bytes);
             }
             Step::Discard(offset, len) => {
-                // What it reads as then is the device's choice.
+                // What the range then reads as is not defined.
                 let now = disk.read(*offset, *len as usize).unwrap();
                 let model = &mut model[*offset as usize..][..*len as usize];
                 for (now, then) in now.iter().zip(model.iter()) {
@@ -197,7 +197,7 @@ pub fn exercise(disk: &TestDisk, model: &mut [u8], random: &mut Random, count: u
     compare(disk, model);
 }
 
-/// Compares all of the disk with `model`.
+/// Compares the whole disk with `model`.
 pub fn compare(disk: &TestDisk, model: &[u8]) {
     for (index, expected) in model.chunks(LARGEST).enumerate() {
         let offset = (index * LARGEST) as u64;
@@ -208,20 +208,20 @@ pub fn compare(disk: &TestDisk, model: &[u8]) {
 }
 
 /// A directory with images in it.
-pub struct Workshop(tempfile::TempDir);
+pub struct TestImages(tempfile::TempDir);
 
-impl Workshop {
+impl TestImages {
     pub fn new() -> Self {
-        Workshop(tempfile::tempdir().unwrap())
+        TestImages(tempfile::tempdir().unwrap())
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    /// Runs qemu-img in the directory; returns what it says.
+    /// Runs qemu-img in the directory; returns its output.
     pub fn qemu_img(&self, args: &[&str]) -> String {
-        patiently(|| {
+        retry_locked(|| {
             let output = Command::new("qemu-img")
                 .args(args)
                 .current_dir(self.0.path())
@@ -237,7 +237,7 @@ impl Workshop {
         })
     }
 
-    /// Makes an image.
+    /// Creates an image.
     pub fn create(&self, name: &str, format: &str, options: &str, size: &str) {
         let mut args = vec!["create", "-q", "-f", format];
         if !options.is_empty() {
@@ -246,12 +246,12 @@ impl Workshop {
         self.qemu_img(&[args, vec![name, size]].concat());
     }
 
-    /// A file of `model`'s bytes.
+    /// Creates a file that contains `model`.
     pub fn raw(&self, name: &str, model: &[u8]) {
         std::fs::write(self.path(name), model).unwrap();
     }
 
-    /// qemu-img finds nothing wrong with the image, and the same content in it.
+    /// qemu-img finds no error in the image, and the same content.
     pub fn agree(&self, name: &str, format: &str, model: &[u8]) {
         if format == "qcow2" {
             self.qemu_img(&["check", "-q", "-f", format, name]);
@@ -260,7 +260,7 @@ impl Workshop {
         self.qemu_img(&["compare", "-q", "-f", format, "-F", "raw", name, "model"]);
     }
 
-    /// The image, opened as the program does.
+    /// Opens the image as the program does.
     pub fn open(&self, name: &str, format: ImageFormat, read_only: bool) -> io::Result<TestDisk> {
         open_at(
             &self.path(name),
@@ -271,7 +271,7 @@ impl Workshop {
         )
     }
 
-    /// The image, opened once more by somebody who waits for his turn.
+    /// Opens the image once more, as a process that waits to take over.
     pub fn open_again(&self, name: &str, format: ImageFormat) -> io::Result<TestDisk> {
         open_at(
             &self.path(name),
@@ -282,7 +282,7 @@ impl Workshop {
         )
     }
 
-    /// qemu-img finds nothing worse than space that is lost.
+    /// qemu-img finds no error except leaked clusters.
     pub fn is_sound(&self, name: &str, format: ImageFormat) {
         if format != ImageFormat::Qcow2 {
             return; // it has no check of others
@@ -325,10 +325,9 @@ pub fn open_at(
     open(file, format, read_only, &origin).map(|image| TestDisk::new(image.into()))
 }
 
-/// Tries once more what may find a lock of an image that is closed: a process that another
-/// test's thread is just starting has it open, and thereby locked, until it is another
-/// program.
-pub fn patiently<T, E: std::fmt::Debug>(mut what: impl FnMut() -> Result<T, E>) -> T {
+/// Retries an open that may find a closed image locked: a child process that the thread of
+/// another test is starting has it open, and so locked, until it calls execve(2).
+pub fn retry_locked<T, E: std::fmt::Debug>(mut what: impl FnMut() -> Result<T, E>) -> T {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         match what() {
@@ -339,7 +338,7 @@ pub fn patiently<T, E: std::fmt::Debug>(mut what: impl FnMut() -> Result<T, E>) 
     }
 }
 
-/// Bytes of which no two sectors are alike.
+/// Bytes in which every sector differs.
 pub fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|at| (at / 512 * 7 + at % 251) as u8).collect()
 }

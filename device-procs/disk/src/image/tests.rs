@@ -1,5 +1,5 @@
-//! What all formats with tables must stand: sudden ends, media that are full or broken,
-//! many threads, and images that lie.
+//! Tests of all formats with tables: sudden death, full and failing files, several threads,
+//! and inconsistent images.
 
 use std::io;
 use std::ops::Range;
@@ -8,57 +8,57 @@ use std::process::Command;
 use std::sync::Arc;
 
 use super::ImageFormat;
-use super::testing::{Random, Step, TestDisk, Workshop, compare, exercise, pattern};
+use super::testing::{Random, Step, TestDisk, TestImages, compare, exercise, pattern};
 
 const SIZE: usize = 2 << 20;
 
-/// So many in a usual run, and ten times that in a long one.
+/// The number in a normal run; ten times as many in a long one.
 fn times(count: u64) -> u64 {
     let long = std::env::var_os("OUTRIGGER_LONG").is_some();
     if long { 10 * count } else { count }
 }
 
-/// An image that has a bit of everything, and its content.
+/// An image with clusters of every kind, and its content.
 struct Subject {
-    shop: Workshop,
+    dir: TestImages,
     format: ImageFormat,
     content: Vec<u8>,
 }
 
 impl Subject {
-    /// Half of it compressed, with a snapshot, something below it, and zeros.
+    /// Half of it compressed, with a snapshot, a backing file, and zero clusters.
     fn qcow2(options: &str) -> Self {
-        let shop = Workshop::new();
+        let dir = TestImages::new();
         let mut content = pattern(SIZE);
-        shop.raw("base", &content);
+        dir.raw("base", &content);
         let options = format!("{options},backing_file=base,backing_fmt=raw");
         content[SIZE / 4..SIZE / 2].fill(7);
         content[SIZE / 2..SIZE / 8 * 5].fill(0);
-        shop.raw("raw", &content);
+        dir.raw("raw", &content);
         let args = ["convert", "-c", "-B", "base", "-F", "raw", "-O", "qcow2"];
-        shop.qemu_img(&[&args[..], &["-o", &options, "raw", "disk"]].concat());
-        shop.qemu_img(&["snapshot", "-c", "then", "disk"]);
-        shop.agree("disk", "qcow2", &content);
+        dir.qemu_img(&[&args[..], &["-o", &options, "raw", "disk"]].concat());
+        dir.qemu_img(&["snapshot", "-c", "then", "disk"]);
+        dir.agree("disk", "qcow2", &content);
         Subject {
-            shop,
+            dir,
             format: ImageFormat::Qcow2,
             content,
         }
     }
 
     fn qcow() -> Self {
-        let shop = Workshop::new();
+        let dir = TestImages::new();
         let mut content = vec![0; SIZE];
         content[..SIZE / 2].copy_from_slice(&pattern(SIZE / 2));
-        shop.raw("raw", &content);
-        // See the tests of the format for why its exit code does not matter.
+        dir.raw("raw", &content);
+        // The exit code does not matter: see the tests of the format.
         let convert = "qemu-img convert -c -f raw -O qcow raw disk";
         let mut shell = Command::new("sh");
-        shell.args(["-c", convert]).current_dir(shop.path(""));
+        shell.args(["-c", convert]).current_dir(dir.path(""));
         shell.status().unwrap();
-        shop.agree("disk", "qcow", &content);
+        dir.agree("disk", "qcow", &content);
         Subject {
-            shop,
+            dir,
             format: ImageFormat::Qcow,
             content,
         }
@@ -74,7 +74,7 @@ impl Subject {
     }
 
     fn open(&self) -> TestDisk {
-        self.shop.open("disk", self.format, false).unwrap()
+        self.dir.open("disk", self.format, false).unwrap()
     }
 
     fn name(&self) -> &'static str {
@@ -85,7 +85,7 @@ impl Subject {
     }
 }
 
-/// Steps that change something.
+/// Steps that change the disk.
 fn changes(random: &mut Random, count: usize) -> Vec<Step> {
     std::iter::repeat_with(|| Step::random(random, SIZE as u64))
         .filter(|step| !step.range().is_empty())
@@ -105,7 +105,8 @@ fn apply(step: &Step, model: &mut [u8], disk: &TestDisk) {
     }
 }
 
-/// Compares all but `unsure`, where each byte is as before, 0, or new; returns the content.
+/// Compares the disk with the model, except `unsure`, where each byte is the old one, 0, or the
+/// new one; returns the content.
 fn compare_around(disk: &TestDisk, model: &[u8], unsure: &Step) -> Vec<u8> {
     let mut now = Vec::new();
     for offset in (0..SIZE).step_by(SIZE / 4) {
@@ -126,22 +127,22 @@ fn compare_around(disk: &TestDisk, model: &[u8], unsure: &Step) -> Vec<u8> {
     now
 }
 
-/// A process is killed after each of its writes in turn; another one, which has had the
-/// image open all the time, goes on.
+/// A process is killed after each of its writes in turn. Another process, which has had the
+/// image open all the time, continues.
 #[test]
-fn another_process_goes_on_wherever_one_was_killed() {
+fn another_process_continues_after_a_kill_at_any_write() {
     for (index, subject) in Subject::all().into_iter().enumerate() {
         let seed = 100 + index as u64;
         println!("seed {seed}");
-        let original = std::fs::read(subject.shop.path("disk")).unwrap();
+        let original = std::fs::read(subject.dir.path("disk")).unwrap();
         let steps = changes(&mut Random::new(seed), times(9) as usize);
         let mut deaths = 0;
-        // qcow images take few writes.
+        // qcow images need few writes.
         let every = times(1) > 1 || subject.format == ImageFormat::Qcow;
         for lives in (0..).step_by(if every { 1 } else { 3 }) {
-            std::fs::write(subject.shop.path("disk"), &original).unwrap();
-            let heir = subject.shop.open_again("disk", subject.format).unwrap();
-            let disk = subject.shop.open_again("disk", subject.format).unwrap();
+            std::fs::write(subject.dir.path("disk"), &original).unwrap();
+            let heir = subject.dir.open_again("disk", subject.format).unwrap();
+            let disk = subject.dir.open_again("disk", subject.format).unwrap();
             disk.image
                 .metadata_file()
                 .unwrap()
@@ -157,7 +158,7 @@ fn another_process_goes_on_wherever_one_was_killed() {
                 apply(step, &mut model, &disk);
             }
             drop(disk);
-            subject.shop.is_sound("disk", subject.format);
+            subject.dir.is_sound("disk", subject.format);
             heir.image.reload().unwrap();
             let Some(last) = last else {
                 compare(&heir, &model);
@@ -168,32 +169,32 @@ fn another_process_goes_on_wherever_one_was_killed() {
             exercise(&heir, &mut model, &mut Random::new(lives), 15);
             drop(heir);
             if deaths % 4 == 0 {
-                subject.shop.is_sound("disk", subject.format);
+                subject.dir.is_sound("disk", subject.format);
             }
         }
         assert!(deaths > 10, "{deaths}");
     }
 }
 
-/// As above, while the disk grows and with it all tables, of which there are many here.
+/// As above, while the disk and all its tables grow.
 #[test]
-fn another_process_goes_on_wherever_tables_grew() {
-    let shop = Workshop::new();
-    shop.create("disk", "qcow2", "cluster_size=512,refcount_bits=64", "2M");
+fn another_process_continues_after_a_kill_while_tables_grow() {
+    let dir = TestImages::new();
+    dir.create("disk", "qcow2", "cluster_size=512,refcount_bits=64", "2M");
     let full = pattern(SIZE);
-    let disk = shop.open("disk", ImageFormat::Qcow2, false).unwrap();
+    let disk = dir.open("disk", ImageFormat::Qcow2, false).unwrap();
     for at in (0..SIZE - (128 << 10)).step_by(32 << 10) {
         disk.write(at as u64, &full[at..][..32 << 10]).unwrap();
     }
     drop(disk);
-    let original = std::fs::read(shop.path("disk")).unwrap();
-    // The refcount table, with 64 entries for 64 clusters each, is good for 2 MiB.
+    let original = std::fs::read(dir.path("disk")).unwrap();
+    // The refcount table has 64 entries for 64 clusters each, which is enough for 2 MiB.
     assert!(original.len() < SIZE && original.len() > SIZE - (128 << 10));
     let mut deaths = 0;
     for lives in (0..).step_by(if times(1) > 1 { 1 } else { 5 }) {
-        std::fs::write(shop.path("disk"), &original).unwrap();
-        let heir = shop.open_again("disk", ImageFormat::Qcow2).unwrap();
-        let disk = shop.open_again("disk", ImageFormat::Qcow2).unwrap();
+        std::fs::write(dir.path("disk"), &original).unwrap();
+        let heir = dir.open_again("disk", ImageFormat::Qcow2).unwrap();
+        let disk = dir.open_again("disk", ImageFormat::Qcow2).unwrap();
         disk.image
             .metadata_file()
             .unwrap()
@@ -216,12 +217,12 @@ fn another_process_goes_on_wherever_tables_grew() {
         };
         let died = grow_and_write().is_err();
         drop(disk);
-        shop.is_sound("disk", ImageFormat::Qcow2);
+        dir.is_sound("disk", ImageFormat::Qcow2);
         heir.image.reload().unwrap();
         let capacity = heir.image.geometry().capacity as usize;
         assert!(sizes.iter().rev().take(2).any(|&size| size == capacity));
         let acknowledged = model.len().min(capacity);
-        // What was being written when it died is 32 KiB from the end of what was done.
+        // The write in progress was 32 KiB after the end of the completed ones.
         for at in (0..acknowledged).step_by(32 << 10) {
             let now = heir.read(at as u64, 32 << 10).unwrap();
             let same = now == model[at..at + (32 << 10)];
@@ -236,14 +237,14 @@ fn another_process_goes_on_wherever_tables_grew() {
         let len = capacity as u64 / 2;
         heir.write(len - 8192, &full[..16 << 10]).unwrap();
         drop(heir);
-        shop.is_sound("disk", ImageFormat::Qcow2);
+        dir.is_sound("disk", ImageFormat::Qcow2);
     }
     assert!(deaths > 20, "{deaths}");
 }
 
-/// There is no space for anything new: such requests fail, and nothing else does.
+/// Without space, requests that allocate clusters fail, and no others.
 #[test]
-fn a_full_medium_fails_the_requests_that_need_space() {
+fn a_full_disk_fails_only_requests_that_need_space() {
     for (index, subject) in Subject::all().into_iter().enumerate() {
         let seed = 200 + index as u64;
         println!("seed {seed}");
@@ -253,7 +254,7 @@ fn a_full_medium_fails_the_requests_that_need_space() {
         exercise(&disk, &mut model, &mut random, 40);
         let faults = &disk.image.metadata_file().unwrap().faults;
         for _ in 0..times(3) {
-            let end = std::fs::metadata(subject.shop.path("disk")).unwrap().len();
+            let end = std::fs::metadata(subject.dir.path("disk")).unwrap().len();
             faults.fail(end..u64::MAX, libc::ENOSPC);
             let mut failed = 0;
             for step in changes(&mut random, 30) {
@@ -271,25 +272,25 @@ fn a_full_medium_fails_the_requests_that_need_space() {
             println!("{failed} failed");
         }
         drop(disk);
-        subject.shop.agree("disk", subject.name(), &model);
+        subject.dir.agree("disk", subject.name(), &model);
     }
 }
 
-/// Once tables could not be written nothing is written any more, but all can be read.
+/// After a failed write to a table nothing is written any more, but everything can be read.
 #[test]
-fn tables_that_cannot_be_written_end_all_writing() {
+fn a_failed_table_write_makes_the_image_read_only() {
     for (index, subject) in Subject::all().into_iter().enumerate() {
         let seed = 300 + index as u64;
         println!("seed {seed}");
-        let original = std::fs::read(subject.shop.path("disk")).unwrap();
+        let original = std::fs::read(subject.dir.path("disk")).unwrap();
         for attempt in 0..times(4) {
-            std::fs::write(subject.shop.path("disk"), &original).unwrap();
+            std::fs::write(subject.dir.path("disk"), &original).unwrap();
             let mut random = Random::new(seed + 1000 * attempt);
             let mut model = subject.content.clone();
             let disk = subject.open();
             exercise(&disk, &mut model, &mut random, 10);
             let image_file = disk.image.metadata_file().unwrap();
-            // A place that tables may be at, and data.
+            // A range of the file with tables and data.
             let at = random.below(original.len() as u64);
             image_file.faults.fail(at..at + 32 * 1024, libc::EIO);
             for step in changes(&mut random, 200) {
@@ -313,14 +314,14 @@ fn tables_that_cannot_be_written_end_all_writing() {
                 disk.image.reload().unwrap();
             }
             drop(disk);
-            subject.shop.is_sound("disk", subject.format);
+            subject.dir.is_sound("disk", subject.format);
         }
     }
 }
 
-/// Four threads, each with stripes of its own that share clusters with the others'.
+/// Four threads, each with its own stripes, which share clusters with those of the others.
 #[test]
-fn queues_work_side_by_side() {
+fn queues_use_the_image_in_parallel() {
     const STRIPE: usize = 24 * 1024;
     for (index, subject) in Subject::all().into_iter().enumerate() {
         let mut model = subject.content.clone();
@@ -360,11 +361,11 @@ fn queues_work_side_by_side() {
         }
         compare(&disk, &model);
         drop(disk);
-        subject.shop.agree("disk", subject.name(), &model);
+        subject.dir.agree("disk", subject.name(), &model);
     }
 }
 
-/// One step of a part of a disk, which begins at `from` and reads as `model`.
+/// One step in the part of a disk that begins at `from` and reads as `model`.
 fn one(disk: &TestDisk, from: u64, step: &Step, model: &mut [u8]) {
     let shifted = match step.clone() {
         Step::Read(at, len) => Step::Read(at + from, len),
@@ -384,13 +385,13 @@ fn one(disk: &TestDisk, from: u64, step: &Step, model: &mut [u8]) {
     }
 }
 
-/// Images with anything in their headers and tables: they are refused, or requests fail.
+/// Images with random bytes in headers and tables: they are refused, or requests fail.
 #[test]
-fn images_that_lie_do_no_harm() {
+fn inconsistent_images_do_no_harm() {
     for (index, subject) in Subject::all().into_iter().enumerate() {
         let seed = 500 + index as u64;
         println!("seed {seed}");
-        let original = std::fs::read(subject.shop.path("disk")).unwrap();
+        let original = std::fs::read(subject.dir.path("disk")).unwrap();
         let entries: Vec<usize> = (0..original.len())
             .step_by(8)
             .filter(|&at| {
@@ -411,8 +412,8 @@ fn images_that_lie_do_no_harm() {
                 };
                 mutate(&mut image, at, &mut random);
             }
-            std::fs::write(subject.shop.path("disk"), &image).unwrap();
-            let disk = match subject.shop.open("disk", subject.format, number % 7 == 0) {
+            std::fs::write(subject.dir.path("disk"), &image).unwrap();
+            let disk = match subject.dir.open("disk", subject.format, number % 7 == 0) {
                 Ok(disk) => disk,
                 Err(error) => {
                     assert!(!error.to_string().contains('\n'), "{error}");
@@ -440,7 +441,7 @@ fn images_that_lie_do_no_harm() {
     }
 }
 
-/// Whether there may be an entry of a table: an offset within the file, and some bits.
+/// Whether these bytes may be an entry of a table: an offset within the file, and flags.
 fn looks_like_entry(image: &[u8], at: usize) -> bool {
     let word = image.get(at..at + 8).map(|word| {
         let mut long = [0; 8];
@@ -471,7 +472,7 @@ fn mutate(image: &mut [u8], at: usize, random: &mut Random) {
     word.copy_from_slice(&new.to_be_bytes());
 }
 
-/// A disk becomes larger while it is used, and what is new of it is zeros.
+/// A disk grows while it is used, and its new part reads as zeros.
 #[test]
 fn disks_grow() {
     for (index, subject) in Subject::all().into_iter().enumerate() {
@@ -491,20 +492,20 @@ fn disks_grow() {
             disk.image.grow(bad).unwrap_err();
         }
         drop(disk);
-        subject.shop.agree("disk", subject.name(), &model);
+        subject.dir.agree("disk", subject.name(), &model);
     }
 }
 
-/// A file that somebody makes shorter gives errors where it is missing, and nowhere else.
+/// If another program truncates the file, only requests for the missing part fail.
 #[test]
-fn a_shortened_file_gives_errors() {
+fn a_truncated_file_returns_errors() {
     for subject in Subject::all() {
         let disk = subject.open();
         for at in (0..SIZE).step_by(64 << 10) {
             disk.write(at as u64, &pattern(64 << 10)).unwrap();
         }
         let file = std::fs::File::options();
-        let file = file.clone().write(true).open(subject.shop.path("disk"));
+        let file = file.clone().write(true).open(subject.dir.path("disk"));
         let file = file.unwrap();
         let len = file.metadata().unwrap().len();
         file.set_len(len - (256 << 10)).unwrap();
@@ -515,20 +516,20 @@ fn a_shortened_file_gives_errors() {
     }
 }
 
-/// One write in the file fails, each in turn, and all others are done.
+/// One write to the file fails, each in turn, and all others succeed.
 #[test]
-fn a_single_failure_costs_no_more_than_its_request() {
+fn a_single_write_error_fails_only_its_request() {
     for (index, subject) in Subject::all().into_iter().enumerate() {
         let seed = 700 + index as u64;
         println!("seed {seed}");
-        let original = std::fs::read(subject.shop.path("disk")).unwrap();
+        let original = std::fs::read(subject.dir.path("disk")).unwrap();
         let steps = changes(&mut Random::new(seed), times(12) as usize);
-        // The more of them there are.
+        // Later, because there are more writes.
         let every = [5, 13, 19, 29][index];
         let every = if times(1) > 1 { 1 } else { every };
         let (mut failures, mut went_on) = (0, 0);
         for writes in (0..).step_by(every) {
-            std::fs::write(subject.shop.path("disk"), &original).unwrap();
+            std::fs::write(subject.dir.path("disk"), &original).unwrap();
             let disk = subject.open();
             let image_file = disk.image.metadata_file().unwrap();
             image_file.faults.fail_once_after(Some(writes));
@@ -550,10 +551,10 @@ fn a_single_failure_costs_no_more_than_its_request() {
                 assert!(failed <= 1, "{writes}: {failed}");
                 exercise(&disk, &mut model, &mut Random::new(writes), 10);
                 drop(disk);
-                subject.shop.agree("disk", subject.name(), &model);
+                subject.dir.agree("disk", subject.name(), &model);
             } else {
                 drop(disk);
-                subject.shop.is_sound("disk", subject.format);
+                subject.dir.is_sound("disk", subject.format);
             }
             if !was_reached {
                 break;

@@ -6,10 +6,10 @@
 //! | 0 | 4 | magic |
 //! | 4 | 4 | version |
 //! | 8 | 8 + 4 | backing file's name: offset, length |
-//! | 20 | 4 | time of the backing file |
+//! | 20 | 4 | modification time of the backing file |
 //! | 24 | 8 | size of the disk in bytes |
-//! | 32 | 1 | log2 of the size of a cluster |
-//! | 33 | 1 | log2 of the entries of an L2 table |
+//! | 32 | 1 | log2 of the cluster size |
+//! | 33 | 1 | log2 of the number of entries of an L2 table |
 //! | 36 | 4 | encryption method |
 //! | 40 | 8 | offset of the L1 table |
 
@@ -18,25 +18,25 @@ use std::io::{self, IoSlice};
 use super::super::metadata_file::MetadataFile;
 use super::super::qcow2::header::MAGIC;
 
-/// Length in bytes.
+/// Length of the header in bytes.
 pub const LEN: usize = 48;
-/// Where the size of the disk is, up to the end with the L1 table's place.
+/// Offset of the size of the disk. From here to the end, `update` writes the header.
 const SIZE: usize = 24;
-/// Most entries of an L1 table: 32 MiB, as of a qcow2 image.
+/// The most entries of an L1 table, 32 MiB, as in a qcow2 image.
 const MAX_ENTRIES: u64 = 4 << 20;
 
-/// What a header says.
+/// The fields of a header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QcowHeader {
     /// Size of the disk in bytes.
     pub size: u64,
-    /// log2 of the size of a cluster in bytes.
+    /// log2 of the cluster size in bytes.
     pub cluster_bits: u32,
-    /// log2 of the entries of an L2 table.
+    /// log2 of the number of entries of an L2 table.
     pub l2_bits: u32,
-    /// Where the L1 table is.
+    /// Offset of the L1 table.
     pub l1: u64,
-    /// The file below.
+    /// Name of the backing file.
     pub backing: Option<String>,
 }
 
@@ -48,17 +48,17 @@ impl QcowHeader {
     /// Reads and checks the header.
     ///
     /// # Errors
-    /// The medium's; else a line that says what is wrong with the image.
+    /// The file cannot be read, or the image is invalid or not supported.
     pub fn read(image_file: &MetadataFile) -> io::Result<Self> {
         let len = image_file.refresh_len()?;
         if len < LEN as u64 {
-            return Err(refused("it is no qcow image"));
+            return Err(refused("it is not a qcow image"));
         }
         let mut bytes = [0; LEN];
         image_file.read(&mut bytes, 0)?;
         let (mut header, (name, name_len)) = QcowHeader::parse(&bytes, len).map_err(refused)?;
         if name != 0 {
-            let bad = || refused("the name of its backing file is not where it should be");
+            let bad = || refused("the name of its backing file is at an invalid offset");
             if name_len == 0 || name_len > 1023 {
                 return Err(bad());
             }
@@ -69,17 +69,18 @@ impl QcowHeader {
         Ok(header)
     }
 
-    /// The header, and where the backing file's name is.
+    /// Decodes and checks the header; also returns offset and length of the backing file's
+    /// name.
     fn parse(bytes: &[u8; LEN], len: u64) -> Result<(Self, (u64, u32)), String> {
         let word = |at: usize| u32::from_be_bytes(std::array::from_fn(|i| bytes[at + i]));
         let long = |at: usize| u64::from_be_bytes(std::array::from_fn(|i| bytes[at + i]));
         if bytes[..4] != MAGIC {
-            return Err("it is no qcow image".into());
+            return Err("it is not a qcow image".into());
         }
         match word(4) {
             1 => {}
             2 | 3 => return Err("it is a qcow2 image (--format qcow2)".into()),
-            version => return Err(format!("version {version} of qcow is not known")),
+            version => return Err(format!("version {version} of qcow is not supported")),
         }
         if word(36) != 0 {
             return Err("it is encrypted, which is not supported".into());
@@ -102,35 +103,37 @@ impl QcowHeader {
         header.check_size()?;
         let end = header.l1.checked_add(header.l1_entries() * 8);
         if header.l1 < LEN as u64 || end.is_none_or(|end| end > len) {
-            return Err("its L1 table is not where it should be".into());
+            return Err("its L1 table is at an invalid offset".into());
         }
         Ok((header, (long(8), word(16))))
     }
 
-    /// Whether there can be a disk of this size.
+    /// Checks the size of the disk.
     ///
     /// # Errors
-    /// A line that says why not.
+    /// A qcow image cannot have this size.
     pub fn check_size(&self) -> Result<(), String> {
         let size = self.size;
         if size < 512 {
             return Err("it is empty: a disk has at least one sector".into());
         }
         if size > i64::MAX as u64 || self.l1_entries() > MAX_ENTRIES {
-            return Err(format!("a disk of {size} bytes is too large for it"));
+            return Err(format!("its disk is too large, {size} bytes"));
         }
         Ok(())
     }
 
-    /// Entries of the L1 table: one for as many clusters as an L2 table has entries.
+    /// Number of entries of the L1 table, each of which maps as many clusters as an L2 table
+    /// has entries.
     pub fn l1_entries(&self) -> u64 {
         self.size.div_ceil(1 << (self.cluster_bits + self.l2_bits))
     }
 
-    /// Writes size and L1 table's place: both or neither, however this process ends.
+    /// Writes the size of the disk and the offset of the L1 table in one write, so that a
+    /// sudden death leaves both or neither.
     ///
     /// # Errors
-    /// The medium's.
+    /// The file cannot be written.
     pub fn update(&self, image_file: &MetadataFile) -> io::Result<()> {
         let mut bytes = [0; LEN - SIZE];
         image_file.read(&mut bytes, SIZE as u64)?;
@@ -142,14 +145,14 @@ impl QcowHeader {
     /// Writes a new image.
     ///
     /// # Errors
-    /// The medium's; or one that says that the disk is too large.
+    /// The file cannot be written, or the disk is too large.
     pub fn create(&self, image_file: &MetadataFile) -> io::Result<()> {
         let name = self.backing.as_deref().unwrap_or("");
         let mut bytes = Vec::with_capacity(LEN);
         bytes.extend(MAGIC);
         bytes.extend(1u32.to_be_bytes());
-        let place = if name.is_empty() { 0 } else { LEN as u64 };
-        bytes.extend(place.to_be_bytes());
+        let name_offset = if name.is_empty() { 0 } else { LEN as u64 };
+        bytes.extend(name_offset.to_be_bytes());
         bytes.extend((name.len() as u32).to_be_bytes());
         bytes.extend(0u32.to_be_bytes());
         bytes.extend(self.size.to_be_bytes());
@@ -167,8 +170,8 @@ impl QcowHeader {
 
     /// The header of a new image.
     pub fn new(size: u64, cluster_bits: Option<u32>, backing: Option<&str>) -> Self {
-        // QEMU's choice. On top of another image it takes the smallest clusters, because it
-        // does not fill up those that are written in part.
+        // QEMU's defaults. With a backing file it uses the smallest clusters, because it does
+        // not copy the rest of a cluster that is written in part.
         let (cluster_bits, l2_bits) = match (cluster_bits, backing) {
             (Some(bits), _) => (bits, bits - 3),
             (None, Some(_)) => (9, 12),

@@ -1,7 +1,7 @@
-//! qcow images, version 1: two levels of tables, and clusters in the order in which they
-//! were first written. There are no refcounts: what is not in a table yet is behind the
-//! end of the file. So data comes first, then the entry that points to it, then, if that
-//! is in a new table, the one that points to that.
+//! qcow images, version 1: two levels of tables, and clusters in the order in which they were
+//! first written. There are no refcounts: new clusters are appended to the file. The data are
+//! written first, then the L2 entry that points to them, then, for a new L2 table, the L1
+//! entry that points to it.
 
 pub mod header;
 mod tables;
@@ -34,24 +34,24 @@ pub struct QcowImage {
     cluster: u64,
     tables: Tables,
     backing: Option<FormatAccess<Storage>>,
-    /// The header as it is in the file; held by whoever changes the image.
+    /// The header in the file; locked while the image is changed.
     header: Mutex<QcowHeader>,
 }
 
 impl QcowImage {
-    /// Opens `file`, and what it lies on.
+    /// Opens `file` and its backing files.
     ///
     /// # Errors
-    /// One line that says what is wrong with the image.
+    /// The image or a backing file is invalid or not supported. The error says what to do.
     pub fn open(file: File, origin: &ImageOrigin<'_>, read_only: bool) -> io::Result<Self> {
         if !file.metadata()?.is_file() {
-            let why = "a qcow image grows with its file, so it must be a regular one";
+            let why = "a qcow image must be a regular file, because it grows";
             return Err(io::Error::other(why));
         }
         let image_file = MetadataFile::new(file, origin.name)?;
         let header = QcowHeader::read(&image_file)?;
-        // The format has no word for what the other file is. As everywhere, that is raw,
-        // unless it looks like something else.
+        // The image does not say the format of its backing file. So that is raw, unless it
+        // begins like another format.
         let backing = match &header.backing {
             Some(name) => Some(backing::open(name, None, origin)?),
             None => None,
@@ -80,10 +80,10 @@ impl QcowImage {
         self.tables.find(&self.image_file, offset, len)
     }
 
-    /// What the range from `offset` on, of which `entry` is true, reads as.
-    fn content(&self, entry: QcowEntry, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+    /// Reads the range from `offset` on, which `entry` maps, into `bytes`.
+    fn read_range(&self, entry: QcowEntry, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
         match entry {
-            QcowEntry::Nothing => match &self.backing {
+            QcowEntry::Unallocated => match &self.backing {
                 Some(backing) => backing.read(bytes, offset),
                 None => {
                     bytes.fill(0);
@@ -96,17 +96,17 @@ impl QcowImage {
             QcowEntry::Compressed(at, len) => {
                 let cluster = inflate(&self.image_file, at, len, self.cluster as usize)?;
                 let within = (offset & (self.cluster - 1)) as usize;
-                let piece = cluster
+                let part = cluster
                     .get(within..)
                     .and_then(|rest| rest.get(..bytes.len()));
-                bytes.copy_from_slice(piece.ok_or(io::ErrorKind::InvalidInput)?);
+                bytes.copy_from_slice(part.ok_or(io::ErrorKind::InvalidInput)?);
                 Ok(())
             }
         }
     }
 
-    /// Puts a range, of which `entry` is true and which belongs to one L2 table, at the end
-    /// of the file: with these bytes, or as zeros. After an error all is as before.
+    /// Allocates clusters at the end of the file for a range that `entry` maps and that belongs
+    /// to one L2 table, and writes `data` or zeros to it. After an error nothing has changed.
     fn append(
         &self,
         entry: QcowEntry,
@@ -129,13 +129,13 @@ impl QcowImage {
         let end = range.end.next_multiple_of(self.cluster);
         let before = self.image_file.len();
         let host = before.next_multiple_of(self.cluster);
-        // All of it is in the file then, as zeros.
+        // The new part of the file reads as zeros.
         self.image_file
             .zero(before, host - before + (end - first), true)?;
-        if entry != QcowEntry::Nothing || self.backing.is_some() {
+        if entry != QcowEntry::Unallocated || self.backing.is_some() {
             for around in [first..range.start, range.end..end] {
                 let mut bytes = vec![0; (around.end - around.start) as usize];
-                self.content(entry, around.start, &mut bytes)?;
+                self.read_range(entry, around.start, &mut bytes)?;
                 let at = host + (around.start - first);
                 self.image_file.write(&mut [IoSlice::new(&bytes)], at)?;
             }
@@ -174,11 +174,11 @@ impl Image for QcowImage {
     fn map_read(&self, offset: u64, len: u64) -> io::Result<Extent> {
         let (entry, len) = self.find(offset, len)?;
         Ok(match entry {
-            // The last cluster of a file need not be there as a whole.
+            // The last cluster of a file may be incomplete.
             QcowEntry::Data(at) if at.saturating_add(len) <= self.image_file.len() => {
                 Extent::Data { offset: at, len }
             }
-            QcowEntry::Nothing if self.backing.is_none() => Extent::Zero { len },
+            QcowEntry::Unallocated if self.backing.is_none() => Extent::Zero { len },
             _ => Extent::Special { len },
         })
     }
@@ -195,16 +195,16 @@ impl Image for QcowImage {
         let mut left = buffers.clone();
         while !left.is_empty() {
             let (entry, found) = self.find(offset, left.len() as u64)?;
-            let piece = take(&mut left, found)?;
+            let part = take(&mut left, found)?;
             match (entry, &self.backing) {
-                (QcowEntry::Nothing, Some(backing)) => {
-                    let (vector, _guards) = IoVectorMut::from_volatile_slice(piece.slices());
+                (QcowEntry::Unallocated, Some(backing)) => {
+                    let (vector, _guards) = IoVectorMut::from_volatile_slice(part.slices());
                     backing.readv(vector, offset)?;
                 }
                 _ => {
-                    let mut bytes = vec![0; piece.len()];
-                    self.content(entry, offset, &mut bytes)?;
-                    piece.copy_from(&bytes);
+                    let mut bytes = vec![0; part.len()];
+                    self.read_range(entry, offset, &mut bytes)?;
+                    part.copy_from(&bytes);
                 }
             }
             offset += found;
@@ -218,17 +218,17 @@ impl Image for QcowImage {
         let mut left = buffers.clone();
         while !left.is_empty() {
             let (entry, found) = self.find(offset, left.len() as u64)?;
-            let piece = take(&mut left, found)?;
+            let part = take(&mut left, found)?;
             match entry {
-                QcowEntry::Data(at) => self.image_file.write_guest(&piece, at)?,
-                _ => self.append(entry, offset, found, Some(&piece))?,
+                QcowEntry::Data(at) => self.image_file.write_guest(&part, at)?,
+                _ => self.append(entry, offset, found, Some(&part))?,
             }
             offset += found;
         }
         Ok(())
     }
 
-    /// Clusters keep their places, but not the space there.
+    /// Clusters keep their ranges of the file, but those are deallocated.
     fn discard(&self, mut offset: u64, mut len: u64) -> io::Result<()> {
         self.image_file.check_writable()?;
         while len > 0 {
@@ -249,7 +249,7 @@ impl Image for QcowImage {
             let (entry, found) = self.find(offset, len)?;
             match entry {
                 QcowEntry::Data(at) => self.image_file.zero(at, found, unmap)?,
-                QcowEntry::Nothing if self.backing.is_none() => {}
+                QcowEntry::Unallocated if self.backing.is_none() => {}
                 _ => self.append(entry, offset, found, None)?,
             }
             offset += found;
@@ -267,10 +267,10 @@ impl Image for QcowImage {
             return Ok(());
         }
         if self.geometry.read_only {
-            return Err(io::Error::other("it is read-only"));
+            return Err(io::Error::other("the disk is read-only"));
         }
         if self.backing.as_ref().is_some_and(|it| it.size() > now) {
-            let why = "what it lies on is larger than it and would come to light";
+            let why = "its backing file is larger, and its data would appear in the new part";
             return Err(io::Error::other(why));
         }
         let mut larger = QcowHeader {
@@ -291,7 +291,7 @@ impl Image for QcowImage {
         let mut header = self.lock_header();
         let now = QcowHeader::read(&self.image_file)?;
         if now.backing != header.backing {
-            return Err(io::Error::other("it is another image than before"));
+            return Err(io::Error::other("it is not the same image as before"));
         }
         self.tables.reload(&self.image_file, &now)?;
         let capacity = now.size / SECTOR * SECTOR;
@@ -302,6 +302,6 @@ impl Image for QcowImage {
 }
 
 fn take<'m>(buffers: &mut Buffers<'m>, len: u64) -> io::Result<Buffers<'m>> {
-    let piece = usize::try_from(len).ok().and_then(|len| buffers.take(len));
-    piece.ok_or_else(|| io::Error::other("a place of a wrong length"))
+    let part = usize::try_from(len).ok().and_then(|len| buffers.take(len));
+    part.ok_or_else(|| io::Error::other("the image mapped an invalid length"))
 }

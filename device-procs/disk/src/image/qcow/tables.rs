@@ -1,7 +1,7 @@
-//! The tables of a qcow image: the L1 table in memory, of L2 tables those that were used
-//! of late. An entry is an offset in the file; 0 says that nothing was written there yet.
+//! The tables of a qcow image: the L1 table and a cache of L2 tables, in memory. An entry is
+//! an offset in the file, or 0 for a cluster that is not allocated.
 //!
-//! What is in the file comes first: an entry in memory is never ahead of it.
+//! An entry is written to the file first and changed in memory then.
 
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -11,25 +11,25 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use super::super::metadata_file::{MetadataFile, beyond, damaged};
 use super::header::{LEN, QcowHeader};
 
-/// Bytes of memory for L2 tables.
-const MEMORY: usize = 16 << 20;
-/// Bit of an entry: what it points to is compressed.
+/// Size of the cache of L2 tables in bytes.
+const CACHE_SIZE: usize = 16 << 20;
+/// Bit of an entry: the cluster is compressed.
 const COMPRESSED: u64 = 1 << 63;
 
-/// Where a piece of the disk is.
+/// Where a range of the disk is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QcowEntry {
-    /// Nowhere yet.
-    Nothing,
-    /// At this offset.
+    /// It is not allocated.
+    Unallocated,
+    /// At this offset of the file.
     Data(u64),
-    /// Compressed: its cluster is in so many bytes at an offset.
+    /// Its cluster is compressed, at this offset and of this length.
     Compressed(u64, usize),
 }
 
 /// An L2 table.
 type L2Table = Arc<[AtomicU64]>;
-/// A place for one that was used of late.
+/// A slot of the cache: the index of the L1 entry, and the L2 table.
 type CacheSlot = RwLock<Option<(u64, L2Table)>>;
 
 /// The image's tables.
@@ -37,16 +37,15 @@ pub struct Tables {
     cluster_bits: u32,
     l2_bits: u32,
     l1: RwLock<L1Table>,
-    /// Each L2 table has one place, that it shares with others, and is known by the number
-    /// of its L1 entry.
+    /// A direct-mapped cache, indexed by the index of the L1 entry.
     l2_cache: Box<[CacheSlot]>,
 }
 
-/// The L1 table, and where tables are.
+/// The L1 table, and the ranges of the file with tables.
 struct L1Table {
     at: u64,
     entries: Vec<u64>,
-    /// Ends of header and tables, by their beginnings.
+    /// The ends of header and tables, by their offsets.
     ranges: BTreeMap<u64, u64>,
 }
 
@@ -73,13 +72,13 @@ impl L1Table {
 
     fn take(&mut self, at: u64, len: u64) -> io::Result<()> {
         if self.has(at, len) {
-            return Err(damaged(&format!("two tables share the place {at:#x}")));
+            return Err(damaged(&format!("two tables share the offset {at:#x}")));
         }
         self.ranges.insert(at, at.saturating_add(len));
         Ok(())
     }
 
-    /// Whether a table is within this range of the file.
+    /// Whether this range of the file contains a table.
     fn has(&self, at: u64, len: u64) -> bool {
         let before = self.ranges.range(..at.saturating_add(len)).next_back();
         before.is_some_and(|(_, &end)| end > at)
@@ -98,9 +97,9 @@ impl Tables {
     /// Reads the L1 table.
     ///
     /// # Errors
-    /// The medium's; or a line about tables that cannot be.
+    /// The file cannot be read, or the tables are damaged.
     pub fn load(image_file: &MetadataFile, header: &QcowHeader) -> io::Result<Self> {
-        let tables = MEMORY / (8 << header.l2_bits);
+        let tables = CACHE_SIZE / (8 << header.l2_bits);
         Ok(Tables {
             cluster_bits: header.cluster_bits,
             l2_bits: header.l2_bits,
@@ -117,13 +116,13 @@ impl Tables {
         self.l1.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Forgets all and reads the L1 table again.
+    /// Drops the cache and reads the L1 table again.
     ///
     /// # Errors
     /// As [`Tables::load`].
     pub fn reload(&self, image_file: &MetadataFile, header: &QcowHeader) -> io::Result<()> {
         if (header.cluster_bits, header.l2_bits) != (self.cluster_bits, self.l2_bits) {
-            return Err(io::Error::other("it is another image than before"));
+            return Err(io::Error::other("it is not the same image as before"));
         }
         let l1 = L1Table::read(image_file, header)?;
         *self.l1_mut() = l1;
@@ -133,14 +132,14 @@ impl Tables {
         Ok(())
     }
 
-    /// Numbers of the L1 entry and of the L2 entry for the disk's byte `offset`.
+    /// The indices of the L1 entry and the L2 entry for the disk's byte `offset`.
     fn indices(&self, offset: u64) -> (u64, usize) {
         let cluster = offset >> self.cluster_bits;
         let within = cluster & ((1 << self.l2_bits) - 1);
         (cluster >> self.l2_bits, within as usize)
     }
 
-    /// The L2 table for L1 entry `index`, if there is one.
+    /// The L2 table of L1 entry `index`, if there is one.
     fn table(&self, image_file: &MetadataFile, index: u64) -> io::Result<Option<L2Table>> {
         let place = &self.l2_cache[index as usize % self.l2_cache.len()];
         if let Some((of, table)) = &*place.read().unwrap_or_else(PoisonError::into_inner)
@@ -148,7 +147,7 @@ impl Tables {
         {
             return Ok(Some(Arc::clone(table)));
         }
-        // Held until the table is read and known to others: whoever changes it looks here.
+        // Locked until the table is in the cache, where a thread that changes it finds it.
         let mut place = place.write().unwrap_or_else(PoisonError::into_inner);
         let at = match usize::try_from(index) {
             Ok(index) => self.l1().entries.get(index).copied().unwrap_or(0),
@@ -164,13 +163,13 @@ impl Tables {
         Ok(Some(table))
     }
 
-    /// What an entry says.
+    /// Decodes an entry.
     ///
     /// # Errors
-    /// When that cannot be.
+    /// The entry is invalid.
     fn decode(&self, image_file: &MetadataFile, entry: u64) -> io::Result<QcowEntry> {
         if entry == 0 {
-            return Ok(QcowEntry::Nothing);
+            return Ok(QcowEntry::Unallocated);
         }
         if entry & COMPRESSED != 0 {
             let bits = 63 - self.cluster_bits;
@@ -179,23 +178,25 @@ impl Tables {
             return Ok(QcowEntry::Compressed(at, len as usize));
         }
         if !entry.is_multiple_of(512) {
-            return Err(damaged(&format!("a cluster begins at {entry:#x}")));
+            return Err(damaged(&format!(
+                "the cluster at {entry:#x} is not aligned to a sector"
+            )));
         }
         if entry >= image_file.len() && entry >= image_file.refresh_len()? {
             return Err(beyond(entry));
         }
         if self.l1().has(entry, 1 << self.cluster_bits) {
-            let what = format!("a table has data at {entry:#x}, where tables are");
+            let what = format!("a table maps data to {entry:#x}, where a table is");
             return Err(damaged(&what));
         }
         Ok(QcowEntry::Data(entry))
     }
 
-    /// Where the disk's byte `offset` is, and for how many bytes, up to `len`, that goes
-    /// on: data in one piece, or nothing.
+    /// Where the disk's byte `offset` is, and the number of bytes, up to `len`, that are
+    /// contiguous in the file, or not allocated either.
     ///
     /// # Errors
-    /// The medium's; or that an entry cannot be.
+    /// The file cannot be read, or an entry is invalid.
     pub fn find(
         &self,
         image_file: &MetadataFile,
@@ -207,7 +208,7 @@ impl Tables {
         let (index, first) = self.indices(offset);
         let Some(table) = self.table(image_file, index)? else {
             let rest = ((1 << self.l2_bits) - first as u64) * cluster - within;
-            return Ok((QcowEntry::Nothing, len.min(rest)));
+            return Ok((QcowEntry::Unallocated, len.min(rest)));
         };
         let get = |at: usize| table.get(at).map(|entry| entry.load(Ordering::Acquire));
         let entry = self.decode(image_file, get(first).unwrap_or(0))?;
@@ -215,15 +216,15 @@ impl Tables {
         for (step, at) in (first + 1..table.len()).enumerate() {
             let step = (step as u64 + 1) * cluster;
             let next = match entry {
-                QcowEntry::Nothing => 0,
+                QcowEntry::Unallocated => 0,
                 QcowEntry::Data(start) => start + step,
                 QcowEntry::Compressed(..) => break,
             };
             if found >= len || get(at) != Some(next) {
                 break;
             }
-            if entry != QcowEntry::Nothing && self.decode(image_file, next).is_err() {
-                break; // the next one to ask for it hears of it
+            if entry != QcowEntry::Unallocated && self.decode(image_file, next).is_err() {
+                break; // the call for that cluster returns the error
             }
             found += cluster;
         }
@@ -234,12 +235,12 @@ impl Tables {
         Ok((entry, found.min(len)))
     }
 
-    /// Notes that `count` clusters of the disk, from the one with byte `offset` on, are in
-    /// the file at `host`, where their data is already. They have one L2 table. Only one
-    /// thread at a time may do so.
+    /// Sets the entries of the `count` clusters from the one with the disk's byte `offset` on,
+    /// which belong to one L2 table. Their data are in the file at `host` already. Only one
+    /// thread at a time may call this.
     ///
     /// # Errors
-    /// The medium's; then it is as before.
+    /// The file cannot be written; then no entry has changed.
     pub fn set_entries(
         &self,
         image_file: &MetadataFile,
@@ -262,7 +263,7 @@ impl Tables {
         Ok(())
     }
 
-    /// Appends an L2 table that begins, from entry `first` on, with `bytes`.
+    /// Appends a new L2 table that has the entries `bytes` from entry `first` on.
     fn add_l2_table(
         &self,
         image_file: &MetadataFile,
@@ -276,7 +277,7 @@ impl Tables {
             .copy_from_slice(bytes);
         let at = image_file.len().next_multiple_of(1 << self.cluster_bits);
         image_file.write(&mut [IoSlice::new(&table)], at)?;
-        // What points to it comes last.
+        // The L1 entry that points to it is written last.
         let mut l1 = self.l1_mut();
         let slot = l1.at + index * 8;
         image_file.write_table(&mut [IoSlice::new(&at.to_be_bytes())], slot)?;
@@ -287,10 +288,10 @@ impl Tables {
         Ok(())
     }
 
-    /// Makes the L1 table as long as `header` needs it, at a new place, and writes that.
+    /// Makes the L1 table as long as `header` needs it, at a new offset, and writes the header.
     ///
     /// # Errors
-    /// The medium's; then it is as before.
+    /// The file cannot be written; then nothing has changed.
     pub fn grow(&self, image_file: &MetadataFile, header: &mut QcowHeader) -> io::Result<()> {
         let mut l1 = self.l1_mut();
         let wanted = header.l1_entries() as usize;

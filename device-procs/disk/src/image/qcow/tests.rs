@@ -1,70 +1,70 @@
-//! Against QEMU, a model in memory, sudden ends, and tables that are none.
+//! Tests against QEMU and a model, with sudden death and invalid tables.
 
-use super::super::testing::{Random, Workshop, exercise, pattern};
+use super::super::testing::{Random, TestImages, exercise, pattern};
 use super::super::{Extent, ImageFormat};
 
 const SIZE: usize = 8 << 20;
 
-fn agrees(shop: &Workshop, name: &str, mut model: Vec<u8>, seed: u64, steps: usize) {
+fn agrees(dir: &TestImages, name: &str, mut model: Vec<u8>, seed: u64, steps: usize) {
     println!("seed {seed}");
     let mut random = Random::new(seed);
     for _ in 0..3 {
-        let disk = shop.open(name, ImageFormat::Qcow, false).unwrap();
+        let disk = dir.open(name, ImageFormat::Qcow, false).unwrap();
         exercise(&disk, &mut model, &mut random, steps / 3);
         disk.image.reload().unwrap();
         exercise(&disk, &mut model, &mut random, 20);
         drop(disk);
-        shop.agree(name, "qcow", &model);
+        dir.agree(name, "qcow", &model);
     }
 }
 
 #[test]
 fn random_steps_agree_with_qemu() {
-    let shop = Workshop::new();
-    shop.create("disk", "qcow", "", "8M");
-    agrees(&shop, "disk", vec![0; SIZE], 1, 900);
+    let dir = TestImages::new();
+    dir.create("disk", "qcow", "", "8M");
+    agrees(&dir, "disk", vec![0; SIZE], 1, 900);
 }
 
 #[test]
 fn compressed_clusters_are_read_and_replaced() {
-    let shop = Workshop::new();
+    let dir = TestImages::new();
     let model = pattern(SIZE);
-    shop.raw("raw", &model);
-    // QEMU 10.0.2 does it and exits with 1 all the same, without a word.
+    dir.raw("raw", &model);
+    // qemu-img 10.0.2 does it, and exits with 1 without a message.
     let convert = "qemu-img convert -c -f raw -O qcow raw disk";
-    let directory = shop.path("");
+    let directory = dir.path("");
     let mut shell = std::process::Command::new("sh");
     shell.args(["-c", convert]).current_dir(directory);
     shell.status().unwrap();
-    shop.agree("disk", "qcow", &model);
-    let disk = shop.open("disk", ImageFormat::Qcow, true).unwrap();
+    dir.agree("disk", "qcow", &model);
+    let disk = dir.open("disk", ImageFormat::Qcow, true).unwrap();
     assert!(matches!(
         disk.image.map_read(0, 4096),
         Ok(Extent::Special { .. })
     ));
     drop(disk);
-    agrees(&shop, "disk", model, 2, 900);
+    agrees(&dir, "disk", model, 2, 900);
 }
 
 #[test]
-fn what_an_image_has_not_comes_from_below() {
-    let shop = Workshop::new();
+fn unallocated_clusters_are_read_from_the_backing_file() {
+    let dir = TestImages::new();
     let mut model = pattern(SIZE - 300_032);
-    shop.raw("base", &model);
+    dir.raw("base", &model);
     model.resize(SIZE, 0);
-    shop.create("disk", "qcow", "backing_file=base,backing_fmt=raw", "8M");
-    agrees(&shop, "disk", model, 3, 900);
+    dir.create("disk", "qcow", "backing_file=base,backing_fmt=raw", "8M");
+    agrees(&dir, "disk", model, 3, 900);
 }
 
 #[test]
-fn headers_that_cannot_be_are_refused_in_a_word() {
-    let shop = Workshop::new();
-    shop.create("disk", "qcow", "", "8M");
-    let image = std::fs::read(shop.path("disk")).unwrap();
+fn invalid_headers_are_refused_with_a_reason() {
+    let dir = TestImages::new();
+    dir.create("disk", "qcow", "", "8M");
+    let image = std::fs::read(dir.path("disk")).unwrap();
     let long = |value: u64| value.to_be_bytes().to_vec();
     let word = |value: u32| value.to_be_bytes().to_vec();
     for (at, bytes, why) in [
-        (0, b"QFI\0".to_vec(), "no qcow image"),
+        (0, b"QFI\0".to_vec(), "not a qcow image"),
         (4, word(2), "--format qcow2"),
         (4, word(3), "--format qcow2"),
         (4, word(4), "version 4"),
@@ -92,26 +92,27 @@ fn headers_that_cannot_be_are_refused_in_a_word() {
     ] {
         let mut image = image.clone();
         image[at..at + bytes.len()].copy_from_slice(&bytes);
-        std::fs::write(shop.path("bad"), image).unwrap();
-        let error = shop.open("bad", ImageFormat::Qcow, false).err();
+        std::fs::write(dir.path("bad"), image).unwrap();
+        let error = dir.open("bad", ImageFormat::Qcow, false).err();
         let said = error.map_or("taken".to_owned(), |error| error.to_string());
         assert!(said.contains(why), "{at} {bytes:?}: {said}");
     }
     for len in 0..48 {
-        std::fs::write(shop.path("bad"), &image[..len]).unwrap();
-        shop.open("bad", ImageFormat::Qcow, true).err().unwrap();
+        std::fs::write(dir.path("bad"), &image[..len]).unwrap();
+        dir.open("bad", ImageFormat::Qcow, true).err().unwrap();
     }
 }
 
-/// The format has no word for what is below, and a guess is what a guest could profit by.
+/// A qcow image does not say the format of its backing file. A guess from its contents would
+/// let the guest choose the format.
 #[test]
-fn what_is_below_must_not_look_like_an_image() {
-    let shop = Workshop::new();
-    shop.raw("base", &pattern(1 << 20));
-    shop.create("disk", "qcow", "backing_file=base,backing_fmt=raw", "1M");
-    drop(shop.open("disk", ImageFormat::Qcow, false).unwrap());
-    shop.create("base", "qcow2", "", "1M");
-    let why = shop
+fn a_backing_file_that_looks_like_another_format_is_refused() {
+    let dir = TestImages::new();
+    dir.raw("base", &pattern(1 << 20));
+    dir.create("disk", "qcow", "backing_file=base,backing_fmt=raw", "1M");
+    drop(dir.open("disk", ImageFormat::Qcow, false).unwrap());
+    dir.create("base", "qcow2", "", "1M");
+    let why = dir
         .open("disk", ImageFormat::Qcow, false)
         .err()
         .unwrap()

@@ -1,8 +1,8 @@
-//! Reading through images on top of each other, with compressed clusters in any of them.
+//! Reading through a chain of images, any of which may have compressed clusters.
 //!
-//! imago takes a stream that refers to what was before its beginning, and gives what
-//! memory it happened to have instead, which is nothing for a guest to see. So we inflate
-//! ourselves, and look at what imago is going to copy beforehand.
+//! imago accepts a deflate stream that refers to bytes before its beginning, and returns
+//! uninitialised memory for them, which a guest must not see. So we inflate the clusters
+//! ourselves, and check those that imago is about to copy.
 
 use std::io;
 
@@ -16,7 +16,7 @@ use super::storage::Storage;
 /// Fills `buffers` with the disk's bytes from `offset` on.
 ///
 /// # Errors
-/// The media's; or that a table or compressed cluster is damaged.
+/// A file cannot be read, or a table or compressed cluster is damaged.
 pub fn read(
     access: &FormatAccess<Storage>,
     mut offset: u64,
@@ -27,25 +27,25 @@ pub fn read(
         let (mapping, found) = access.get_shallow_mapping(offset, left.len() as u64)?;
         let cluster = match mapping {
             ShallowMapping::Special { .. } => match cluster(access, offset)? {
-                None => continue, // written anew meanwhile
+                None => continue, // rewritten meanwhile
                 some => some,
             },
             _ => None,
         };
         let here = match (found, &cluster) {
-            (0, _) => left.len(), // an image below ends: zeros
+            (0, _) => left.len(), // beyond the end of a backing file: zeros
             (found, None) => found as usize,
             (found, Some((within, bytes))) => (found as usize).min(bytes.len() - within),
         };
-        let piece = left.take(here).ok_or(io::ErrorKind::InvalidInput)?;
+        let part = left.take(here).ok_or(io::ErrorKind::InvalidInput)?;
         match (mapping, cluster) {
             (_, Some((within, cluster))) => {
                 let bytes = cluster.get(within..).and_then(|rest| rest.get(..here));
-                piece.copy_from(bytes.ok_or(io::ErrorKind::InvalidInput)?);
+                part.copy_from(bytes.ok_or(io::ErrorKind::InvalidInput)?);
             }
-            (ShallowMapping::Indirect { layer, offset, .. }, _) => read(layer, offset, &piece)?,
+            (ShallowMapping::Indirect { layer, offset, .. }, _) => read(layer, offset, &part)?,
             _ => {
-                let (vector, _guards) = IoVectorMut::from_volatile_slice(piece.slices());
+                let (vector, _guards) = IoVectorMut::from_volatile_slice(part.slices());
                 access.readv(vector, offset)?;
             }
         }
@@ -54,7 +54,7 @@ pub fn read(
     Ok(())
 }
 
-/// Looks at all compressed clusters of a range.
+/// Checks all compressed clusters of a range.
 ///
 /// # Errors
 /// As [`read`].
@@ -77,18 +77,20 @@ pub fn check(access: &FormatAccess<Storage>, mut offset: u64, mut len: u64) -> i
     Ok(())
 }
 
-/// The cluster with the disk's byte `offset`, which is compressed, and where in it that
-/// is; `None` when it is not compressed any more.
+/// The compressed cluster with the disk's byte `offset`: the position of that byte in it, and
+/// the cluster. `None` if it is not compressed any more.
 fn cluster(access: &FormatAccess<Storage>, offset: u64) -> io::Result<Option<(usize, Vec<u8>)>> {
-    // An image's own file comes after those of the images below.
+    // The image's own file comes after those of its backing files.
     let storages = access.inner().collect_storage_dependencies();
     let storage = storages.last().ok_or(io::ErrorKind::InvalidInput)?;
     let found = storage.inflate(offset);
-    // This after that: its place was not free, nor anything else there, as long as the
-    // tables in memory led to it.
+    // In this order: as long as the tables in memory map the cluster, its range in the file
+    // is not used for anything else, so what was read is valid.
     match access.get_shallow_mapping(offset, 1)?.0 {
         ShallowMapping::Special { .. } => match found? {
-            None => Err(damaged("its tables in the file are not those in memory")),
+            None => Err(damaged(
+                "its tables in the file differ from those in memory",
+            )),
             some => Ok(some),
         },
         _ => Ok(None),

@@ -1,6 +1,6 @@
-//! The header of a qcow2 image (QEMU, docs/interop/qcow2.txt), checked before anything
-//! else looks at the image: crate imago takes an encrypted image for a plain one, for
-//! example, and tables for as long as they say.
+//! The header of a qcow2 image (QEMU, docs/interop/qcow2.txt). It is checked before imago
+//! opens the image, because imago opens an encrypted image as a plain one, for example, and
+//! does not limit the size of tables.
 
 use std::io;
 
@@ -11,34 +11,34 @@ pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 /// Length of a version 2 header, and of the part that all versions have.
 pub const V2_LEN: usize = 72;
 const V3_LEN: usize = 104;
-/// Where the size of the disk is.
+/// Offset of the size of the disk.
 pub const SIZE: usize = 24;
-/// Where the autoclear bits are.
+/// Offset of the autoclear bits.
 pub const AUTOCLEAR: u64 = 88;
-/// QEMU's limit for an L1 table, and what imago takes of either table.
+/// The most entries of an L1 or refcount table: the limits of QEMU and imago.
 const MAX_ENTRIES: u64 = 4 << 20;
 const MAX_SNAPSHOTS: u32 = 65_536;
 
 const REPAIR: &str = "qemu-img check -r all repairs it";
 
-/// What a header says, as far as it concerns us.
+/// The fields of a header that matter here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Qcow2Header {
     /// 2 or 3.
     pub version: u32,
-    /// log2 of the size of a cluster in bytes.
+    /// log2 of the cluster size in bytes.
     pub cluster_bits: u32,
     /// log2 of the width of a refcount in bits.
     pub refcount_order: u32,
     /// Size of the disk in bytes.
     pub size: u64,
-    /// Where the L1 table is, and its entries.
+    /// Offset and number of entries of the L1 table.
     pub l1: (u64, u64),
-    /// Where the refcount table is, and its entries.
+    /// Offset and number of entries of the refcount table.
     pub refcounts: (u64, u64),
-    /// The file below, and what format that has, as far as this one says.
+    /// Name of the backing file, and its format if the image says it.
     pub backing: Option<(String, Option<String>)>,
-    /// Features that whoever writes to the image without knowing them must clear.
+    /// Feature bits that a program must clear when it writes and does not know them.
     pub autoclear: u64,
 }
 
@@ -46,7 +46,8 @@ impl Qcow2Header {
     /// Reads and checks the header.
     ///
     /// # Errors
-    /// The medium's; else a line that says what is wrong with the image and what to do.
+    /// The file cannot be read, or the image is invalid or not supported. The error says what
+    /// to do.
     pub fn read(image_file: &MetadataFile, writable: bool) -> io::Result<Self> {
         let len = image_file.refresh_len()?;
         let mut bytes = vec![0; len.min(V3_LEN as u64) as usize];
@@ -71,8 +72,8 @@ fn be64(bytes: &[u8], at: usize) -> u64 {
     u64::from(be32(bytes, at)) << 32 | u64::from(be32(bytes, at.saturating_add(4)))
 }
 
-/// Where the L1 table and the refcount table are, of a version 2 header: offset and
-/// entries, offset and clusters.
+/// The positions of L1 table and refcount table in a version 2 header: offset and number of
+/// entries, offset and number of clusters.
 pub fn pointers(header: &[u8]) -> ((u64, u64), (u64, u64)) {
     (
         (be64(header, 40), be32(header, 36).into()),
@@ -82,12 +83,12 @@ pub fn pointers(header: &[u8]) -> ((u64, u64), (u64, u64)) {
 
 fn cluster_bits(bytes: &[u8]) -> Result<u32, String> {
     if bytes.get(..4) != Some(&MAGIC) {
-        return Err("it is no qcow2 image".into());
+        return Err("it is not a qcow2 image".into());
     }
     match be32(bytes, 4) {
         1 => return Err("it is a qcow image of version 1 (--format qcow)".into()),
         2 | 3 => {}
-        version => return Err(format!("version {version} of qcow2 is not known")),
+        version => return Err(format!("version {version} of qcow2 is not supported")),
     }
     let needed = if be32(bytes, 4) == 2 { V2_LEN } else { V3_LEN };
     if bytes.len() < needed {
@@ -99,7 +100,7 @@ fn cluster_bits(bytes: &[u8]) -> Result<u32, String> {
     }
 }
 
-/// Checks the image's first cluster, `bytes`; the file has `len` bytes.
+/// Decodes and checks the first cluster of an image, `bytes`, whose file has `len` bytes.
 fn parse(bytes: &[u8], len: u64, writable: bool) -> Result<Qcow2Header, String> {
     let cluster_bits = cluster_bits(bytes)?;
     let cluster = 1u64 << cluster_bits;
@@ -107,7 +108,7 @@ fn parse(bytes: &[u8], len: u64, writable: bool) -> Result<Qcow2Header, String> 
     match be32(bytes, 32) {
         0 => {}
         1 | 2 => return Err("it is encrypted, which is not supported".into()),
-        method => return Err(format!("encryption method {method} is not known")),
+        method => return Err(format!("encryption method {method} is not supported")),
     }
 
     let mut header = Qcow2Header {
@@ -127,20 +128,20 @@ fn parse(bytes: &[u8], len: u64, writable: bool) -> Result<Qcow2Header, String> 
         header.refcount_order = be32(bytes, 96);
         if header.refcount_order > 6 {
             let order = header.refcount_order;
-            return Err(format!("refcounts of 2^{order} bits are not known"));
+            return Err(format!("refcounts of 2^{order} bits are not supported"));
         }
         extensions = be32(bytes, 100) as usize;
         if extensions < V3_LEN || extensions as u64 > cluster || !extensions.is_multiple_of(8) {
-            return Err(format!("a header of {extensions} bytes is not possible"));
+            return Err(format!(
+                "its header has an invalid length, {extensions} bytes"
+            ));
         }
     }
     let found = Extensions::parse(bytes, extensions)?;
     if found.bitmaps && header.autoclear & 1 != 0 && writable {
-        return Err(
-            "it has persistent bitmaps, which do not follow what is written here \
-             (qemu-img bitmap --remove, or --read-only)"
-                .into(),
-        );
+        return Err("it has persistent bitmaps, which are not updated here \
+             (remove them with qemu-img bitmap --remove, or use --read-only)"
+            .into());
     }
     header.backing = backing(bytes, cluster)?.map(|name| (name, found.format));
     tables(&mut header, bytes, len)?;
@@ -167,12 +168,12 @@ fn incompatible(bits: u64, bytes: &[u8]) -> Result<(), String> {
         return Err("extended L2 entries (extended_l2) are not supported".into());
     }
     if bits != 0 {
-        return Err(format!("it has features that are not known ({bits:#x})"));
+        return Err(format!("it has unknown features ({bits:#x})"));
     }
     Ok(())
 }
 
-/// What the header's extensions say.
+/// The header extensions that matter here.
 #[derive(Default)]
 struct Extensions {
     format: Option<String>,
@@ -188,7 +189,7 @@ impl Extensions {
         const ENCRYPTION: u32 = 0x0537_be77;
         let mut found = Extensions::default();
         loop {
-            let bad = || "its header's extensions do not end".to_owned();
+            let bad = || "its header extensions have no end".to_owned();
             let head = bytes.get(at..).filter(|rest| rest.len() >= 8);
             let head = head.ok_or_else(bad)?;
             let (kind, len) = (be32(head, 0), be32(head, 4) as usize);
@@ -197,12 +198,12 @@ impl Extensions {
                 END => return Ok(found),
                 BACKING_FORMAT => {
                     let name = String::from_utf8(data.to_vec());
-                    let name = name.map_err(|_| "its backing file's format is no text")?;
+                    let name = name.map_err(|_| "the format of its backing file is not UTF-8")?;
                     if found.format.replace(name).is_some() {
                         return Err("its backing file has two formats".into());
                     }
                 }
-                // imago cannot do with a part of one.
+                // imago panics on an incomplete entry.
                 FEATURE_NAMES if !len.is_multiple_of(48) => {
                     return Err("its table of feature names is incomplete".into());
                 }
@@ -220,17 +221,17 @@ fn backing(bytes: &[u8], cluster: u64) -> Result<Option<String>, String> {
     if offset == 0 {
         return Ok(None);
     }
-    let bad = || "the name of its backing file is not where it should be".to_owned();
+    let bad = || "the name of its backing file is at an invalid offset".to_owned();
     if len == 0 || len > 1023 || offset >= cluster {
         return Err(bad());
     }
     let name = bytes.get(offset as usize..).and_then(|b| b.get(..len));
     String::from_utf8(name.ok_or_else(bad)?.to_vec())
         .map(Some)
-        .map_err(|_| "the name of its backing file is no text".to_owned())
+        .map_err(|_| "the name of its backing file is not UTF-8".to_owned())
 }
 
-/// Whether the tables are where tables can be.
+/// Checks the positions of the tables.
 fn tables(header: &mut Qcow2Header, bytes: &[u8], len: u64) -> Result<(), String> {
     let bits = header.cluster_bits;
     let cluster = 1u64 << bits;
@@ -243,27 +244,27 @@ fn tables(header: &mut Qcow2Header, bytes: &[u8], len: u64) -> Result<(), String
     if header.size == 0 {
         return Err("it is empty: a disk has at least one sector".into());
     }
-    // One entry of the L1 table for as many clusters as an L2 table has entries.
+    // An L1 entry maps as many clusters as an L2 table has entries.
     let needed = header.size.div_ceil(1 << (2 * bits - 3));
     if header.size > i64::MAX as u64 || needed > MAX_ENTRIES {
         let size = header.size;
-        return Err(format!("a disk of {size} bytes is too large for it"));
+        return Err(format!("its disk is too large, {size} bytes"));
     }
     let (l1, entries) = header.l1;
     if entries < needed || entries > MAX_ENTRIES || !lies(l1, entries * 8, len) {
-        return Err(damaged("its L1 table is not where it should be"));
+        return Err(damaged("its L1 table is at an invalid offset"));
     }
     let clusters = u64::from(be32(bytes, 56));
-    // The last cluster of a file need not be there as a whole.
+    // The last cluster of a file may be incomplete.
     let end = len.next_multiple_of(cluster);
     let size = clusters * cluster; // less than 2^32 * 2^21
     if clusters == 0 || size / 8 > MAX_ENTRIES || !lies(header.refcounts.0, size, end) {
-        return Err(damaged("its refcount table is not where it should be"));
+        return Err(damaged("its refcount table is at an invalid offset"));
     }
     header.refcounts.1 = size / 8;
     let (snapshots, at) = (be32(bytes, 60), be64(bytes, 64));
     if snapshots > MAX_SNAPSHOTS || (snapshots > 0 && !lies(at, 1, len)) {
-        return Err(damaged("its snapshots are not where they should be"));
+        return Err(damaged("its table of snapshots is at an invalid offset"));
     }
     Ok(())
 }

@@ -1,10 +1,10 @@
-//! Where the tables of a qcow2 image are.
+//! The positions of the tables of a qcow2 image.
 //!
-//! Knowing that serves two ends. No table may lead a guest's bytes into a table. And the
-//! process may be killed between any two writes, so a cluster must be marked as used
-//! before something in the file points to it. For data, imago sees to that; the clusters
-//! of a new L2 table or refcount block it marks in memory first and in the file later,
-//! so we do it for it: all that it writes comes by here ([`Layout::write`]).
+//! They are needed for two reasons. A table must not map data of the guest to where a table
+//! is. And the process may be killed between any two writes, so a cluster must have its
+//! refcount in the file before something in the file points to it. imago does that for data.
+//! For a new L2 table or refcount block it writes the refcount later, so we write it first:
+//! everything that imago writes passes [`Layout::write`].
 
 use std::collections::HashSet;
 use std::io::{self, IoSlice};
@@ -13,29 +13,29 @@ use std::ops::Range;
 use super::super::metadata_file::{MetadataFile, beyond, damaged};
 use super::header::{Qcow2Header, SIZE, V2_LEN, pointers};
 
-/// Bits of a table's entry that hold an offset in the file.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// Bits of an entry that hold an offset in the file.
+const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 /// Bits of an L1 entry that must be 0.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
-/// Bit of an L2 entry: its cluster is compressed.
+/// Bit of an L2 entry: the cluster is compressed.
 const COMPRESSED: u64 = 1 << 62;
-/// Bytes that are read of a table at a time.
-const PIECE: u64 = 1 << 20;
+/// How much of a table is read at a time, in bytes.
+const READ_SIZE: u64 = 1 << 20;
 
-/// Where tables are.
+/// Where the tables of an image are.
 #[derive(Debug)]
 pub struct Layout {
     bits: u32,
     refcount_order: u32,
-    /// Size of the disk, as the file has it.
+    /// Size of the disk in the file.
     size: u64,
     l1: Range<u64>,
     refcounts: Range<u64>,
-    /// What the refcount table says: where the refcount blocks are, or 0.
+    /// The refcount table: the offsets of the refcount blocks, or 0.
     blocks: Vec<u64>,
-    /// Clusters with header or tables of the disk as it is (not of its snapshots).
+    /// Clusters with the header or with active tables (not with those of snapshots).
     table_clusters: HashSet<u64>,
-    /// Room for a table.
+    /// An allocation to use again, for a table.
     buffer: Vec<u8>,
 }
 
@@ -43,7 +43,7 @@ impl Layout {
     /// Finds the tables of the image with this header.
     ///
     /// # Errors
-    /// The medium's; or a line about tables that cannot be.
+    /// The file cannot be read, or the tables are damaged.
     pub fn load(
         image_file: &MetadataFile,
         header: &Qcow2Header,
@@ -65,9 +65,9 @@ impl Layout {
         let l1 = layout.l1.clone();
         read_table(image_file, &l1, |entry| {
             if entry & L1_RESERVED != 0 {
-                return Err(damaged(&format!("{entry:#x} is no entry of an L1 table")));
+                return Err(damaged(&format!("{entry:#x} is not an L1 entry")));
             }
-            layout.add_table(image_file, entry & OFFSET)
+            layout.add_table(image_file, entry & OFFSET_MASK)
         })?;
         layout.load_blocks(image_file)?;
         if writable {
@@ -79,8 +79,8 @@ impl Layout {
     fn load_blocks(&mut self, image_file: &MetadataFile) -> io::Result<()> {
         let mut blocks = Vec::new();
         read_table(image_file, &self.refcounts.clone(), |entry| {
-            if entry & !OFFSET != 0 {
-                let what = format!("{entry:#x} is no entry of a refcount table");
+            if entry & !OFFSET_MASK != 0 {
+                let what = format!("{entry:#x} is not an entry of a refcount table");
                 return Err(damaged(&what));
             }
             self.add_table(image_file, entry)?;
@@ -91,7 +91,8 @@ impl Layout {
         Ok(())
     }
 
-    /// What the tables lie in must not be free, or something else will lie there soon.
+    /// Checks that all tables have a refcount. Otherwise something else would be allocated
+    /// where they are.
     fn check_refcounts(&self, image_file: &MetadataFile) -> io::Result<()> {
         let mut clusters: Vec<u64> = self.table_clusters.iter().copied().collect();
         clusters.sort_unstable();
@@ -110,11 +111,14 @@ impl Layout {
             }
             let (bytes, mask) = self.refcount_bytes(at);
             let used = block.get(bytes).is_some_and(|bytes| {
-                // Wider than a byte: any bit of it.
+                // If an entry is wider than a byte, the mask is 0xff.
                 bytes.iter().any(|byte| byte & mask != 0)
             });
             if !used {
-                let what = format!("the table at {:#x} counts as free", cluster << self.bits);
+                let what = format!(
+                    "the table at {:#x} has a refcount of 0",
+                    cluster << self.bits
+                );
                 return Err(damaged(&what));
             }
         }
@@ -131,18 +135,20 @@ impl Layout {
     fn add_cluster(&mut self, cluster: u64) -> io::Result<()> {
         if !self.table_clusters.insert(cluster) {
             let offset = cluster << self.bits;
-            return Err(damaged(&format!("two tables share the place {offset:#x}")));
+            return Err(damaged(&format!("two tables share the offset {offset:#x}")));
         }
         Ok(())
     }
 
-    /// Notes a table of one cluster; there is none at 0.
+    /// Adds a table of one cluster; 0 stands for no table.
     fn add_table(&mut self, image_file: &MetadataFile, offset: u64) -> io::Result<()> {
         if offset == 0 {
             return Ok(());
         }
         if !offset.is_multiple_of(1 << self.bits) {
-            return Err(damaged(&format!("a table begins at {offset:#x}")));
+            return Err(damaged(&format!(
+                "the table at {offset:#x} is not aligned to a cluster"
+            )));
         }
         if offset >= image_file.len() {
             return Err(beyond(offset));
@@ -150,32 +156,32 @@ impl Layout {
         self.add_cluster(offset >> self.bits)
     }
 
-    /// Size of a cluster, and where in one the disk's byte `offset` is.
+    /// The cluster size, and the position of the disk's byte `offset` in its cluster.
     pub fn cluster(&self, offset: u64) -> (usize, usize) {
         let size = 1 << self.bits;
         (size, offset as usize & (size - 1))
     }
 
-    /// Whether one of the tables is within this range of the file.
+    /// Whether this range of the file contains a table.
     pub fn has_table(&self, offset: u64, len: u64) -> bool {
         let last = offset.saturating_add(len.saturating_sub(1));
         (offset >> self.bits..=last >> self.bits)
             .any(|cluster| self.table_clusters.contains(&cluster))
     }
 
-    /// Number of the refcount block for `cluster`, and which of its entries that has.
+    /// The number of the refcount block for `cluster`, and the entry in it.
     fn refcount_index(&self, cluster: u64) -> (u64, u64) {
         let bits = self.bits + 3 - self.refcount_order;
         (cluster >> bits, cluster & ((1 << bits) - 1))
     }
 
-    /// Where the refcount block with this number is.
+    /// The offset of the refcount block with this number.
     fn block(&self, index: u64) -> Option<u64> {
         let index = usize::try_from(index).ok()?;
         self.blocks.get(index).copied().filter(|&offset| offset > 0)
     }
 
-    /// The bytes of entry `at` of a refcount block, and, of a single byte, the bits.
+    /// The bytes of entry `at` of a refcount block, and the mask of its bits in each byte.
     fn refcount_bytes(&self, at: u64) -> (Range<usize>, u8) {
         let width = 1 << self.refcount_order;
         let bit = at * width;
@@ -186,7 +192,7 @@ impl Layout {
         (start..start + 1, ((1u8 << width) - 1) << (bit % 8))
     }
 
-    /// The first cluster in this range of the file that counts as free there.
+    /// The first cluster in this range of the file that has a refcount of 0 in the file.
     pub fn first_free(
         &self,
         image_file: &MetadataFile,
@@ -220,8 +226,8 @@ impl Layout {
         Ok(None)
     }
 
-    /// Where in the file, offset and length, the cluster with the disk's byte `offset` is,
-    /// if it is a compressed one.
+    /// The range of the file, offset and length, of the cluster with the disk's byte `offset`
+    /// if it is compressed.
     pub fn compressed(
         &self,
         image_file: &MetadataFile,
@@ -235,7 +241,7 @@ impl Layout {
         let l2_bits = self.bits - 3;
         let at = self.l1.start + (offset >> (self.bits + l2_bits)) * 8;
         let table = match self.l1.contains(&at) {
-            true => entry(at)? & OFFSET,
+            true => entry(at)? & OFFSET_MASK,
             false => 0,
         };
         if table == 0 {
@@ -243,18 +249,18 @@ impl Layout {
         }
         let index = (offset >> self.bits) & ((1 << l2_bits) - 1);
         let entry = entry(table + index * 8)?;
-        let bits = 70 - self.bits; // of the offset; above it is the number of sectors
+        let bits = 70 - self.bits; // of the offset, below the number of sectors
         let start = entry & ((1 << bits) - 1);
         let sectors = ((entry & (COMPRESSED - 1)) >> bits) + 1;
         let len = sectors * 512 - start % 512;
         Ok((entry & COMPRESSED != 0).then_some((start, len)))
     }
 
-    /// Marks `cluster` as used in the file, unless it is. What imago has in memory says
-    /// so already and is written later.
+    /// Makes the refcount of `cluster` in the file 1 if it is 0. imago has done so in memory
+    /// and writes it later.
     fn mark_used(&self, image_file: &MetadataFile, cluster: u64) -> io::Result<()> {
         let (index, at) = self.refcount_index(cluster);
-        // A block that describes itself is not in the table yet.
+        // A new block that contains its own refcount is not in the table yet.
         let Some(block) = self.block(index) else {
             return Ok(());
         };
@@ -265,18 +271,17 @@ impl Layout {
         image_file.read(refcount, offset)?;
         if refcount.iter().all(|byte| byte & mask == 0) {
             if let Some(last) = refcount.last_mut() {
-                *last |= mask & mask.wrapping_neg(); // its lowest bit: the number 1
+                *last |= mask & mask.wrapping_neg(); // its lowest bit, for the number 1
             }
             image_file.write_table(&mut [IoSlice::new(refcount)], offset)?;
         }
         Ok(())
     }
 
-    /// Writes what imago wants written.
+    /// Carries out a write of imago.
     ///
     /// # Errors
-    /// The medium's. Where a table was to be written, the image is read-only then; else
-    /// nothing is broken.
+    /// The file cannot be written. If this was a write to a table, the image is broken then.
     pub fn write(
         &mut self,
         image_file: &MetadataFile,
@@ -298,7 +303,7 @@ impl Layout {
             self.update_table_clusters(&old, &bytes);
             let first = ((offset - self.refcounts.start) / 8) as usize;
             for (entry, block) in entries(&bytes).zip(self.blocks.iter_mut().skip(first)) {
-                *block = entry & OFFSET;
+                *block = entry & OFFSET_MASK;
             }
         } else if self.table_clusters.contains(&(offset >> self.bits)) {
             self.write_changes(image_file, buffers, offset)?;
@@ -308,34 +313,34 @@ impl Layout {
         Ok(())
     }
 
-    /// Writes of a table what is not in the file yet. imago writes all of it for each entry,
-    /// which costs more than to read it, and much more once it must get to the medium.
+    /// Writes the changed part of a table. imago writes the whole table for each entry, which
+    /// costs more than reading it, and much more when it must be flushed.
     fn write_changes(
         &mut self,
         image_file: &MetadataFile,
         buffers: &mut [IoSlice<'_>],
         offset: u64,
     ) -> io::Result<()> {
-        const PIECE: usize = 512;
+        const CHUNK: usize = 512;
         let [new] = &*buffers else {
             return image_file.write_table(buffers, offset);
         };
         self.buffer.resize(new.len(), 0);
         image_file.read_padded(&mut [io::IoSliceMut::new(&mut self.buffer)], offset)?;
-        let mut pieces = new.chunks(PIECE).zip(self.buffer.chunks(PIECE));
+        let mut chunks = new.chunks(CHUNK).zip(self.buffer.chunks(CHUNK));
         let differ = |(new, old): (&[u8], &[u8])| new != old;
-        let Some(first) = pieces.position(differ) else {
+        let Some(first) = chunks.position(differ) else {
             return Ok(());
         };
-        let mut pieces = new.chunks(PIECE).zip(self.buffer.chunks(PIECE));
-        let last = pieces.rposition(differ).unwrap_or(first);
-        let range = first * PIECE..new.len().min((last + 1) * PIECE);
+        let mut chunks = new.chunks(CHUNK).zip(self.buffer.chunks(CHUNK));
+        let last = chunks.rposition(differ).unwrap_or(first);
+        let range = first * CHUNK..new.len().min((last + 1) * CHUNK);
         let offset = offset + range.start as u64;
         image_file.write_table(&mut [IoSlice::new(&new[range])], offset)
     }
 
-    /// Marks what the entries `new`, to be written at `offset`, point to; returns what
-    /// is there so far.
+    /// Makes sure that the clusters have a refcount that the entries `new`, to be written at
+    /// `offset`, point to; returns the old entries.
     fn mark_targets(
         &self,
         image_file: &MetadataFile,
@@ -345,8 +350,8 @@ impl Layout {
         let mut old = vec![0; new.len()];
         image_file.read(&mut old, offset)?;
         for (new, old) in entries(new).zip(entries(&old)) {
-            if new & OFFSET != old & OFFSET && new & OFFSET != 0 {
-                self.mark_used(image_file, (new & OFFSET) >> self.bits)?;
+            if new & OFFSET_MASK != old & OFFSET_MASK && new & OFFSET_MASK != 0 {
+                self.mark_used(image_file, (new & OFFSET_MASK) >> self.bits)?;
             }
         }
         Ok(old)
@@ -354,27 +359,28 @@ impl Layout {
 
     fn update_table_clusters(&mut self, old: &[u8], new: &[u8]) {
         for (old, new) in entries(old).zip(entries(new)) {
-            if old & OFFSET != 0 {
-                self.table_clusters.remove(&((old & OFFSET) >> self.bits));
+            if old & OFFSET_MASK != 0 {
+                self.table_clusters
+                    .remove(&((old & OFFSET_MASK) >> self.bits));
             }
-            if new & OFFSET != 0 {
-                self.table_clusters.insert((new & OFFSET) >> self.bits);
+            if new & OFFSET_MASK != 0 {
+                self.table_clusters.insert((new & OFFSET_MASK) >> self.bits);
             }
         }
     }
 
-    /// Writes the size of the disk. imago does so before its tables are in the file, so what
-    /// it writes there does not count.
+    /// Writes the size of the disk. imago would do so before its tables are in the file, so
+    /// [`Layout::write`] ignores the size that it writes.
     ///
     /// # Errors
-    /// The medium's; the image is read-only then.
+    /// The file cannot be written; the image is broken then.
     pub fn set_size(&mut self, image_file: &MetadataFile, size: u64) -> io::Result<()> {
         image_file.write_table(&mut [IoSlice::new(&size.to_be_bytes())], SIZE as u64)?;
         self.size = size;
         Ok(())
     }
 
-    /// imago writes the version 2 part, with new places for the tables.
+    /// imago writes the version 2 part of the header, with new positions of the tables.
     fn write_header(
         &mut self,
         image_file: &MetadataFile,
@@ -382,7 +388,7 @@ impl Layout {
         offset: u64,
     ) -> io::Result<()> {
         if offset != 0 || bytes.len() != V2_LEN {
-            let error = damaged("something else was to be written over its header");
+            let error = damaged("imago was about to overwrite its header");
             image_file.set_broken(&error);
             return Err(error);
         }
@@ -445,7 +451,7 @@ fn read_table(
 ) -> io::Result<()> {
     let mut at = range.start;
     while at < range.end {
-        let mut bytes = vec![0; (range.end - at).min(PIECE) as usize];
+        let mut bytes = vec![0; (range.end - at).min(READ_SIZE) as usize];
         image_file.read_padded(&mut [io::IoSliceMut::new(&mut bytes)], at)?;
         entries(&bytes).try_for_each(&mut each)?;
         at += bytes.len() as u64;

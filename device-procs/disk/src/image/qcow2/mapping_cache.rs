@@ -1,18 +1,16 @@
-//! Where clusters are, for those that were asked for of late: what comes before every
-//! request should not cost more than the request.
+//! A cache of the mapping from clusters of the disk to clusters of the file (L2 entries). A
+//! lookup must cost little, for every request begins with one.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Most clusters that are remembered: 1 MiB of memory, 8 GiB of disk in clusters of
-/// 64 KiB.
+/// The most slots: 1 MiB of memory, for 8 GiB of disk in clusters of 64 KiB.
 const MAX_SLOTS: u64 = 1 << 17;
-/// Bits of a cluster's number in the file. With more it is not remembered.
+/// Bits of a cluster number in the file. Larger numbers are not cached.
 const HOST_BITS: u32 = 40;
 
-/// A table in which each cluster of the disk has one slot, that it shares with others.
-/// A slot holds the cluster's number in the file and above that, to know it from the
-/// others, its number on the disk without the bits that chose the slot; 0 is nobody (no
-/// cluster of the disk is where the header is).
+/// A direct-mapped cache. A slot holds the cluster number in the file in its lower bits and,
+/// above, the tag: the cluster number on the disk without the bits that select the slot. 0
+/// is an empty slot, for the first cluster of the file is the header.
 pub struct MappingCache {
     cluster_bits: u32,
     slot_bits: u32,
@@ -20,7 +18,7 @@ pub struct MappingCache {
 }
 
 impl MappingCache {
-    /// For a disk of `capacity` bytes in clusters of `1 << cluster_bits`.
+    /// A cache for a disk of `capacity` bytes in clusters of `1 << cluster_bits` bytes.
     pub fn new(cluster_bits: u32, capacity: u64) -> Self {
         let clusters = (capacity >> cluster_bits) + 1;
         let slots = clusters.next_power_of_two().min(MAX_SLOTS);
@@ -31,7 +29,7 @@ impl MappingCache {
         }
     }
 
-    /// The slot of `cluster`, and what tells it from others there.
+    /// The slot of `cluster`, and its tag in the upper bits. `None` if the tag is too large.
     fn slot(&self, cluster: u64) -> Option<(&AtomicU64, u64)> {
         let tag = cluster >> self.slot_bits;
         let slot = self
@@ -46,8 +44,8 @@ impl MappingCache {
         (host != 0 && host < 1 << HOST_BITS).then_some(host)
     }
 
-    /// Where in the file the disk's byte `offset` is, and for how many bytes, up to `len`,
-    /// that goes on.
+    /// Returns the offset in the file of the disk's byte `offset`, and the number of bytes, up
+    /// to `len`, that are contiguous in the file.
     #[inline]
     pub fn find(&self, offset: u64, len: u64) -> Option<(u64, u64)> {
         let cluster = offset >> self.cluster_bits;
@@ -62,7 +60,7 @@ impl MappingCache {
         Some(((host << self.cluster_bits) + within, found.min(len)))
     }
 
-    /// Remembers that the `len` bytes of the disk from `offset` on are at `host`.
+    /// Caches that the `len` bytes of the disk from `offset` on are at `host` in the file.
     pub fn insert(&self, offset: u64, host: u64, len: u64) {
         let first = offset >> self.cluster_bits;
         let last = offset.saturating_add(len.saturating_sub(1)) >> self.cluster_bits;
@@ -76,7 +74,7 @@ impl MappingCache {
         }
     }
 
-    /// Forgets where the clusters of this range are.
+    /// Removes the clusters of this range.
     pub fn remove(&self, offset: u64, len: u64) {
         let last = offset.saturating_add(len.saturating_sub(1)) >> self.cluster_bits;
         for cluster in offset >> self.cluster_bits..=last {
@@ -88,7 +86,7 @@ impl MappingCache {
         }
     }
 
-    /// Forgets everything.
+    /// Removes all clusters.
     pub fn clear(&self) {
         for slot in &self.slots {
             slot.store(0, Ordering::Release);
@@ -101,13 +99,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_noted_is_found_and_what_follows_it_with_it() {
+    fn contiguous_clusters_are_found_together() {
         let cache = MappingCache::new(16, 1 << 30);
         assert_eq!(cache.find(0, 512), None);
         cache.insert(0x2_0000, 0x50_0000, 0x2_0000);
         assert_eq!(cache.find(0x2_1000, 512), Some((0x50_1000, 512)));
         assert_eq!(cache.find(0x2_1000, 1 << 20), Some((0x50_1000, 0x1_f000)));
-        // The next on the disk, but not in the file.
+        // The next cluster on the disk is elsewhere in the file.
         cache.insert(0x4_0000, 0x10_0000, 1);
         assert_eq!(cache.find(0x3_0000, 1 << 20), Some((0x51_0000, 0x1_0000)));
         cache.remove(0x3_ffff, 1);
@@ -118,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn clusters_that_share_a_slot_are_told_apart() {
+    fn clusters_that_share_a_slot_are_not_confused() {
         let cache = MappingCache::new(9, u64::MAX >> 1);
         let (one, other) = (512 * 5, 512 * (5 + MAX_SLOTS));
         cache.insert(one, 0x200, 512);
@@ -127,7 +125,7 @@ mod tests {
         assert_eq!(cache.find(one, 512), None);
         cache.remove(one, 512);
         assert_eq!(cache.find(other, 512), Some((0x400, 512)));
-        // Numbers that have no room are not mistaken for others.
+        // Numbers that are too large are not cached.
         cache.insert(1 << 62, 0x800, 512);
         assert_eq!(cache.find(1 << 62, 512), None);
         cache.insert(one, 1 << 60, 512);

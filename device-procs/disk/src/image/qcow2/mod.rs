@@ -1,12 +1,12 @@
-//! qcow2 images, versions 2 and 3. Crate imago knows where things are and changes the
-//! tables; [`header`] and [`layout`] see to it that a hostile image and a sudden end do no
-//! harm, [`places`] that it is quick.
+//! qcow2 images, versions 2 and 3. Crate imago reads and changes the tables. [`header`] and
+//! [`layout`] protect against hostile images and sudden death, and [`mapping_cache`] makes
+//! lookups fast.
 //!
-//! Whatever changes the tables is done by one thread at a time and is in the file when it
-//! is done, in an order that lets another process go on at any point: data first, then
-//! that its cluster is used, then what points to it; and the other way round for what
-//! becomes free. Clusters may be lost by a kill (`qemu-img check` calls them leaked), but
-//! nothing else.
+//! One thread at a time changes the tables, and the changes are in the file when the call
+//! returns. Their order lets another process continue at any point: the data first, then the
+//! refcount of their cluster, then the entry that points to it; and the reverse for clusters
+//! that become free. A killed process may leak clusters (see `qemu-img check`), but does no
+//! other damage.
 
 mod compressed;
 pub mod header;
@@ -39,47 +39,46 @@ pub struct Qcow2Image {
     storage: Storage,
     geometry: Geometry,
     capacity: AtomicU64,
-    /// log2 of the size of a cluster.
-    bits: u32,
-    /// Clusters can be marked as zeros (version 3).
-    marks_zeroes: bool,
-    /// Size of the backing file's disk.
+    /// log2 of the cluster size.
+    cluster_bits: u32,
+    /// Version 3: clusters can be marked as zeros.
+    has_zero_clusters: bool,
+    /// Size of the disk in the backing file.
     backing: Option<u64>,
     mappings: MappingCache,
-    /// Held by whoever changes the tables.
+    /// Held while the tables are changed.
     table_lock: Mutex<()>,
-    /// What the tables say of new clusters is not in the file yet.
+    /// imago has changed tables in memory that are not in the file yet.
     tables_dirty: AtomicBool,
-    /// Held for writing while clusters that are mapped become zeros, and for reading from
-    /// a look into the tables until [`MappingCache`] knows of it.
+    /// Held for writing while mapped clusters become zeros, and for reading from a lookup in
+    /// the tables until [`MappingCache`] has its result.
     zero_lock: RwLock<()>,
 }
 
-/// What the tables say of a range.
+/// What the tables say about a range.
 enum Mapped {
-    /// Data at this offset; `ours` when it can be written there.
+    /// Data at this offset, which may be overwritten there if `writable`.
     Data { at: u64, writable: bool },
-    /// Zeros: the tables say so, and may keep a place for what is written there; or they
-    /// say nothing.
+    /// Zeros: marked so in the tables, perhaps with an allocated cluster, or not allocated.
     Zero { marked: bool },
-    /// Anything else.
+    /// Compressed, or in a backing file.
     Special,
 }
 
-/// A qcow2 image as imago sees it.
+/// A qcow2 image that imago has opened.
 pub struct OpenedQcow2 {
     /// The image.
     pub access: FormatAccess<Storage>,
     storage: Storage,
     header: Qcow2Header,
-    /// Size of the backing file's disk.
+    /// Size of the disk in the backing file.
     backing: Option<u64>,
 }
 
-/// Opens `file` as a qcow2 image, with all that lies below it.
+/// Opens `file` as a qcow2 image, with its backing files.
 ///
 /// # Errors
-/// One line that says what is wrong with the image and what to do about it.
+/// The image or a backing file is invalid or not supported. The error says what to do.
 pub fn access(file: File, origin: &ImageOrigin<'_>, writable: bool) -> io::Result<OpenedQcow2> {
     let image_file = MetadataFile::new(file, origin.name)?;
     let header = Qcow2Header::read(&image_file, writable)?;
@@ -95,7 +94,7 @@ pub fn access(file: File, origin: &ImageOrigin<'_>, writable: bool) -> io::Resul
         let image_file = storage.image_file();
         image_file.write_table(&mut [io::IoSlice::new(&none)], AUTOCLEAR)?;
     }
-    let below = backing.as_ref().map(FormatAccess::size);
+    let backing_size = backing.as_ref().map(FormatAccess::size);
     let image = Qcow2::<Storage>::builder(storage.clone())
         .write(writable)
         .backing(backing)
@@ -105,15 +104,15 @@ pub fn access(file: File, origin: &ImageOrigin<'_>, writable: bool) -> io::Resul
         access: FormatAccess::new(image),
         storage,
         header,
-        backing: below,
+        backing: backing_size,
     })
 }
 
 impl Qcow2Image {
-    /// Opens `file`; see [`access`].
+    /// Opens `file`.
     ///
     /// # Errors
-    /// As there.
+    /// As [`access`].
     pub fn open(file: File, origin: &ImageOrigin<'_>, read_only: bool) -> io::Result<Self> {
         let OpenedQcow2 {
             access,
@@ -122,7 +121,7 @@ impl Qcow2Image {
             backing,
         } = access(file, origin, !read_only)?;
         let cluster = 1u32 << header.cluster_bits;
-        let marks_zeroes = header.version >= 3;
+        let has_zero_clusters = header.version >= 3;
         let capacity = capacity(&header)?;
         Ok(Qcow2Image {
             access,
@@ -133,11 +132,11 @@ impl Qcow2Image {
                 logical_block: SECTOR as u32,
                 physical_block: 4096,
                 optimal_io: 0,
-                discard: (!read_only && marks_zeroes).then_some(cluster),
+                discard: (!read_only && has_zero_clusters).then_some(cluster),
             },
             capacity: AtomicU64::new(capacity),
-            bits: header.cluster_bits,
-            marks_zeroes,
+            cluster_bits: header.cluster_bits,
+            has_zero_clusters,
             backing,
             mappings: MappingCache::new(header.cluster_bits, capacity),
             table_lock: Mutex::new(()),
@@ -156,13 +155,13 @@ impl Qcow2Image {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes from `offset` to the end of its cluster.
+    /// Number of bytes from `offset` to the end of its cluster.
     fn bytes_to_cluster_end(&self, offset: u64) -> u64 {
-        let cluster = 1 << self.bits;
+        let cluster = 1 << self.cluster_bits;
         cluster - (offset & (cluster - 1))
     }
 
-    /// What the tables say of the range that begins at `offset`, and for how much of it.
+    /// What the tables say about the range at `offset`, and for how many bytes.
     fn lookup(&self, offset: u64, len: u64) -> io::Result<(Mapped, u64)> {
         let (mapping, found) = self.access.get_shallow_mapping(offset, len)?;
         if found == 0 {
@@ -191,18 +190,19 @@ impl Qcow2Image {
         Ok((mapped, found))
     }
 
-    /// As [`Qcow2Image::look`], and remembers it; and whether that is in the file, too.
+    /// As [`Qcow2Image::lookup`], with the cache; also returns whether the tables in the file
+    /// say the same.
     fn lookup_and_cache(&self, offset: u64, len: u64) -> io::Result<(Mapped, u64, bool)> {
         let _lock = self
             .zero_lock
             .read()
             .unwrap_or_else(PoisonError::into_inner);
         let (mapped, found) = self.lookup(offset, len)?;
-        // This after that: what becomes known is marked as tables_dirty before.
-        let settled = !self.tables_dirty.load(Ordering::Acquire);
+        // After the lookup: `tables_dirty` is set before a new mapping can be found.
+        let clean = !self.tables_dirty.load(Ordering::Acquire);
         if let Mapped::Data { at, writable } = mapped
             && (writable || self.geometry.read_only)
-            && settled
+            && clean
         {
             if !self.geometry.read_only {
                 self.storage.check_used(at, found)?;
@@ -211,18 +211,18 @@ impl Qcow2Image {
                 self.mappings.insert(offset, at, found);
             }
         }
-        Ok((mapped, found, settled))
+        Ok((mapped, found, clean))
     }
 
-    /// Whether the file is long enough for this range. The last cluster need not be there
-    /// as a whole.
+    /// Whether the file covers this range, up to the end of its last cluster. (The last
+    /// cluster of a file may be incomplete.)
     fn file_covers(&self, at: u64, len: u64) -> io::Result<bool> {
         let end = at.saturating_add(len);
-        let end = end.next_multiple_of(1 << self.bits); // `MappingCache` goes by clusters
+        let end = end.next_multiple_of(1 << self.cluster_bits); // `MappingCache` has whole clusters
         Ok(end <= self.image_file().len() || end <= self.image_file().refresh_len()?)
     }
 
-    /// Has imago write its tables: what it knows is in the file afterwards.
+    /// Makes imago write its changed tables to the file.
     fn flush_tables(&self) -> io::Result<()> {
         self.access
             .flush()
@@ -231,8 +231,8 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// Gives each piece of a range a place of its own, if it has none, and has `fill` write
-    /// there. All of the range, or, after an error, a part, is done.
+    /// Allocates clusters for a range, where it has none of its own, and calls `fill` to write
+    /// each part. After an error, a part of the range is written.
     fn allocate(
         &self,
         mut offset: u64,
@@ -240,16 +240,16 @@ impl Qcow2Image {
         mut fill: impl FnMut(u64, u64) -> io::Result<()>,
     ) -> io::Result<()> {
         while len > 0 {
-            let (mapped, mut piece) = self.lookup(offset, len)?;
+            let (mapped, mut found) = self.lookup(offset, len)?;
             if let Mapped::Zero { marked: true } = mapped {
-                // One by one: behind another one imago moves it from the place it has, and
-                // a transfer may still be under way there.
-                piece = piece.min(self.bytes_to_cluster_end(offset));
+                // One cluster at a time: for a second one imago would allocate another
+                // cluster than it has, where a transfer may still be in flight.
+                found = found.min(self.bytes_to_cluster_end(offset));
             }
             if let Mapped::Special = mapped {
-                self.check_copied_clusters(offset, piece)?;
+                self.check_copied_clusters(offset, found)?;
             }
-            let mapping = self.access.prepare_data_mapping(offset, piece, true)?;
+            let mapping = self.access.prepare_data_mapping(offset, found, true)?;
             let (at, done) = (mapping.offset(), mapping.length());
             self.storage.check_data(at, done)?;
             fill(at, done)?;
@@ -261,10 +261,10 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// Looks at what imago copies when a range is written: the rest of its first and its
-    /// last cluster.
+    /// Checks the compressed clusters that imago copies when a range is written: the rest of
+    /// its first and of its last cluster.
     fn check_copied_clusters(&self, offset: u64, len: u64) -> io::Result<()> {
-        let cluster = 1u64 << self.bits;
+        let cluster = 1u64 << self.cluster_bits;
         for at in [offset, offset.saturating_add(len)] {
             if !at.is_multiple_of(cluster) {
                 let first = at & !(cluster - 1);
@@ -275,46 +275,46 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// Ends what changed the tables, well or not: clusters that were not needed after all
-    /// are free again.
+    /// Ends a change of the tables, after an error, too: then the clusters that were allocated
+    /// in vain are free again.
     fn finish_update(&self, result: io::Result<()>) -> io::Result<()> {
-        let settled = self.flush_tables();
-        result.and(settled)
+        let flushed = self.flush_tables();
+        result.and(flushed)
     }
 
-    /// Makes a range zeros: all of it, with or without the right to give its space back;
-    /// or, with `None`, only what is a whole cluster.
-    fn zero(&self, offset: u64, len: u64, all: Option<bool>) -> io::Result<()> {
+    /// Zeroes a range: all of it, which may be deallocated if `unmap` is true; or, if `unmap`
+    /// is `None`, only whole clusters.
+    fn zero(&self, offset: u64, len: u64, unmap: Option<bool>) -> io::Result<()> {
         self.image_file().check_writable()?;
         let _lock = self.lock_tables();
-        let result = self.zero_locked(offset, len, all);
+        let result = self.zero_locked(offset, len, unmap);
         self.finish_update(result)
     }
 
-    fn zero_locked(&self, offset: u64, len: u64, all: Option<bool>) -> io::Result<()> {
-        let cluster = 1u64 << self.bits;
+    fn zero_locked(&self, offset: u64, len: u64, unmap: Option<bool>) -> io::Result<()> {
+        let cluster = 1u64 << self.cluster_bits;
         let end = offset.saturating_add(len);
         let first = offset.next_multiple_of(cluster);
-        // Behind the end of the disk nobody minds.
+        // The last cluster of the disk counts as whole.
         let last = match end == self.access.size() {
             true => end,
             false => end & !(cluster - 1),
         };
-        if !self.marks_zeroes || first >= last {
-            return match all {
+        if !self.has_zero_clusters || first >= last {
+            return match unmap {
                 Some(unmap) => self.write_zero_bytes(offset, end, unmap),
                 None => Ok(()),
             };
         }
-        if let Some(unmap) = all {
+        if let Some(unmap) = unmap {
             self.write_zero_bytes(offset, first, unmap)?;
             self.write_zero_bytes(last, end, unmap)?;
         }
         self.mark_zeroes(first, last)
     }
 
-    /// Marks whole clusters as zeros. They keep their places, where transfers may still be
-    /// under way, but not the space there.
+    /// Marks whole clusters as zeros. They keep their ranges of the file, where transfers may
+    /// still be in flight, but those are deallocated.
     fn mark_zeroes(&self, mut at: u64, end: u64) -> io::Result<()> {
         let mut freed = Vec::new();
         while at < end {
@@ -336,14 +336,14 @@ impl Qcow2Image {
             }
             at += len;
         }
-        // Not before the file says that they are zeros.
+        // After the tables in the file say that they are zeros.
         self.flush_tables()?;
         freed
             .into_iter()
             .try_for_each(|(at, len)| self.image_file().punch_hole(at, len))
     }
 
-    /// Writes zeros where there is something else.
+    /// Writes zeros to the parts of a range that do not read as zeros.
     fn write_zero_bytes(&self, mut at: u64, end: u64, unmap: bool) -> io::Result<()> {
         while at < end {
             let (mapped, len) = self.lookup(at, end - at)?;
@@ -358,7 +358,7 @@ impl Qcow2Image {
     }
 }
 
-/// Size of the disk: whole sectors, as QEMU has it.
+/// Size of the disk, rounded down to whole sectors as in QEMU.
 fn capacity(header: &Qcow2Header) -> io::Result<u64> {
     match header.size / SECTOR * SECTOR {
         0 => Err(io::Error::other(
@@ -405,9 +405,9 @@ impl Image for Qcow2Image {
             return Ok(Extent::Data { offset, len });
         }
         Ok(match self.lookup_and_cache(offset, len)? {
-            // What is written must be found even if this process is killed right after.
+            // Only if the next process finds the cluster, too, after a death of this one.
             (Mapped::Data { at, writable: true }, len, true) => Extent::Data { offset: at, len },
-            // All of it, so that the tables are written once for all.
+            // The whole range, so that the tables are written once.
             _ => Extent::Special { len },
         })
     }
@@ -421,15 +421,15 @@ impl Image for Qcow2Image {
         let _lock = self.lock_tables();
         let mut left = buffers.clone();
         let result = self.allocate(offset, buffers.len() as u64, |at, len| {
-            let piece = usize::try_from(len).ok().and_then(|len| left.take(len));
-            let piece = piece.ok_or_else(|| io::Error::other("a place of a wrong length"))?;
-            self.image_file().write_guest(&piece, at)
+            let part = usize::try_from(len).ok().and_then(|len| left.take(len));
+            let part = part.ok_or_else(|| io::Error::other("imago mapped an invalid length"))?;
+            self.image_file().write_guest(&part, at)
         });
         self.finish_update(result)
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        if !self.marks_zeroes {
+        if !self.has_zero_clusters {
             return Ok(());
         }
         self.zero(offset, len, None)
@@ -445,11 +445,11 @@ impl Image for Qcow2Image {
         super::check_growth(self.access.size() / SECTOR * SECTOR, capacity)?;
         if self.geometry.read_only || capacity <= self.access.size() {
             return match self.geometry.read_only && capacity > self.access.size() {
-                true => Err(io::Error::other("it is read-only")),
+                true => Err(io::Error::other("the disk is read-only")),
                 false => Ok(()),
             };
         }
-        // What is below must not come to light where there was no disk.
+        // Data of the backing file must not appear in the new part of the disk.
         let mode = match self.backing {
             Some(size) if size > self.access.size() => PreallocateMode::Zero,
             _ => PreallocateMode::None,
@@ -470,8 +470,8 @@ impl Image for Qcow2Image {
         let header = Qcow2Header::read(self.image_file(), !self.geometry.read_only)?;
         self.storage.load(&header, !self.geometry.read_only)?;
         self.mappings.clear();
-        // SAFETY: all that imago had to write is in the file, for `settle` follows every
-        // change; or there was an error, and the file is what counts.
+        // SAFETY: imago has no changes that are not in the file, for `flush_tables` follows
+        // every change; or that failed, and then the file is right.
         unsafe { self.access.inner().invalidate_cache() }?;
         self.tables_dirty.store(false, Ordering::Release);
         self.capacity.store(capacity(&header)?, Ordering::Release);

@@ -1,4 +1,4 @@
-//! What imago reads and writes: the image's file, by way of [`MetadataFile`] and [`Layout`].
+//! The image's file as crate imago reads and writes it, through [`MetadataFile`] and [`Layout`].
 
 use std::fmt;
 use std::io;
@@ -13,20 +13,20 @@ use super::super::metadata_file::{MetadataFile, beyond, damaged};
 use super::header::Qcow2Header;
 use super::layout::Layout;
 
-/// A file that imago works on.
+/// The file of an image or a backing file, as imago sees it.
 #[derive(Clone, Debug)]
 pub struct Storage(Arc<StorageInner>);
 
 #[derive(Debug)]
 struct StorageInner {
     image_file: MetadataFile,
-    /// Of a qcow2 image.
+    /// Of a qcow2 image, once its tables are loaded.
     layout: RwLock<Option<Layout>>,
     helper: CommonStorageHelper,
 }
 
 impl Storage {
-    /// A file without tables, or one whose tables come later.
+    /// A file whose tables, if it has any, are loaded later.
     pub fn new(image_file: MetadataFile) -> Self {
         Storage(Arc::new(StorageInner {
             image_file,
@@ -40,7 +40,7 @@ impl Storage {
         &self.0.image_file
     }
 
-    /// Finds the image's tables.
+    /// Loads the positions of the image's tables.
     ///
     /// # Errors
     /// As [`Layout::load`].
@@ -54,10 +54,10 @@ impl Storage {
         Ok(())
     }
 
-    /// Writes the size of the disk, once the tables for it are in the file.
+    /// Writes the size of the disk, after the tables for it are in the file.
     ///
     /// # Errors
-    /// The medium's; the image is read-only then.
+    /// The file cannot be written; the image is broken then.
     pub fn set_size(&self, size: u64) -> io::Result<()> {
         let mut layout = self
             .0
@@ -68,24 +68,24 @@ impl Storage {
         layout.set_size(&self.0.image_file, size)
     }
 
-    /// Whether the disk's bytes can be in this range of the file.
+    /// Checks that data of the disk can be in this range of the file.
     ///
     /// # Errors
-    /// One that says that and why they cannot.
+    /// A table is there.
     pub fn check_data(&self, offset: u64, len: u64) -> io::Result<()> {
         let layout = self.0.layout.read().unwrap_or_else(PoisonError::into_inner);
         if layout.as_ref().is_some_and(|it| it.has_table(offset, len)) {
-            let what = format!("a table has data at {offset:#x}, where tables are");
+            let what = format!("a table maps data to {offset:#x}, where a table is");
             return Err(damaged(&what));
         }
         Ok(())
     }
 
-    /// Whether the bytes at `offset` of the disk, which are compressed, are where the disk's
-    /// bytes can be: that is free once they are written.
+    /// As [`Storage::check_data`], for the compressed cluster with the disk's byte `offset`,
+    /// whose range becomes free when the cluster is written.
     ///
     /// # Errors
-    /// As there; and the medium's.
+    /// As there, or the file cannot be read.
     pub fn check_compressed(&self, offset: u64) -> io::Result<()> {
         let layout = self.0.layout.read().unwrap_or_else(PoisonError::into_inner);
         let range = match layout.as_ref() {
@@ -96,11 +96,11 @@ impl Storage {
         range.map_or(Ok(()), |(at, len)| self.check_data(at, len))
     }
 
-    /// The cluster with the disk's byte `offset`, if the file says that it is compressed, and
-    /// where in it that is.
+    /// Inflates the cluster with the disk's byte `offset`; returns the position of that byte
+    /// in it, and the cluster. `None` if the cluster is not compressed in the file.
     ///
     /// # Errors
-    /// The medium's; or that it is damaged.
+    /// The file cannot be read, or the image is damaged.
     pub fn inflate(&self, offset: u64) -> io::Result<Option<(usize, Vec<u8>)>> {
         let layout = self.0.layout.read().unwrap_or_else(PoisonError::into_inner);
         let Some(layout) = layout.as_ref() else {
@@ -114,11 +114,11 @@ impl Storage {
         Ok(Some((within, cluster)))
     }
 
-    /// Whether these bytes, which are the disk's, count as used: else something else, and
-    /// that may be a table, will lie there soon.
+    /// Checks that these bytes, which are data of the disk, have a refcount. Otherwise
+    /// something else, perhaps a table, will be allocated there.
     ///
     /// # Errors
-    /// One that says that they do not; and the medium's.
+    /// They have none, or the file cannot be read.
     pub fn check_used(&self, offset: u64, len: u64) -> io::Result<()> {
         let layout = self.0.layout.read().unwrap_or_else(PoisonError::into_inner);
         let free = match layout.as_ref() {
@@ -126,15 +126,15 @@ impl Storage {
             None => None,
         };
         free.map_or(Ok(()), |at| {
-            let what = format!("a table has data at {at:#x}, which counts as free");
+            let what = format!("a table maps data to {at:#x}, which has a refcount of 0");
             Err(damaged(&what))
         })
     }
 
-    /// As [`Storage::check_data`], of bytes that were written before.
+    /// As [`Storage::check_data`], for data that must be in the file already.
     ///
     /// # Errors
-    /// As there.
+    /// As there, or the file ends before the range.
     pub fn check_existing(&self, offset: u64, len: u64) -> io::Result<()> {
         if offset >= self.0.image_file.len() && offset >= self.0.image_file.refresh_len()? {
             return Err(beyond(offset));
@@ -154,14 +154,14 @@ impl imago::Storage for Storage {
         self.0.image_file.refresh_len()
     }
 
-    // SAFETY: as the trait says.
+    // SAFETY: the caller keeps the contract of the trait; nothing here adds to it.
     unsafe fn pure_readv(&self, bufv: IoVectorMut<'_>, offset: u64) -> io::Result<()> {
         self.0
             .image_file
             .read_padded(&mut bufv.into_inner(), offset)
     }
 
-    // SAFETY: as the trait says.
+    // SAFETY: the caller keeps the contract of the trait; nothing here adds to it.
     unsafe fn pure_writev(&self, bufv: IoVector<'_>, offset: u64) -> io::Result<()> {
         let mut buffers = bufv.into_inner();
         let mut layout = self
@@ -175,9 +175,9 @@ impl imago::Storage for Storage {
         }
     }
 
-    // SAFETY: as the trait says.
+    // SAFETY: the caller keeps the contract of the trait; nothing here adds to it.
     unsafe fn pure_write_zeroes(&self, offset: u64, length: u64) -> io::Result<()> {
-        // It zeroes data only.
+        // imago zeroes only data with this.
         self.check_data(offset, length)?;
         self.0.image_file.zero(offset, length, false)
     }
@@ -190,7 +190,7 @@ impl imago::Storage for Storage {
         Ok(rustix::fs::fdatasync(self.0.image_file.file())?)
     }
 
-    // SAFETY: as the trait says.
+    // SAFETY: the caller keeps the contract of the trait; nothing here adds to it.
     unsafe fn invalidate_cache(&self) -> io::Result<()> {
         Ok(())
     }

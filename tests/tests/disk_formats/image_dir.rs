@@ -1,4 +1,4 @@
-//! Images in the making, and processes that serve them.
+//! A directory with images, and processes that serve them.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -10,17 +10,17 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 
 pub const SIZE: usize = 4 << 20;
-/// Most bytes of a request.
+/// The longest request in bytes.
 pub const LARGEST: usize = 256 << 10;
-/// Requests of a queue at a time.
+/// Requests in flight in a queue.
 pub const DEPTH: usize = 8;
 
-/// Images in the making.
-pub struct Shop(pub TempDir);
+/// A directory with images.
+pub struct ImageDir(pub TempDir);
 
-impl Shop {
+impl ImageDir {
     pub fn new() -> Self {
-        Shop(tempfile::tempdir().unwrap())
+        ImageDir(tempfile::tempdir().unwrap())
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -50,8 +50,8 @@ impl Shop {
         std::fs::write(self.path(name), content).unwrap();
     }
 
-    /// QEMU finds nothing wrong with the image, other than lost space if `killed`, and
-    /// this content.
+    /// QEMU finds no error in the image, except leaked clusters if `killed`, and this
+    /// content.
     pub fn agrees(&self, image: &str, format: &str, content: &[u8], killed: bool) {
         if format == "qcow2" {
             let output = self.run(&format!("qemu-img check -f qcow2 {image}"));
@@ -75,7 +75,7 @@ impl Shop {
             .args(options)
     }
 
-    /// The one line that is said of an image that is not served.
+    /// The one line of error for an image that is refused.
     pub fn refusal(&self, image: &str, options: &[&str]) -> String {
         let launch = self.launch(image, options);
         let socket = launch.directory().join("socket");
@@ -97,17 +97,17 @@ pub fn end(process: &Process) {
     assert_eq!(process.wait().code(), Some(0), "{}", process.log());
 }
 
-/// Makes image `disk` of a kind; returns its format and its content.
-pub fn make(shop: &Shop, kind: &str) -> (&'static str, Vec<u8>) {
+/// Makes an image `disk` of a kind; returns its format and its content.
+pub fn make(dir: &ImageDir, kind: &str) -> (&'static str, Vec<u8>) {
     let convert = |options: &str| {
-        shop.raw("raw", &pattern_of(0, SIZE));
+        dir.raw("raw", &pattern_of(0, SIZE));
         let command = format!("qemu-img convert -f raw {options} raw disk");
-        // The one of QEMU 10.0.2 writes compressed qcow images and says that it failed.
-        shop.run(&command);
+        // qemu-img 10.0.2 writes compressed qcow images and then reports a failure.
+        dir.run(&command);
         pattern_of(0, SIZE)
     };
     let empty = |command: &str| {
-        shop.works(command);
+        dir.works(command);
         vec![0; SIZE]
     };
     match kind {
@@ -127,25 +127,25 @@ pub fn make(shop: &Shop, kind: &str) -> (&'static str, Vec<u8>) {
         "qcow2 v2 4k" => ("qcow2", convert("-O qcow2 -o compat=0.10,cluster_size=4k")),
         "qcow2 compressed" => ("qcow2", convert("-c -O qcow2")),
         "qcow2 on raw" => {
-            // What is below ends earlier.
+            // The backing file is shorter.
             let mut content = pattern_of(0, SIZE - 100_352);
-            shop.raw("base", &content);
+            dir.raw("base", &content);
             content.resize(SIZE, 0);
-            shop.works(
+            dir.works(
                 "device-disk create disk --format qcow2 --size 4M --backing base \
                  --backing-format raw",
             );
             ("qcow2", content)
         }
         "qcow2 on qcow2" => {
-            shop.raw("raw", &pattern_of(0, SIZE));
-            shop.works("qemu-img convert -c -f raw -O qcow2 raw base");
-            shop.works("qemu-img create -f qcow2 -b base -F qcow2 -o cluster_size=4k disk");
+            dir.raw("raw", &pattern_of(0, SIZE));
+            dir.works("qemu-img convert -c -f raw -O qcow2 raw base");
+            dir.works("qemu-img create -f qcow2 -b base -F qcow2 -o cluster_size=4k disk");
             ("qcow2", pattern_of(0, SIZE))
         }
         "qcow2 with a snapshot" => {
             let content = convert("-O qcow2");
-            shop.works("qemu-img snapshot -c then disk");
+            dir.works("qemu-img snapshot -c then disk");
             ("qcow2", content)
         }
         "qcow" => (
@@ -154,8 +154,8 @@ pub fn make(shop: &Shop, kind: &str) -> (&'static str, Vec<u8>) {
         ),
         "qcow compressed" => ("qcow", convert("-c -O qcow")),
         "qcow on raw" => {
-            shop.raw("base", &pattern_of(0, SIZE));
-            shop.works(
+            dir.raw("base", &pattern_of(0, SIZE));
+            dir.works(
                 "device-disk create disk --format qcow --size 4M --backing base \
                  --backing-format raw --cluster-size 8K",
             );
