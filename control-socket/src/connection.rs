@@ -22,15 +22,21 @@ pub enum Input {
     TooLong,
 }
 
+/// A command that is not answered yet.
+pub struct PendingCommand {
+    /// Identifies the command in its `Responder`; never used twice.
+    pub number: u64,
+    /// When the reply is due, if there is a limit.
+    pub due: Option<Instant>,
+}
+
 /// A client.
 pub struct Connection {
     stream: UnixStream,
-    /// Identifies the client in a `Responder`; never used twice.
-    pub id: u64,
     input: Vec<u8>,
     output: VecDeque<u8>,
-    /// When the reply to the command in progress is due; `None` without a command.
-    pub reply_due: Option<Instant>,
+    /// The command in progress.
+    pub pending: Option<PendingCommand>,
     /// The client gets events.
     pub watches: bool,
     /// The connection is closed as soon as the output is sent.
@@ -41,13 +47,12 @@ pub struct Connection {
 
 impl Connection {
     /// A client that has said nothing yet. `stream` must not block.
-    pub fn new(stream: UnixStream, id: u64) -> Self {
+    pub fn new(stream: UnixStream) -> Self {
         Connection {
             stream,
-            id,
             input: Vec::new(),
             output: VecDeque::new(),
-            reply_due: None,
+            pending: None,
             watches: false,
             closing: false,
             active: Instant::now(),
@@ -70,23 +75,24 @@ impl Connection {
     /// When the server has to look at this client again without any event on its socket.
     pub fn deadline(&self) -> Option<Instant> {
         let stalled = (!self.output.is_empty()).then(|| self.active + STALL_LIMIT);
-        self.reply_due.into_iter().chain(stalled).min()
+        let due = self.pending.as_ref().and_then(|command| command.due);
+        due.into_iter().chain(stalled).min()
     }
 
     /// Whether the next command may be read.
     pub fn accepts_commands(&self) -> bool {
-        self.reply_due.is_none() && !self.closing && (self.output.is_empty() || self.watches)
+        self.pending.is_none() && !self.closing && (self.output.is_empty() || self.watches)
     }
 
     /// For how long the client has been idle; `None` while it waits for a reply or watches.
     pub fn idle_time(&self, now: Instant) -> Option<Duration> {
-        let idle = self.reply_due.is_none() && !self.watches;
+        let idle = self.pending.is_none() && !self.watches;
         idle.then(|| now.saturating_duration_since(self.active))
     }
 
     /// Nothing is left to do for this client.
     pub fn is_settled(&self) -> bool {
-        self.reply_due.is_none() && self.output.is_empty()
+        self.pending.is_none() && self.output.is_empty()
     }
 
     /// Reads what has arrived; false at the end of the stream.

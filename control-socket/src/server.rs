@@ -14,7 +14,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::connection::{Connection, Input};
+use crate::connection::{Connection, Input, PendingCommand};
 use crate::{MAX_CLIENTS, MAX_LINE};
 
 /// Pause after accept(2) fails, for example because no descriptors are left.
@@ -34,7 +34,7 @@ struct ErrorReply {
 /// What other threads ask of the server's thread.
 enum ServerMessage {
     Reply {
-        client: u64,
+        command: u64,
         line: Vec<u8>,
         watch: bool,
     },
@@ -66,7 +66,7 @@ impl Mailbox {
 
 /// Answers one command. Dropped without a reply, it answers that the command failed.
 pub struct Responder {
-    client: u64,
+    command: u64,
     mailbox: Option<Mailbox>,
 }
 
@@ -83,11 +83,9 @@ impl Responder {
 
     fn send(&mut self, reply: &impl Serialize, watch: bool) {
         if let Some(mailbox) = self.mailbox.take() {
-            let client = self.client;
-            let line = line(reply);
             mailbox.send(ServerMessage::Reply {
-                client,
-                line,
+                command: self.command,
+                line: line(reply),
                 watch,
             });
         }
@@ -137,13 +135,13 @@ impl ControlServer {
 
 /// Serves `listener` from a new thread named `control`. `handle` is called there for each
 /// command, so it must not block for long: it replies at once or passes the [`Responder`]
-/// on. A reply that has not come within `reply_limit` is replaced by an error.
+/// on. A reply that has not come within `reply_limit`, if there is one, is replaced by an error.
 ///
 /// # Errors
 /// There is no descriptor or thread left.
 pub fn start<C: DeserializeOwned + 'static>(
     listener: UnixListener,
-    reply_limit: Duration,
+    reply_limit: Option<Duration>,
     handle: impl FnMut(C, Responder) + Send + 'static,
 ) -> io::Result<ControlServer> {
     set_nonblocking(&listener)?;
@@ -156,7 +154,7 @@ pub fn start<C: DeserializeOwned + 'static>(
     let mut server = ServerThread {
         listener,
         clients: Vec::new(),
-        next_id: 0,
+        last_command: 0,
         mailbox: mailbox.clone(),
         received,
         reply_limit,
@@ -181,10 +179,11 @@ pub fn start<C: DeserializeOwned + 'static>(
 struct ServerThread<C, H> {
     listener: UnixListener,
     clients: Vec<Connection>,
-    next_id: u64,
+    /// Number of the last command.
+    last_command: u64,
     mailbox: Mailbox,
     received: Receiver<ServerMessage>,
-    reply_limit: Duration,
+    reply_limit: Option<Duration>,
     handle: H,
     events_ended: bool,
     /// Threads that wait in [`ControlServer::finish`], and until when.
@@ -233,13 +232,17 @@ impl<C: DeserializeOwned, H: FnMut(C, Responder)> ServerThread<C, H> {
         while let Ok(message) = self.received.try_recv() {
             match message {
                 ServerMessage::Reply {
-                    client,
+                    command,
                     line,
                     watch,
                 } => {
-                    let waits = |c: &&mut Connection| c.id == client && c.reply_due.is_some();
+                    // A late reply finds no client: its command has expired.
+                    let waits = |client: &&mut Connection| {
+                        let pending = client.pending.as_ref();
+                        pending.is_some_and(|pending| pending.number == command)
+                    };
                     if let Some(client) = self.clients.iter_mut().find(waits) {
-                        client.reply_due = None;
+                        client.pending = None;
                         client.queue(&line);
                         client.watches |= watch;
                         client.closing |= watch && self.events_ended;
@@ -265,9 +268,11 @@ impl<C: DeserializeOwned, H: FnMut(C, Responder)> ServerThread<C, H> {
     fn expire_replies(&mut self) {
         let now = Instant::now();
         for client in &mut self.clients {
-            if client.reply_due.is_some_and(|due| due <= now) {
-                client.reply_due = None;
-                let why = format!("no answer within {:?}", self.reply_limit);
+            let due = client.pending.as_ref().and_then(|command| command.due);
+            if due.is_some_and(|due| due <= now) {
+                client.pending = None;
+                let limit = self.reply_limit.unwrap_or_default();
+                let why = format!("no answer within {limit:?}");
                 client.queue(&line(&error_reply(ErrorCode::Timeout, why)));
             }
         }
@@ -296,9 +301,13 @@ impl<C: DeserializeOwned, H: FnMut(C, Responder)> ServerThread<C, H> {
                 }
                 Input::Line(line) => match serde_json::from_slice(&line) {
                     Ok(command) => {
-                        client.reply_due = Some(Instant::now() + self.reply_limit);
+                        self.last_command += 1;
+                        client.pending = Some(PendingCommand {
+                            number: self.last_command,
+                            due: self.reply_limit.map(|limit| Instant::now() + limit),
+                        });
                         let responder = Responder {
-                            client: client.id,
+                            command: self.last_command,
                             mailbox: Some(self.mailbox.clone()),
                         };
                         (self.handle)(command, responder);
@@ -328,8 +337,7 @@ impl<C: DeserializeOwned, H: FnMut(C, Responder)> ServerThread<C, H> {
         if set_nonblocking(&stream).is_err() {
             return;
         }
-        self.next_id += 1;
-        let mut client = Connection::new(stream, self.next_id);
+        let mut client = Connection::new(stream);
         if self.clients.len() >= MAX_CLIENTS {
             let now = Instant::now();
             let idle = self.clients.iter().enumerate();

@@ -44,8 +44,8 @@ pub fn start(
         ControlCommand::Watch {} => responder.reply_and_watch(&ControlReply::ok()),
         command => requests(ControlRequest { command, responder }),
     };
-    let server =
-        outrigger_control_socket::start(listener, REPLY_LIMIT, handle).map_err(Error::io(what))?;
+    let server = outrigger_control_socket::start(listener, Some(REPLY_LIMIT), handle)
+        .map_err(Error::io(what))?;
     if may_remove_socket {
         return Ok((Some(bound), server));
     }

@@ -16,10 +16,6 @@ use outrigger_protocol::device::{DeviceCommand, DeviceReply, DeviceStats};
 
 use crate::block_backend::BlockBackend;
 
-/// The time after which the server answers a command that is still in progress. A flush
-/// takes as long as the disk does; commands run one after the other.
-const REPLY_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
-
 /// The options for the control socket.
 #[derive(Args, Clone, Debug)]
 pub struct ControlOptions {
@@ -68,7 +64,7 @@ pub fn start(
         let reply = span.in_scope(|| carry_out(&command, &backend, &clocks));
         responder.reply(&reply);
     };
-    outrigger_control_socket::start(listener, REPLY_LIMIT, handle)
+    outrigger_control_socket::start(listener, None, handle)
         .map_err(|error| anyhow::anyhow!("starting the control socket: {error}"))?;
     Ok(())
 }

@@ -99,7 +99,7 @@ impl ControlSocket {
             Some((listener, socket_file)) => {
                 let context = Arc::clone(&self.context);
                 let handle = move |command, responder| context.handle(command, responder);
-                let server = outrigger_control_socket::start(listener, REPLY_LIMIT, handle);
+                let server = outrigger_control_socket::start(listener, Some(REPLY_LIMIT), handle);
                 (Some(server.context("control socket")?), Some(socket_file))
             }
             None => (None, None),
