@@ -2,8 +2,8 @@
 
 use device_vhost_user::Buffers;
 
-/// An iovec (readv(2)). Whoever uses it sees to it that its memory is still mapped: guest
-/// memory stays until all requests of its worker's queues are completed.
+/// An iovec (readv(2)). Guest memory stays mapped until all requests of the worker's queues
+/// are completed, so an iovec of a request in flight is valid.
 #[derive(Clone, Copy, Debug)]
 #[repr(transparent)]
 pub struct GuestIovec(libc::iovec);

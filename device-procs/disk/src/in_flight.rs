@@ -31,23 +31,6 @@ pub struct InFlightRequest {
 }
 
 impl InFlightRequest {
-    /// A request that was popped at `start`.
-    pub fn new(head: u16, start: Instant, request: &BlockRequest<'_>) -> Self {
-        // The status byte comes last, so everything before it counts as written.
-        let written = u32::try_from(request.data_len).map_or(u32::MAX, |it| it.saturating_add(1));
-        let status = request.status.slices().first();
-        InFlightRequest {
-            head,
-            kind: request.kind,
-            bytes: request.bytes,
-            written,
-            start,
-            status: status.map(|it| GuestIovec::new(it.ptr_guard_mut().as_ptr(), it.len())),
-            pending: 1,
-            result: Ok(()),
-        }
-    }
-
     /// The status byte (virtio 1.2 section 5.2.6).
     pub fn status(&self) -> u8 {
         let status = match &self.result {
@@ -89,8 +72,21 @@ pub struct InFlightRequests {
 }
 
 impl InFlightRequests {
-    /// Adds a request; returns its ID.
-    pub fn add(&mut self, request: InFlightRequest) -> usize {
+    /// Adds the request with head `head`, which was popped at `start`; returns its ID.
+    pub fn add(&mut self, head: u16, start: Instant, request: &BlockRequest<'_>) -> usize {
+        // The status byte comes last, so everything before it counts as written.
+        let written = u32::try_from(request.data_len).map_or(u32::MAX, |it| it.saturating_add(1));
+        let status = request.status.slices().first();
+        let request = InFlightRequest {
+            head,
+            kind: request.kind,
+            bytes: request.bytes,
+            written,
+            start,
+            status: status.map(|it| GuestIovec::new(it.ptr_guard_mut().as_ptr(), it.len())),
+            pending: 1,
+            result: Ok(()),
+        };
         match self.free.pop() {
             Some(id) => {
                 self.requests[id] = Some(request);

@@ -20,7 +20,7 @@ const USED_BASE: i64 = 100;
 /// Lock byte of permission 0 that a program does not share.
 const UNSHARED_BASE: i64 = 200;
 
-/// QEMU's BLK_PERM_CONSISTENT_READ: reads data that nobody changes meanwhile.
+/// QEMU's BLK_PERM_CONSISTENT_READ: reads data that no other program is changing.
 const CONSISTENT_READ: i64 = 0;
 /// BLK_PERM_WRITE.
 const WRITE: i64 = 1;

@@ -120,18 +120,19 @@ impl<'m> BlockOperation<'m> {
     ) -> (RequestKind, Result<Self, RequestError>) {
         let [a, b, c, d, _, _, _, _, sector @ ..] = *header;
         let sector = u64::from_le_bytes(sector);
+        let block = disk.logical_block.max(SECTOR as u32);
         let writes = |operation: Result<Self, RequestError>| match disk.read_only {
             true => Err(RequestError::Invalid("the disk is read-only")),
             false => operation,
         };
         match u32::from_le_bytes([a, b, c, d]) {
             VIRTIO_BLK_T_IN => {
-                let offset = check_transfer(sector, writable.len(), disk);
+                let offset = check_range(sector, writable.len() as u64, block, disk);
                 let operation = offset.map(|offset| BlockOperation::Read(offset, writable));
                 (RequestKind::Read, operation)
             }
             VIRTIO_BLK_T_OUT => {
-                let offset = check_transfer(sector, readable.len(), disk);
+                let offset = check_range(sector, readable.len() as u64, block, disk);
                 let operation = offset.map(|offset| BlockOperation::Write(offset, readable));
                 (RequestKind::Write, writes(operation))
             }
@@ -153,23 +154,16 @@ impl<'m> BlockOperation<'m> {
     }
 }
 
-/// Checks a transfer of `len` bytes at `sector`; returns its offset in bytes.
-fn check_transfer(sector: u64, len: usize, disk: &Geometry) -> Result<u64, RequestError> {
-    let len = len as u64;
+/// Checks that `len` bytes from `sector` on are on the disk and begin and end at multiples of
+/// `block` bytes; returns their offset in bytes.
+fn check_range(sector: u64, len: u64, block: u32, disk: &Geometry) -> Result<u64, RequestError> {
     if !len.is_multiple_of(SECTOR) {
         return Err(RequestError::Invalid("its length is not a multiple of 512"));
     }
-    let block = u64::from(disk.logical_block).max(SECTOR);
-    if !(len | sector.wrapping_mul(SECTOR)).is_multiple_of(block) {
+    if !(len | sector.wrapping_mul(SECTOR)).is_multiple_of(block.into()) {
         return Err(RequestError::Invalid("it is not made of whole blocks"));
     }
-    check_range(sector, len / SECTOR, disk)
-}
-
-/// Checks that `count` sectors from `sector` on are on the disk; returns their offset in
-/// bytes.
-fn check_range(sector: u64, count: u64, disk: &Geometry) -> Result<u64, RequestError> {
-    match sector.checked_add(count) {
+    match sector.checked_add(len / SECTOR) {
         Some(end) if end <= disk.sectors() => Ok(sector * SECTOR),
         _ => Err(RequestError::Invalid(
             "it reaches beyond the end of the disk",
@@ -199,9 +193,10 @@ fn parse_ranges(
         if count > MAX_RANGE_SECTORS {
             return Err(RequestError::Invalid("one of its ranges is too long"));
         }
+        let (sector, len) = (u64::from_le_bytes(sector), u64::from(count) * SECTOR);
         Ok(Range {
-            offset: check_range(u64::from_le_bytes(sector), count.into(), disk)?,
-            len: u64::from(count) * SECTOR,
+            offset: check_range(sector, len, SECTOR as u32, disk)?,
+            len,
             unmap: flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
         })
     };

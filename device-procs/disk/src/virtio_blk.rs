@@ -201,8 +201,7 @@ impl Device for VirtioBlk {
                 continue;
             };
             bytes += request.bytes;
-            let in_flight = InFlightRequest::new(head, start, &request);
-            let id = self.requests.add(in_flight);
+            let id = self.requests.add(head, start, &request);
             if let Some(recorder) = self.backend.recorders.get(queue) {
                 recorder.started(self.requests.len());
             }

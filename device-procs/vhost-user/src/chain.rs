@@ -136,32 +136,27 @@ impl<'a, 'm> Walk<'a, 'm> {
         let Some(mut index) = self.next else {
             return Ok(None);
         };
-        let mut descriptor = self.fetch(index)?;
-        if descriptor.is_indirect() {
-            self.enter_indirect_table(&descriptor)?;
-            index = 0;
-            descriptor = self.fetch(index)?;
-            if descriptor.is_indirect() {
-                return Err("an indirect table is nested");
+        loop {
+            if index >= self.size || self.left == 0 {
+                return Err("it has a loop, or an index beyond its table");
             }
+            let descriptor = match self.indirect {
+                None => self.ring.descriptor(index),
+                Some(table) => self.fetch_indirect(table, index),
+            };
+            let descriptor = descriptor.ok_or("a descriptor is not in guest memory")?;
+            if descriptor.is_indirect() {
+                self.enter_indirect_table(&descriptor)?;
+                index = 0;
+                continue;
+            }
+            self.left -= 1;
+            self.next = descriptor.next();
+            // The limit of virtio 1.2 section 2.7.5.2.
+            self.total = (self.total.checked_add(descriptor.len))
+                .ok_or("its buffers are longer than 4 GiB together")?;
+            return Ok(Some(descriptor));
         }
-        self.left -= 1; // not zero: see `fetch`
-        self.next = descriptor.next();
-        // The limit of virtio 1.2 section 2.7.5.2.
-        self.total = (self.total.checked_add(descriptor.len))
-            .ok_or("its buffers are longer than 4 GiB together")?;
-        Ok(Some(descriptor))
-    }
-
-    fn fetch(&mut self, index: u16) -> Result<Descriptor, &'static str> {
-        if index >= self.size || self.left == 0 {
-            return Err("it has a loop, or an index beyond its table");
-        }
-        let found = match self.indirect {
-            None => self.ring.descriptor(index),
-            Some(table) => self.fetch_indirect(table, index),
-        };
-        found.ok_or("a descriptor is not in guest memory")
     }
 
     fn fetch_indirect(&mut self, table: GuestAddress, index: u16) -> Option<Descriptor> {

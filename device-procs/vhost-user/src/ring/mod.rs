@@ -71,7 +71,7 @@ impl Ring {
 
     /// Whether the device may work on the ring: it is running and enabled.
     pub fn is_active(&self) -> bool {
-        self.settings.enabled && self.is_running()
+        self.settings.enabled && matches!(self.state, RingState::Running(_))
     }
 
     /// Whether the ring was started and is neither stopped nor broken.
@@ -148,7 +148,7 @@ impl Ring {
     pub(crate) fn set_event_idx(&mut self, on: bool) {
         self.settings.event_idx = on;
         if let RingState::Running(running) = &mut self.state {
-            running.set_event_idx(on);
+            running.split.set_event_idx(on);
         }
     }
 
@@ -275,7 +275,9 @@ impl Ring {
     /// Before a batch: turns the doorbell off, for the device looks at the ring anyway.
     pub(crate) fn disable_notification(&mut self) {
         if let Some(running) = self.active() {
-            running.disable_notification();
+            running.pending = false;
+            running.refill_budget();
+            running.split.disable_notification();
         }
     }
 

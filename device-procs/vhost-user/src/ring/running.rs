@@ -27,7 +27,7 @@ enum InFlight {
 /// A running ring. Where a function returns an error, the driver has corrupted the ring.
 pub(super) struct RunningRing {
     queue: usize,
-    split: SplitRing,
+    pub split: SplitRing,
     /// The available index up to which requests are popped.
     pub next_avail: u16,
     /// The used index up to which requests are completed.
@@ -109,10 +109,6 @@ impl RunningRing {
         self.split = split;
     }
 
-    pub fn set_event_idx(&mut self, on: bool) {
-        self.split.set_event_idx(on);
-    }
-
     pub fn signal_again_if_resumed(&mut self) {
         self.must_signal |= self.resumed;
         self.pending |= self.resumed;
@@ -133,12 +129,6 @@ impl RunningRing {
         if self.empty {
             self.pending |= self.split.available_index() != self.next_avail;
         }
-    }
-
-    pub fn disable_notification(&mut self) {
-        self.pending = false;
-        self.budget = BATCH_SIZE;
-        self.split.disable_notification();
     }
 
     pub fn enable_notification(&mut self) {

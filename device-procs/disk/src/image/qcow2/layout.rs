@@ -65,7 +65,9 @@ impl Layout {
         let l1 = layout.l1.clone();
         read_table(image_file, &l1, |entry| {
             if entry & L1_RESERVED != 0 {
-                return Err(damaged(&format!("{entry:#x} is not an L1 entry")));
+                return Err(damaged(&format!(
+                    "{entry:#x} is not an entry of an L1 table"
+                )));
             }
             layout.add_table(image_file, entry & OFFSET_MASK)
         })?;

@@ -284,7 +284,7 @@ fn backing_files_are_opened_only_if_allowed_and_in_their_format() {
     }
     open("layer14", BackingPolicy::Allow).unwrap();
     let why = open("layer17", BackingPolicy::Allow).err().unwrap();
-    assert!(why.contains("on top of each other"), "{why}");
+    assert!(why.contains("more than 16 backing files"), "{why}");
     assert!(!why.contains('\n'));
     // The image does not say the format.
     std::fs::write(dir.path("base"), pattern(1 << 20)).unwrap();
@@ -296,7 +296,7 @@ fn backing_files_are_opened_only_if_allowed_and_in_their_format() {
     image[at..at + 4].copy_from_slice(b"none");
     std::fs::write(dir.path("mute"), image).unwrap();
     let why = open("mute", BackingPolicy::Allow).err().unwrap();
-    assert!(why.contains("which format"), "{why}");
+    assert!(why.contains("does not say its format"), "{why}");
     let why = open("mute", BackingPolicy::Deny).err().unwrap();
     assert!(why.contains("--backing allow"), "{why}");
 }
@@ -484,7 +484,7 @@ fn a_compressed_cluster_cannot_refer_to_bytes_before_its_beginning() {
             assert_eq!(read.is_ok(), sound, "{name}: {range:?}");
         }
         let why = disk.write(4608, &[1; 512]).unwrap_err().to_string();
-        assert!(why.contains("a compressed cluster at"), "{why}");
+        assert!(why.contains("the compressed cluster at"), "{why}");
         // The whole cluster is written.
         disk.write(0, &[2; 8192]).unwrap();
         assert!(disk.read(0, 16384).unwrap() == [&[2; 8192], &content[8192..16384]].concat());
