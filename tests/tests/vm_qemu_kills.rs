@@ -1,5 +1,5 @@
 //! QEMU as the front end of a disk process that dies many times under a Linux guest, by a
-//! signal or at a fault point. QEMU keeps the in-flight buffer and connects to the next
+//! signal or at a fault point. QEMU keeps the in-flight table and connects to the next
 //! process.
 
 use std::fs::File;

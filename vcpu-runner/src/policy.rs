@@ -54,7 +54,7 @@ const RUNNER: &[Rule] = &[
     ),
     // A reset reads the kernel and initrd again, and clears RAM.
     Rule::any(libc::SYS_pread64),
-    // The region of a queue in an in-flight buffer is cleared.
+    // The region of a queue in an in-flight table is cleared.
     Rule::any(libc::SYS_pwrite64),
     Rule::any(libc::SYS_lseek),
     Rule::any(libc::SYS_fstat),

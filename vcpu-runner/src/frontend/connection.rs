@@ -21,7 +21,7 @@ use virtio_bindings::virtio_config::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use super::inflight::InflightBuffer;
+use super::inflight::InflightTableFile;
 use super::spec::DeviceSpec;
 use super::vhost_workarounds::watchdog::Watchdog;
 use super::vhost_workarounds::{get_config, unsolicited};
@@ -366,8 +366,8 @@ impl BackendConnection {
             .contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
     }
 
-    /// Sends the features that the driver accepted, the in-flight buffer and the memory
-    /// table. Returns the buffer that the back end uses: `inflight` if there is one, else
+    /// Sends the features that the driver accepted, the in-flight table and the memory
+    /// table. Returns the table that the back end uses: `inflight` if there is one, else
     /// a new one for `queues` queues of `queue_size` entries; `None` if the back end does
     /// not track its requests.
     ///
@@ -376,10 +376,10 @@ impl BackendConnection {
     pub fn send_features_and_memory(
         &mut self,
         features: u64,
-        inflight: Option<InflightBuffer>,
+        inflight: Option<InflightTableFile>,
         (queues, queue_size): (usize, u16),
         memory: &[VhostUserMemoryRegionInfo],
-    ) -> Result<Option<InflightBuffer>, Error> {
+    ) -> Result<Option<InflightTableFile>, Error> {
         let offered = self.offered_features;
         let features = (features & offered) | (offered & PROTOCOL_FEATURES);
         self.request("SET_FEATURES", |f| f.set_features(features))?;
@@ -396,17 +396,17 @@ impl BackendConnection {
         Ok(inflight)
     }
 
-    fn get_inflight(&mut self, queues: usize, queue_size: u16) -> Result<InflightBuffer, Error> {
+    fn get_inflight(&mut self, queues: usize, queue_size: u16) -> Result<InflightTableFile, Error> {
         let wanted = VhostUserInflight {
             num_queues: queues as u16,
             queue_size,
             ..Default::default()
         };
         let (reply, file) = self.request("GET_INFLIGHT_FD", |f| f.get_inflight_fd(&wanted))?;
-        // The runner reads the buffer. Reading a pipe or a device could block.
+        // The runner reads the table. Reading a pipe or a device could block.
         rustix::fs::fcntl_get_seals(&file)
             .map_err(|_| self.error("GET_INFLIGHT_FD", "the descriptor is not a memfd"))?;
-        Ok(InflightBuffer {
+        Ok(InflightTableFile {
             layout: VhostUserInflight {
                 num_queues: wanted.num_queues,
                 queue_size: wanted.queue_size,
@@ -420,7 +420,7 @@ impl BackendConnection {
     ///
     /// # Errors
     /// When the back end refuses it.
-    pub fn set_inflight(&mut self, inflight: &InflightBuffer) -> Result<(), Error> {
+    pub fn set_inflight(&mut self, inflight: &InflightTableFile) -> Result<(), Error> {
         let fd = inflight.file.as_raw_fd();
         self.request("SET_INFLIGHT_FD", |f| {
             f.set_inflight_fd(&inflight.layout, fd)

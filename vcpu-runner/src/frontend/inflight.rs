@@ -1,4 +1,4 @@
-//! The in-flight buffer of a back end (vhost-user, "Inflight I/O tracking"). The back end
+//! The in-flight table of a back end (vhost-user, "Inflight I/O tracking"). The back end
 //! creates it and writes to it. The runner keeps it for the back end's successor, and
 //! reads it only to report how many requests that resubmits.
 
@@ -23,24 +23,24 @@ const ENTRY_LENGTH: usize = 16;
 const INFLIGHT: usize = 0;
 const NEXT: usize = 6;
 
-/// Largest buffer that is read: enough for 256 queues of 1024 entries.
+/// Largest table that is read: enough for 256 queues of 1024 entries.
 const MAX_LENGTH: u64 = 8 << 20;
 
-/// An in-flight buffer.
-pub struct InflightBuffer {
+/// An in-flight table.
+pub struct InflightTableFile {
     /// Its layout, as GET_INFLIGHT_FD returned it.
     pub layout: VhostUserInflight,
     /// Its memory. It is never mapped here: the back end could truncate it.
     pub file: File,
 }
 
-impl InflightBuffer {
-    /// A second descriptor of the same buffer.
+impl InflightTableFile {
+    /// A second descriptor of the same table.
     ///
     /// # Errors
     /// When the process has no file descriptors left.
     pub fn try_clone(&self) -> Result<Self, Error> {
-        Ok(InflightBuffer {
+        Ok(InflightTableFile {
             layout: self.layout,
             file: self
                 .file
@@ -50,7 +50,7 @@ impl InflightBuffer {
     }
 
     /// How many requests of queue `index` are in flight; `used` is the index in the used
-    /// ring. 0 when the buffer is malformed.
+    /// ring. 0 when the table is malformed.
     pub fn count(&self, index: usize, used: u16) -> u64 {
         self.read_region(index)
             .map_or(0, |region| count(&region, used) as u64)
@@ -59,7 +59,7 @@ impl InflightBuffer {
     /// Makes the region of queue `index` look as if the queue had never been used.
     ///
     /// # Errors
-    /// When the buffer cannot be written.
+    /// When the table cannot be written.
     pub fn clear_queue(&self, index: usize) -> io::Result<()> {
         match self.region(index) {
             Some((start, length)) => self.file.write_all_at(&vec![0; length], start),

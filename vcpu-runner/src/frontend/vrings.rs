@@ -10,7 +10,7 @@ use vhost::VhostUserMemoryRegionInfo;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::connection::{BackendConnection, VringStart};
-use super::inflight::InflightBuffer;
+use super::inflight::InflightTableFile;
 use crate::pci::virtio::VirtioPci;
 use crate::pci::virtio::request::QueueSetup;
 use crate::vm::memory::GuestRam;
@@ -38,8 +38,8 @@ pub struct Vrings {
     vrings: Vec<EnabledVring>,
     /// What the driver wrote to the configuration space, by offset.
     config_writes: BTreeMap<usize, Vec<u8>>,
-    /// The in-flight buffer of the back end that serves the vrings.
-    inflight: Option<InflightBuffer>,
+    /// The in-flight table of the back end that serves the vrings.
+    inflight: Option<InflightTableFile>,
     /// The last back end that served the vrings died, and no other has started them.
     resubmission_due: bool,
 }
@@ -47,7 +47,7 @@ pub struct Vrings {
 /// What a back end got by [`Vrings::send_setup`].
 pub struct SentSetup {
     /// Where it tracks its requests.
-    pub inflight: Option<InflightBuffer>,
+    pub inflight: Option<InflightTableFile>,
     /// Its configuration space after the driver's writes, if there were any.
     pub config: Option<Vec<u8>>,
 }
@@ -128,7 +128,7 @@ impl Vrings {
             && let Some(inflight) = &self.inflight
             && let Err(error) = inflight.clear_queue(index)
         {
-            tracing::warn!(queue = index, %error, "cannot clear a queue in the in-flight buffer");
+            tracing::warn!(queue = index, %error, "cannot clear a queue in the in-flight table");
         }
         stopped.map(|_| ())
     }
@@ -188,8 +188,8 @@ impl Vrings {
 
     /// Sends a back end all that it must know before it can start vrings: features,
     /// memory and what the driver wrote to the configuration space. If its predecessor
-    /// died (`predecessor_died`, or earlier), it gets the in-flight buffer of that one, and
-    /// else a new buffer. Before DRIVER_OK there is nothing to send.
+    /// died (`predecessor_died`, or earlier), it gets the in-flight table of that one, and
+    /// else a new table. Before DRIVER_OK there is nothing to send.
     ///
     /// # Errors
     /// When the back end refuses a message or does not answer.
@@ -230,7 +230,7 @@ impl Vrings {
         Ok(SentSetup { inflight, config })
     }
 
-    /// Makes a back end that was stopped before use the in-flight buffer of one that died
+    /// Makes a back end that was stopped before use the in-flight table of one that died
     /// after it.
     ///
     /// # Errors
@@ -252,7 +252,7 @@ impl Vrings {
     }
 
     /// The back end that serves the vrings tracks its requests there.
-    pub fn set_inflight(&mut self, inflight: Option<InflightBuffer>) {
+    pub fn set_inflight(&mut self, inflight: Option<InflightTableFile>) {
         self.inflight = inflight;
     }
 
@@ -327,7 +327,7 @@ impl Vrings {
     }
 
     /// The back end died. Its successor continues behind the requests that are completed,
-    /// and resubmits those that the in-flight buffer marks.
+    /// and resubmits those that the in-flight table marks.
     pub fn resume_from_used_index(&mut self) {
         self.resubmission_due = true;
         let used: Vec<u16> = self
@@ -341,7 +341,7 @@ impl Vrings {
         }
     }
 
-    /// How many requests a dead back end had in flight, as far as its buffer tells.
+    /// How many requests a dead back end had in flight, as far as its table tells.
     pub fn count_inflight(&self) -> u64 {
         let Some(inflight) = &self.inflight else {
             return 0;

@@ -1,6 +1,6 @@
 //! The loss of a back end, and the connection of another one. Connecting is one
 //! transaction: whatever fails, the next attempt starts from the beginning. What it
-//! starts from, the used rings and the in-flight buffer, is in shared memory.
+//! starts from, the used rings and the in-flight table, is in shared memory.
 
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -159,7 +159,7 @@ impl DeviceTask {
             return Err(self.error("reconnecting", why));
         }
         let sent = self.vrings.send_setup(connection, true)?;
-        // It uses the buffer from its first request on, even if it fails later.
+        // It uses the table from its first request on, even if it fails later.
         self.vrings.set_inflight(sent.inflight);
         self.vrings.resume_from_used_index();
         if !self.paused {

@@ -15,14 +15,14 @@ use super::{DeviceTask, Link};
 use crate::Error;
 use crate::endpoint::Endpoint;
 use crate::frontend::connection::{BackendConnection, MESSAGE_DEADLINE};
-use crate::frontend::inflight::InflightBuffer;
+use crate::frontend::inflight::InflightTableFile;
 use crate::frontend::reconnect::hangs_up;
 use crate::pci::virtio::DeviceInfo;
 
 /// A back end after its handshake, with no vring started.
 struct NewBackend {
     connection: BackendConnection,
-    inflight: Option<InflightBuffer>,
+    inflight: Option<InflightTableFile>,
     info: DeviceInfo,
 }
 
