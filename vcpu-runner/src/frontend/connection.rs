@@ -367,9 +367,9 @@ impl BackendConnection {
     }
 
     /// Sends the features that the driver accepted, the in-flight table and the memory
-    /// table. Returns the table that the back end uses: `inflight` if there is one, else
-    /// a new one for `queues` queues of `queue_size` entries; `None` if the back end does
-    /// not track its requests.
+    /// table. Returns the in-flight table that the back end uses: `inflight` if there is one,
+    /// else a new one for `queues` queues of `queue_size` entries; `None` if the back end
+    /// does not track its requests.
     ///
     /// # Errors
     /// When the back end refuses a message or does not answer.
