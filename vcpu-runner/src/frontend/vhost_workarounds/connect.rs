@@ -4,6 +4,11 @@
 //! still starting. Whether a process serves it shows only in its reply to the first
 //! message, GET_FEATURES. That message is sent by hand here, so that the device task
 //! can serve its mailbox until the reply is readable.
+//!
+//! * Call in vhost 0.18: `Frontend::get_features`.
+//! * Limit: it sends the request and waits for the reply in one call.
+//! * Upstream would have to split requests into sending and receiving, or to offer an
+//!   asynchronous front end.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;

@@ -4,7 +4,13 @@
 //! ends fill whatever length they are asked for. Some refuse more than their structure
 //! has (qemu-storage-daemon). Some accept that one length only. The runner does not know
 //! the device types' structures, so it asks for the largest length it has room for and
-//! then for less, until the back end agrees. A refusal is a reply without payload.
+//! then for less, until the back end agrees.
+//!
+//! * Call in vhost 0.18: `Frontend::get_config`, which ends in
+//!   `Endpoint::recv_payload_into_buf`.
+//! * Limit: a back end refuses a length by a reply without payload, and the call then
+//!   waits for the payload without end.
+//! * Upstream would have to read the header first, and take size 0 for a refusal.
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;

@@ -1,12 +1,6 @@
-//! What the runner does itself because crate vhost 0.18 cannot. Each workaround is one
-//! module and can go when upstream changes what is named here.
-//!
-//! | module | call in vhost 0.18 | limit | what upstream would have to change |
-//! |---|---|---|---|
-//! | [`watchdog`] | all of `Frontend`, `FrontendReqHandler::handle_request` (`recv_into_iovec_all`) | retries EAGAIN without end, so a receive timeout on the socket has no effect and a silent peer blocks the caller | return EAGAIN to the caller, or take a deadline |
-//! | [`connect`] | `Frontend::get_features` | sends and receives in one call, so its thread can serve nothing else until the peer answers | split each request into sending and receiving, or offer an asynchronous front end |
-//! | [`get_config`] | `Frontend::get_config` (`recv_payload_into_buf`) | a back end refuses a length by a reply without payload; the call then waits for the payload without end | read the header first, and take size 0 for a refusal |
-//! | [`unsolicited`] | all of `Frontend` | takes the next message in the socket for the reply to the request just sent, so data that was there before shifts all replies | check that nothing is readable before a request is sent |
+//! What the runner does itself because crate vhost 0.18 cannot. Each module is one
+//! workaround; its head names the call, the limit, and what upstream would have to change
+//! so that the module can go.
 
 pub mod connect;
 pub mod get_config;

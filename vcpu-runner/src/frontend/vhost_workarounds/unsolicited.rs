@@ -1,4 +1,9 @@
-//! Detects data that the back end sent without being asked, before a request.
+//! Detects data that the back end sent without a request.
+//!
+//! * Call in vhost 0.18: every request of `Frontend`.
+//! * Limit: it takes the next message in the socket for the reply to the request that it
+//!   has just sent. Data that was there before shifts all following replies.
+//! * Upstream would have to check that nothing is readable before it sends a request.
 
 use std::os::unix::net::UnixStream;
 

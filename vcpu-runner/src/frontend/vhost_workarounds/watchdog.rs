@@ -1,6 +1,11 @@
-//! Deadlines for vhost-user messages. The front end of crate vhost waits for a reply
-//! without end, so one thread shuts down the socket of a back end that misses its
-//! deadline; the wait then ends with an error.
+//! Deadlines for vhost-user messages: one thread shuts down the socket of a back end that
+//! misses its deadline, and the wait for its reply ends with an error.
+//!
+//! * Call in vhost 0.18: every request of `Frontend`, and
+//!   `FrontendReqHandler::handle_request`; both end in `Endpoint::recv_into_iovec_all`.
+//! * Limit: it retries EAGAIN without end. A receive timeout on the socket has no effect,
+//!   and a silent back end blocks the caller.
+//! * Upstream would have to return EAGAIN to the caller, or accept a deadline.
 
 use std::collections::BTreeMap;
 use std::net::Shutdown;
