@@ -64,7 +64,7 @@ impl EventStream {
 
     /// Sends `event`.
     pub fn emit(&self, event: &MachineEvent) {
-        tracing::debug!(?event);
+        tracing::debug!(?event, "machine event");
         if let Some(control) = &self.control {
             control.broadcast(event);
         }
