@@ -33,9 +33,9 @@ impl Machine {
     pub(super) fn handle_command(&mut self, request: ControlRequest) -> Option<MachineExit> {
         let ControlRequest { command, responder } = request;
         let result = match command {
-            ControlCommand::Pause {} => self.pause().map_err(|e| (ErrorCode::Failed, e)),
-            ControlCommand::Resume {} => self.resume().map_err(|e| (ErrorCode::Failed, e)),
-            ControlCommand::Reset {} => self.reset("control").map_err(|e| (ErrorCode::Failed, e)),
+            ControlCommand::Pause {} => self.pause(),
+            ControlCommand::Resume {} => self.resume(),
+            ControlCommand::Reset {} => self.reset("control"),
             ControlCommand::Stop {} => {
                 responder.reply(&ControlReply::ok());
                 return Some(MachineExit::new(exit::POWERED_OFF, "stopped by command"));
@@ -57,8 +57,8 @@ impl Machine {
             ControlCommand::Resize { .. }
             | ControlCommand::Flush { .. }
             | ControlCommand::Stats { .. } => {
-                let why = "this is the runner, which knows no disks: use the disk's own \
-                           control socket";
+                let why = "this is the runner, which knows no disks: use the disk's own control \
+                           socket";
                 responder.reply(&ControlReply::error(ErrorCode::NotSupported, why));
                 return None;
             }
@@ -67,7 +67,13 @@ impl Machine {
         };
         responder.reply(&match result {
             Ok(()) => ControlReply::ok(),
-            Err((code, error)) => ControlReply::error(code, error.to_string()),
+            Err(error) => {
+                let code = match error {
+                    Error::Device { .. } => ErrorCode::DeviceLost,
+                    _ => ErrorCode::Failed,
+                };
+                ControlReply::error(code, error.to_string())
+            }
         });
         None
     }
