@@ -56,7 +56,7 @@ mod tests {
 
     #[derive(Debug, Parser)]
     #[command(name = "program")]
-    struct Options {
+    struct TestOptions {
         /// Colour
         #[arg(long, value_parser = ["red", "blue"])]
         colour: Option<String>,
@@ -70,13 +70,13 @@ mod tests {
 
     fn message(arguments: &[&str]) -> String {
         let arguments = [&["program"], arguments].concat();
-        let error = Options::try_parse_from(arguments).unwrap_err();
+        let error = TestOptions::try_parse_from(arguments).unwrap_err();
         one_line(&error.render().to_string())
     }
 
     #[test]
     fn every_mistake_is_one_line_that_names_the_option() {
-        Options::command().debug_assert();
+        TestOptions::command().debug_assert();
         for (arguments, names) in [
             (&["--pth", "x"][..], &["'--pth'", "'--path'"][..]),
             (&["--path"], &["--path"]),

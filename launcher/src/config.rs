@@ -296,11 +296,11 @@ mod tests {
         .unwrap();
         file.check().unwrap();
         #[derive(clap::Parser)]
-        struct Options {
+        struct RunOptions {
             #[command(flatten)]
             machine: MachineConfig,
         }
-        let options: Options = clap::Parser::try_parse_from([
+        let options: RunOptions = clap::Parser::try_parse_from([
             "run",
             "--kernel=vmlinux",
             "--cpus=2",

@@ -115,13 +115,13 @@ fn input_from_a_file_is_read_to_the_end() {
 }
 
 /// A process with a terminal, of which the test has the other end.
-struct Terminal {
+struct TestTerminal {
     process: Process,
     keyboard: File,
     slave: OwnedFd,
 }
 
-fn terminal() -> Terminal {
+fn terminal() -> TestTerminal {
     let (mut master, mut slave) = (-1, -1);
     let size = Winsize {
         ws_row: 30,
@@ -152,14 +152,14 @@ fn terminal() -> Terminal {
     };
     // SAFETY: the closure only makes async-signal-safe system calls.
     unsafe { command.pre_exec(own) };
-    Terminal {
+    TestTerminal {
         process: launch.listening(),
         keyboard: master,
         slave,
     }
 }
 
-impl Terminal {
+impl TestTerminal {
     fn mode(&self) -> Termios {
         tcgetattr(&self.slave).unwrap()
     }

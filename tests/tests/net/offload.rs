@@ -5,7 +5,7 @@ use std::io::{Read, Write};
 use outrigger_tests::net::*;
 use virtio_bindings::virtio_net::*;
 
-use crate::tcp::{ACK, CHECKSUM, Connection, MSS, PUSH, TCP};
+use crate::tcp::{ACK, CHECKSUM, MSS, PUSH, TCP, TcpConnection};
 use crate::{boot, isolated};
 
 const CSUM: u64 = 1 << VIRTIO_NET_F_GUEST_CSUM;
@@ -26,7 +26,7 @@ fn frames_to_guest(
 ) -> Vec<Frame> {
     let mut guest = boot(process, features);
     post(&mut guest, count, len);
-    let (mut connection, mut server) = Connection::open(&mut guest, process);
+    let (mut connection, mut server) = TcpConnection::open(&mut guest, process);
     let text = text(50_000);
     server.write_all(&text).unwrap();
     let (received, frames) = connection.receive(&mut guest, text.len());
@@ -89,7 +89,7 @@ fn guest_can_leave_checksums_and_segmentation_to_the_host() {
     let features = 1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_HOST_TSO4;
     let mut guest = boot(&process, features);
     post(&mut guest, 16, 2048);
-    let (mut connection, mut server) = Connection::open(&mut guest, &process);
+    let (mut connection, mut server) = TcpConnection::open(&mut guest, &process);
     for len in [1, 1000, 9000, 30_000] {
         let text = text(len);
         let mut segment = connection.segment(ACK | PUSH, &text);

@@ -23,14 +23,14 @@ pub const CHECKSUM: usize = 16;
 const PORT: u16 = 40_000;
 
 /// A connection.
-pub struct Connection {
+pub struct TcpConnection {
     pub host: [u8; 6],
     port: u16,
     sent: u32,
     received: u32,
 }
 
-impl Connection {
+impl TcpConnection {
     /// Connects the guest to a server in the network of `process`.
     pub fn open(guest: &mut Guest, process: &Process) -> (Self, TcpStream) {
         let listener = in_network_of(process, || {
@@ -38,7 +38,7 @@ impl Connection {
             listener.set_nonblocking(true).unwrap();
             listener
         });
-        let mut connection = Connection {
+        let mut connection = TcpConnection {
             host: resolve(guest, GUEST),
             port: listener.local_addr().unwrap().port(),
             sent: 1000,
