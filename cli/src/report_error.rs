@@ -7,18 +7,23 @@ pub fn report_error(program: &str, error: impl Display) {
     eprintln!("{}", line(program, error));
 }
 
-/// Formats the line. File names may contain control characters, so these are escaped. The
-/// alternate form `{:#}` makes anyhow print the whole chain of causes.
+/// Formats the line. The alternate form `{:#}` makes anyhow print the whole chain of causes.
 fn line(program: &str, error: impl Display) -> String {
-    let mut line = format!("{program}: ");
-    for character in format!("{error:#}").chars() {
+    escape(&format!("{program}: {error:#}"))
+}
+
+/// Escapes control characters, which file names for example may contain, so that `text` stays
+/// one line and cannot control a terminal.
+pub(crate) fn escape(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for character in text.chars() {
         if character.is_control() {
-            line.extend(character.escape_default());
+            escaped.extend(character.escape_default());
         } else {
-            line.push(character);
+            escaped.push(character);
         }
     }
-    line
+    escaped
 }
 
 #[cfg(test)]
