@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::process::Command;
 
-use outrigger_tests::binaries;
 use outrigger_tests::process::{Launch, Process};
 use outrigger_tests::wait_until;
 
@@ -33,10 +32,7 @@ pub enum Peer {
 impl Peer {
     /// Those that are installed.
     pub fn present() -> Vec<Peer> {
-        let mut present = vec![Peer::Ours, Peer::Raw];
-        if ours_says("--help").contains("--poll-us") {
-            present.push(Peer::Polling);
-        }
+        let mut present = vec![Peer::Ours, Peer::Raw, Peer::Polling];
         for (peer, program) in [(Peer::Daemon, "qemu-storage-daemon"), (Peer::Fio, "fio")] {
             if Command::new(program).arg("--version").output().is_ok() {
                 present.push(peer);
@@ -89,14 +85,6 @@ impl Peer {
         };
         load::measure(&process, case)
     }
-}
-
-/// Statistics of device-disk.
-pub fn ours_says(option: &str) -> String {
-    let output = Command::new(binaries::binary("device-disk"))
-        .arg(option)
-        .output();
-    String::from_utf8_lossy(&output.expect("it was built").stdout).into_owned()
 }
 
 fn ours(case: &Case, image: &Path, more: &[&str]) -> Process {
