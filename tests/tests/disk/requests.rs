@@ -359,3 +359,15 @@ fn refuses_files_that_are_not_images() {
         assert_eq!(process.wait().code(), Some(1));
     }
 }
+
+#[test]
+fn log_lines_carry_the_name_of_the_device() {
+    let json = ["--log-format", "json"];
+    for (options, name) in [(&[][..], "device-disk"), (&["--id", "disk7"], "disk7")] {
+        let disk = Disk::new(&[options, &json].concat());
+        let log = disk.process.log();
+        let line = log.lines().find(|line| line.contains("--blk-file"));
+        let line: serde_json::Value = serde_json::from_str(line.unwrap()).unwrap();
+        assert_eq!(line["span"]["device"], name, "{log}");
+    }
+}

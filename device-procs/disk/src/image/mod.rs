@@ -195,6 +195,14 @@ pub enum Extent {
     },
 }
 
+impl Extent {
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        let (Extent::Data { len, .. } | Extent::Zero { len } | Extent::Special { len }) = *self;
+        len
+    }
+}
+
 /// An image. It maps ranges of the disk to ranges of its file; the device transfers the
 /// data. All ranges are within the disk's capacity. Several threads use it at a time.
 ///

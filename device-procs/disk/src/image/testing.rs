@@ -46,8 +46,7 @@ impl TestDisk {
         while !buffers.is_empty() {
             let left = buffers.len() as u64;
             let extent = self.image.map_read(at, left)?;
-            let (Extent::Data { len, .. } | Extent::Zero { len } | Extent::Special { len }) =
-                extent;
+            let len = extent.len();
             assert!(len > 0 && len <= left, "{extent:?}");
             let piece = buffers.take(len as usize).unwrap();
             match extent {
@@ -74,8 +73,7 @@ impl TestDisk {
         while !buffers.is_empty() {
             let left = buffers.len() as u64;
             let extent = self.image.map_write(at, left)?;
-            let (Extent::Data { len, .. } | Extent::Zero { len } | Extent::Special { len }) =
-                extent;
+            let len = extent.len();
             assert!(len > 0 && len <= left, "{extent:?}");
             let piece = buffers.take(len as usize).unwrap();
             match extent {

@@ -60,7 +60,10 @@ impl VirtioBlk {
         let backend = Arc::clone(&self.backend);
         while !buffers.is_empty() {
             let extent = backend.image.map_read(offset, buffers.len() as u64)?;
-            let part = take_extent(&mut buffers, &extent)?;
+            let part = buffers
+                .take(extent.len() as usize)
+                .filter(|it| !it.is_empty());
+            let part = part.ok_or_else(invalid_length)?;
             let len = part.len() as u64;
             match extent {
                 Extent::Data { offset, .. } => self.transfer(id, IoOp::Read, offset, part)?,
@@ -84,7 +87,10 @@ impl VirtioBlk {
         let mut must_flush = durable && backend.image.has_metadata();
         while !buffers.is_empty() {
             let extent = backend.image.map_write(offset, buffers.len() as u64)?;
-            let part = take_extent(&mut buffers, &extent)?;
+            let part = buffers
+                .take(extent.len() as usize)
+                .filter(|it| !it.is_empty());
+            let part = part.ok_or_else(invalid_length)?;
             let len = part.len() as u64;
             match extent {
                 Extent::Data { offset, .. } => self.transfer(id, op, offset, part)?,
@@ -208,14 +214,8 @@ impl VirtioBlk {
     }
 }
 
-/// Takes the bytes of `extent` from the front of `buffers`.
-fn take_extent<'m>(buffers: &mut Buffers<'m>, extent: &Extent) -> io::Result<Buffers<'m>> {
-    let (Extent::Data { len, .. } | Extent::Zero { len } | Extent::Special { len }) = *extent;
-    usize::try_from(len)
-        .ok()
-        .filter(|&len| len > 0)
-        .and_then(|len| buffers.take(len))
-        .ok_or_else(|| io::Error::other("the image mapped an invalid length"))
+fn invalid_length() -> io::Error {
+    io::Error::other("the image mapped an invalid length")
 }
 
 fn fill_with_zeros(buffers: &Buffers<'_>) {

@@ -16,7 +16,6 @@ const BATCH_SIZE: u32 = 256;
 const MAX_LOGGED_ERRORS: u32 = 10;
 
 /// The requests that are popped and not completed.
-#[expect(clippy::large_enum_variant, reason = "one for each ring")]
 enum InFlight {
     /// Their number, if there is no in-flight table.
     Counted(u16),
