@@ -424,7 +424,7 @@ fn write_through_is_kept_over_a_reconnect_and_a_swap() {
             let log = machine.process("disk0").log();
             let last = log
                 .lines()
-                .rfind(|line| line.contains("has set the disk to"));
+                .rfind(|line| line.contains("has set the cache mode"));
             last.is_some_and(|last| last.contains("write-through"))
         });
     };
