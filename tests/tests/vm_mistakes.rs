@@ -366,7 +366,7 @@ fn a_control_path_in_use_is_reported() {
         mistake(
             &args(&file),
             FAILURE,
-            &["--control", &file, "no socket is there"],
+            &["--control", &file, "not a socket exists there"],
         ),
         mistake(
             &args(&served),
@@ -376,7 +376,7 @@ fn a_control_path_in_use_is_reported() {
         mistake(
             &args(&directory),
             FAILURE,
-            &["--control", &directory, "no socket is there"],
+            &["--control", &directory, "not a socket exists there"],
         ),
     ]);
     assert_eq!(std::fs::read(&file).unwrap(), b"x");

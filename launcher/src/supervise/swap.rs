@@ -5,9 +5,10 @@
 //! the control socket's thread tells the runner to swap. If the runner succeeds, the swap is
 //! committed and the old process ends; otherwise it is aborted and the new process ends.
 //!
-//! Two processes cannot run at the same time for the platform, whose clients are in one region
-//! of memory, and for a console on the terminal. There, the old process ends first, and the new
-//! one is started at the same socket, to which the runner reconnects as after a crash.
+//! Two processes at the same time are not possible for the platform, because both would serve the
+//! same trap channel, and for a console on the launcher's terminal. There, the old process ends
+//! first, and the new one is started at the same socket, to which the runner reconnects as after
+//! a crash.
 
 use std::path::PathBuf;
 use std::process::ExitStatus;
@@ -27,6 +28,8 @@ use crate::config::MachineConfig;
 use crate::keyval;
 use crate::messages::{CommandError, ProcessNumber, SupervisorRequest, SwapReady, SwapSource};
 use crate::plan;
+
+const SWAP_IN_PROGRESS: &str = "a swap or restart is in progress: try again when it is done";
 
 impl Supervisor {
     /// Carries out a request of the control socket.
@@ -95,10 +98,7 @@ impl Supervisor {
             return error(ErrorCode::DeviceLost, "no process serves the device");
         }
         if exclusive && device.swap.is_some() {
-            return error(
-                ErrorCode::Busy,
-                "a swap or restart is in progress: try again",
-            );
+            return error(ErrorCode::Busy, SWAP_IN_PROGRESS);
         }
         Ok(control.path.clone())
     }
@@ -114,10 +114,7 @@ impl Supervisor {
         let device = &self.devices[index];
         let error = |code, why| Err(CommandError::new(code, format!("{id}: {why}")));
         if device.swap.is_some() {
-            return error(
-                ErrorCode::Busy,
-                "a swap or restart is in progress: try again",
-            );
+            return error(ErrorCode::Busy, SWAP_IN_PROGRESS);
         }
         let stage = match source {
             SwapSource::SameProgram if device.external => {
