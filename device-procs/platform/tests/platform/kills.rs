@@ -3,38 +3,15 @@
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use outrigger_protocol::trap::FromPlatform;
+use outrigger_tests::chaos::Random;
 use outrigger_tests::process::{Launch, Process};
 use outrigger_tests::wait_until;
 use rustix::process::Signal;
 
 use crate::machine::{Machine, option, receive};
-
-/// Random numbers, repeatable with `OUTRIGGER_SEED`.
-struct Random(u64);
-
-impl Random {
-    fn new(test: &str) -> Self {
-        let seed = match std::env::var("OUTRIGGER_SEED") {
-            Ok(seed) => seed.parse().unwrap(),
-            Err(_) => SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .unwrap()
-                .as_nanos() as u64,
-        };
-        println!("{test}: OUTRIGGER_SEED={seed}");
-        Random(seed | 1)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
-}
 
 fn start(machine: &Machine, serial: &Path) -> (Process, UnixStream) {
     let (process, stream) = Launch::new("device-platform")
@@ -82,7 +59,7 @@ fn every_line_is_in_the_file_once_over_200_kills() {
     let serial = dir.path().join("serial");
     let machine = Machine::new(2);
     let (stop, lines) = (AtomicBool::new(false), AtomicU64::new(0));
-    let mut random = Random::new("lines");
+    let mut random = Random::announced();
     std::thread::scope(|scope| {
         let _stop = Stop(&stop);
         let printer = scope.spawn(|| {
@@ -129,7 +106,7 @@ fn reads_with_side_effects_happen_once() {
     let serial = dir.path().join("serial");
     let machine = Machine::new(1);
     let stop = AtomicBool::new(false);
-    let mut random = Random::new("reads");
+    let mut random = Random::announced();
     std::thread::scope(|scope| {
         let _stop = Stop(&stop);
         let guest = scope.spawn(|| {
