@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 
 use clap::ValueEnum;
 use tracing::field::{Field, Visit};
-use tracing::{Event, Subscriber};
+use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::field::RecordFields;
 use tracing_subscriber::fmt::format::{FormatFields, Writer};
@@ -61,7 +61,7 @@ where
         mut writer: Writer<'_>,
         event: &Event<'_>,
     ) -> fmt::Result {
-        write!(writer, "{:>5} ", event.metadata().level().as_str())?;
+        write_level(&mut writer, *event.metadata().level())?;
         for span in context
             .event_scope()
             .into_iter()
@@ -76,6 +76,21 @@ where
         context.format_fields(writer.by_ref(), event)?;
         writeln!(writer)
     }
+}
+
+/// Writes the level, in colour on a terminal.
+fn write_level(writer: &mut Writer<'_>, level: Level) -> fmt::Result {
+    if !writer.has_ansi_escapes() {
+        return write!(writer, "{:>5} ", level.as_str());
+    }
+    let colour = match level {
+        Level::ERROR => 31,
+        Level::WARN => 33,
+        Level::INFO => 32,
+        Level::DEBUG => 34,
+        _ => 35,
+    };
+    write!(writer, "\x1b[{colour}m{:>5}\x1b[0m ", level.as_str())
 }
 
 /// Formats the fields of an event as `message name=value`, and the fields of a span, which has

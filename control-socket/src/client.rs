@@ -54,7 +54,11 @@ impl ControlClient {
         // One write, so that a server that reads without waiting sees a whole line.
         let mut line = serde_json::to_vec(command)?;
         line.push(b'\n');
-        self.stream.write_all(&line)?;
+        let sent = self.stream.write_all(&line);
+        // A server that turns a client away says so without reading the command.
+        if !matches!(&sent, Err(error) if error.kind() == ErrorKind::BrokenPipe) {
+            sent?;
+        }
         let deadline = Instant::now() + timeout;
         while let Some(line) = self.next_line(Some(deadline))? {
             if let Ok(reply) = serde_json::from_slice(&line) {
@@ -137,6 +141,19 @@ mod tests {
         assert!(reply.ok);
         drop(server);
         let ended = client.request::<Reply>(&"pause", Duration::from_secs(9));
-        assert!(ended.is_err());
+        assert_eq!(
+            ended.map(|_| ()).unwrap_err().kind(),
+            ErrorKind::UnexpectedEof
+        );
+    }
+
+    #[test]
+    fn a_refusal_sent_before_the_command_is_the_reply() {
+        let (client, mut server) = UnixStream::pair().unwrap();
+        server.write_all(b"{\"ok\":false}\n").unwrap();
+        drop(server);
+        let mut client = ControlClient::new(client).unwrap();
+        let reply: serde_json::Value = client.request(&"pause", Duration::from_secs(9)).unwrap();
+        assert_eq!(reply["ok"], false);
     }
 }

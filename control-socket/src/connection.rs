@@ -41,6 +41,8 @@ pub struct Connection {
     pub watches: bool,
     /// The connection is closed as soon as the output is sent.
     pub closing: bool,
+    /// The client does not read: the socket had no room at the last attempt to send.
+    blocked: bool,
     /// When the client last sent a command, got a reply or read output.
     active: Instant,
 }
@@ -55,6 +57,7 @@ impl Connection {
             pending: None,
             watches: false,
             closing: false,
+            blocked: false,
             active: Instant::now(),
         }
     }
@@ -90,9 +93,9 @@ impl Connection {
         idle.then(|| now.saturating_duration_since(self.active))
     }
 
-    /// Nothing is left to do for this client.
+    /// Nothing is left to do for this client, or it does not read.
     pub fn is_settled(&self) -> bool {
-        self.pending.is_none() && self.output.is_empty()
+        self.pending.is_none() && (self.output.is_empty() || self.blocked)
     }
 
     /// Reads what has arrived; false at the end of the stream.
@@ -133,6 +136,7 @@ impl Connection {
     /// Sends what the socket has room for; false when the client is gone, has not read
     /// for [`STALL_LIMIT`], or has nothing more to get.
     pub fn send(&mut self) -> bool {
+        self.blocked = false;
         while !self.output.is_empty() {
             let (front, _) = self.output.as_slices();
             match self.stream.write(front) {
@@ -142,6 +146,7 @@ impl Connection {
                 }
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                    self.blocked = true;
                     return self.output.len() <= MAX_OUTPUT && self.active.elapsed() < STALL_LIMIT;
                 }
                 Err(_) => return false,

@@ -121,8 +121,8 @@ impl ControlServer {
         self.0.send(ServerMessage::EndEvents);
     }
 
-    /// Waits until every command is answered and every reply and event is sent, for at
-    /// most `limit`. Meant for the end of the process.
+    /// Waits until every command is answered, and every reply and event is sent to the
+    /// clients that read, for at most `limit`. Meant for the end of the process.
     pub fn finish(&self, limit: Duration) {
         let (done, wait) = bounded(0);
         self.0.send(ServerMessage::Finish {
@@ -133,7 +133,7 @@ impl ControlServer {
     }
 }
 
-/// Serves `listener` from a new thread named `control`. `handle` is called there for each
+/// Serves `listener` from a new thread named `control`, in the current tracing span. `handle` is called there for each
 /// command, so it must not block for long: it replies at once or passes the [`Responder`]
 /// on. A reply that has not come within `reply_limit`, if there is one, is replaced by an error.
 ///
@@ -163,9 +163,11 @@ pub fn start<C: DeserializeOwned + 'static>(
         finishing: Vec::new(),
         commands: std::marker::PhantomData,
     };
+    let span = tracing::Span::current();
     std::thread::Builder::new()
         .name("control".into())
         .spawn(move || {
+            let _entered = span.entered();
             loop {
                 if let Err(error) = server.serve() {
                     tracing::error!(%error, "control socket: poll failed");
@@ -206,8 +208,8 @@ impl<C: DeserializeOwned, H: FnMut(C, Responder)> ServerThread<C, H> {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error),
         }
-        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
-        let [_, acceptable, clients @ ..] = &ready[..] else {
+        let events: Vec<PollFlags> = fds.iter().map(PollFd::revents).collect();
+        let [_, acceptable, clients @ ..] = &events[..] else {
             return Ok(());
         };
         // EAGAIN: something else ended the wait.
@@ -219,7 +221,7 @@ impl<C: DeserializeOwned, H: FnMut(C, Responder)> ServerThread<C, H> {
                 self.clients.swap_remove(index);
             }
         }
-        if *acceptable {
+        if !acceptable.is_empty() {
             self.accept();
         }
         let now = Instant::now();
@@ -279,9 +281,14 @@ impl<C: DeserializeOwned, H: FnMut(C, Responder)> ServerThread<C, H> {
     }
 
     /// Serves a client; false when its connection is to be closed.
-    fn serve_client(&mut self, index: usize, ready: bool) -> bool {
+    fn serve_client(&mut self, index: usize, events: PollFlags) -> bool {
         let client = &mut self.clients[index];
-        if ready && client.accepts_commands() && !client.receive() {
+        // poll(2) reports a hang-up again and again until the connection is dropped. One that
+        // is closed in one direction only does not hang up, and still gets its reply.
+        if client.pending.is_some() && events.intersects(PollFlags::HUP | PollFlags::ERR) {
+            return false;
+        }
+        if !events.is_empty() && client.accepts_commands() && !client.receive() {
             return false;
         }
         loop {

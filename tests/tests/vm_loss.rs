@@ -320,7 +320,7 @@ fn commands_of_the_launcher_are_refused() {
         ),
         (
             "{\"command\":\"swap\",\"id\":\"disk7\",\"socket\":\"/x\"}",
-            "no device is named disk7",
+            "disk7: there is no such device",
         ),
     ] {
         let reply = machine.control_line(line);

@@ -55,6 +55,9 @@ pub enum Error {
         operation: String,
         why: String,
     },
+    /// The runner's own thread for a device does not answer.
+    #[error("device {0}: its task in the runner hangs")]
+    TaskHangs(String),
     /// The platform process failed or violated the protocol.
     #[error("platform: {operation}: {why}")]
     Platform {

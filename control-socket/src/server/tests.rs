@@ -231,3 +231,40 @@ fn finish_waits_for_answers_and_has_a_limit() {
     let mut answer = [0; 64];
     assert!(stream.read(&mut answer).unwrap() > 0, "it was sent");
 }
+
+#[test]
+fn a_client_that_leaves_before_its_answer_is_dropped_at_once() {
+    let server = TestServer::start(TIMEOUT);
+    let mut responders = Vec::new();
+    // Each takes a place until the server notices that it has left.
+    for _ in 0..3 * MAX_CLIENTS {
+        let mut stream = server.stream();
+        stream.write_all(b"{\"command\":\"wait\"}\n").unwrap();
+        responders.push(server.waiting.recv_timeout(TIMEOUT).unwrap());
+        drop(stream);
+        assert!(request(&mut server.client(), &TestCommand::Ping {}).ok);
+    }
+    // One that only stops sending still gets its answer.
+    let mut stream = server.stream();
+    stream.write_all(b"{\"command\":\"wait\"}\n").unwrap();
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let responder = server.waiting.recv_timeout(TIMEOUT).unwrap();
+    responder.reply(&ok());
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "{\"ok\":true}\n");
+}
+
+#[test]
+fn finish_does_not_wait_for_a_client_that_does_not_read() {
+    let server = TestServer::start(TIMEOUT);
+    let mut stalled = server.client();
+    assert!(request(&mut stalled, &TestCommand::Watch {}).ok);
+    let event = serde_json::json!({"event": "x".repeat(4000)});
+    for _ in 0..128 {
+        server.server.broadcast(&event);
+    }
+    let start = Instant::now();
+    server.server.finish(TIMEOUT);
+    assert!(start.elapsed() < STALL_LIMIT, "it waited for the client");
+}

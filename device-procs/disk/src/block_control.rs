@@ -59,10 +59,8 @@ pub fn start(
     backend: Arc<BlockBackend>,
     clocks: WorkerClocks,
 ) -> anyhow::Result<()> {
-    let span = tracing::Span::current();
     let handle = move |command, responder: Responder| {
-        let reply = span.in_scope(|| carry_out(&command, &backend, &clocks));
-        responder.reply(&reply);
+        responder.reply(&carry_out(&command, &backend, &clocks));
     };
     outrigger_control_socket::start(listener, None, handle)
         .map_err(|error| anyhow::anyhow!("starting the control socket: {error}"))?;

@@ -239,7 +239,7 @@ impl VhostUserBackendReqHandlerMut for VhostUserSession {
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
         let index = index as usize;
-        // SplitRing rings have a 16-bit index; the upper half means something only
+        // Split rings have a 16-bit index; the upper half means something only
         // for packed ones.
         Ok(self.worker(index)?.control(|state, _| {
             state.ring(index)?.set_base(base as u16);

@@ -141,10 +141,17 @@ impl ControlContext {
             return responder.reply(&ControlReply::error(ErrorCode::Busy, why));
         }
         let context = Arc::clone(self);
-        std::thread::spawn(move || {
-            responder.reply(&context.execute(command));
+        let execute = move || {
+            let reply = context.execute(command);
+            // First, so that the client of this reply may send its next command.
             context.commands.fetch_sub(1, Ordering::Relaxed);
-        });
+            responder.reply(&reply);
+        };
+        let thread = std::thread::Builder::new().name("command".into());
+        if thread.spawn(execute).is_err() {
+            // The responder was dropped with the closure, which is an answer.
+            self.commands.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 
     fn execute(&self, command: ControlCommand) -> ControlReply {
@@ -212,11 +219,15 @@ impl ControlContext {
     }
 }
 
-/// The code for an error of a connection, where `closed` is for a peer that has closed it.
+/// The code for an error of a connection, where `closed` is for a peer that has ended.
 fn error_code(error: &io::Error, closed: ErrorCode) -> ErrorCode {
     match error.kind() {
         ErrorKind::TimedOut => ErrorCode::Timeout,
-        ErrorKind::UnexpectedEof | ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => closed,
+        ErrorKind::UnexpectedEof
+        | ErrorKind::BrokenPipe
+        | ErrorKind::ConnectionReset
+        | ErrorKind::ConnectionRefused
+        | ErrorKind::NotFound => closed,
         _ => ErrorCode::Failed,
     }
 }

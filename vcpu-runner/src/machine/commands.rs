@@ -82,7 +82,7 @@ impl Machine {
     fn swap(&self, id: &str, path: PathBuf, responder: Responder) {
         let devices = self.status.devices();
         let Some(device) = devices.iter().find(|device| device.id() == id) else {
-            let why = format!("no device is named {id}");
+            let why = format!("{id}: there is no such device");
             return responder.reply(&ControlReply::error(ErrorCode::NoSuchDevice, why));
         };
         let callback = move |result: Result<Duration, SwapFailure>| {
@@ -154,9 +154,7 @@ impl Machine {
                     done = confirmation.recv_timeout(TASK_DEADLINE);
                 }
             }
-            done.map_err(|_| {
-                Error::device(device.id(), "stopping", "its task in the runner hangs")
-            })?;
+            done.map_err(|_| Error::TaskHangs(device.id().to_owned()))?;
         }
         Ok(())
     }

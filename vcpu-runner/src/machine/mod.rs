@@ -143,6 +143,8 @@ impl Machine {
                     code: exit.code,
                     reason: exit.reason.clone(),
                 });
+                // Commands that came too late are answered by dropping them.
+                self.receiver.try_iter().for_each(drop);
                 self.events.finish(FINISH_LIMIT);
                 return Ok(exit);
             }

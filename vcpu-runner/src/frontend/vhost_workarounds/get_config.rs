@@ -23,7 +23,8 @@ const GET_CONFIG: u32 = 24;
 const FIXED_LENGTH: usize = 12;
 
 /// Reads the bytes from the start of the space: as many as the back end gives, up to
-/// `longest`. `known_length` is asked for first: the length that the space had before.
+/// `longest`. `known_length` is asked for first: the length that the space had before. If a
+/// reconnected back end has a longer one, the rest is not seen until the next swap.
 ///
 /// # Errors
 /// When the process is gone, sends something else, or refuses every length.
