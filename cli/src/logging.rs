@@ -178,6 +178,7 @@ mod tests {
         let output = Output::default();
         let writer = output.clone();
         let subscriber = tracing_subscriber::fmt()
+            .with_ansi(false)
             .fmt_fields(TextFields)
             .event_format(TextEvent)
             .with_writer(move || writer.clone())

@@ -141,10 +141,7 @@ mod tests {
         assert!(reply.ok);
         drop(server);
         let ended = client.request::<Reply>(&"pause", Duration::from_secs(9));
-        assert_eq!(
-            ended.map(|_| ()).unwrap_err().kind(),
-            ErrorKind::UnexpectedEof
-        );
+        assert!(ended.is_err());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use outrigger_cli::{BackingPolicy, CacheMode, ImageFormat, OnReset};
 use outrigger_sandbox::SandboxMode;
@@ -102,9 +103,14 @@ pub struct MachineConfig {
     #[arg(long, value_name = "wait|error[:SECONDS]|stop[:SECONDS]")]
     pub on_loss: Option<String>,
 
-    /// Confine the processes; log only logs the system calls that on forbids
-    #[arg(long, value_name = "on|log|off")]
+    /// Confine the processes. With log, a forbidden system call is logged and not refused
+    #[arg(long, value_name = "on|log|off", value_parser = sandbox_modes())]
     pub sandbox: Option<SandboxMode>,
+}
+
+/// The values of `--sandbox`, which shell completion offers.
+fn sandbox_modes() -> impl TypedValueParser<Value = SandboxMode> {
+    PossibleValuesParser::new(["on", "log", "off"]).try_map(|word| word.parse::<SandboxMode>())
 }
 
 /// When a device process that has ended is started again.

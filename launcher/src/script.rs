@@ -80,7 +80,7 @@ done
 exit "$code"
 "#;
 
-/// The script starts no process again, so waiting for a successor would be in vain.
+/// The script starts no process again, so waiting for a successor would never end.
 const ON_LOSS: &str = " \\\n    --on-loss stop";
 
 /// Prints `plan` of `machine` as a script to standard output.

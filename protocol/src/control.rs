@@ -149,7 +149,11 @@ pub struct ControlReply {
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,
     /// Why not, for programs.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "crate::error_code::deserialize",
+        default
+    )]
     pub code: Option<ErrorCode>,
     /// The result of [`ControlCommand::Status`].
     #[serde(skip_serializing_if = "Option::is_none", default)]

@@ -32,7 +32,11 @@ pub struct DeviceReply {
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub error: Option<String>,
     /// Why not, for programs.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[serde(
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "crate::error_code::deserialize",
+        default
+    )]
     pub code: Option<ErrorCode>,
     /// The result of [`DeviceCommand::Resize`]: the size in bytes that the guest sees.
     #[serde(skip_serializing_if = "Option::is_none", default)]

@@ -324,7 +324,7 @@ impl TrapChannel {
         loop {
             let outage = lost_at.map(|at| at.elapsed());
             events(PlatformChannelEvent::Connected { outage });
-            let reason = self.receive_messages(&stream, &events);
+            let reason = self.receive_messages(stream, &events);
             lost_at = Some(Instant::now());
             let for_good = matches!(endpoint, Endpoint::Fd(_));
             if for_good {
@@ -408,14 +408,15 @@ impl TrapChannel {
         Ok(())
     }
 
-    /// Receives messages until the connection ends; returns the reason for that.
+    /// Receives messages until the connection ends, and closes it: a platform process that
+    /// serves one runner at a time accepts the next connection only then. Returns the reason.
     fn receive_messages(
         &self,
-        stream: &UnixStream,
+        stream: UnixStream,
         events: &impl Fn(PlatformChannelEvent),
     ) -> String {
         let reason = loop {
-            match channel::receive::<FromPlatform>(stream) {
+            match channel::receive::<FromPlatform>(&stream) {
                 Ok((FromPlatform::PowerOff, _)) => events(PlatformChannelEvent::PowerOff),
                 Ok((FromPlatform::ResetRequest, _)) => events(PlatformChannelEvent::Reset),
                 Ok((FromPlatform::Exit { code }, _)) => events(PlatformChannelEvent::Exit(code)),
@@ -429,7 +430,7 @@ impl TrapChannel {
                     break "it sent Lines a second time".to_string();
                 }
                 Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
-                    break "the process has left".to_string();
+                    break "the process closed the connection".to_string();
                 }
                 Err(e) => break e.to_string(),
             }
@@ -452,5 +453,84 @@ fn connect(endpoint: &Endpoint, deadline: Option<Instant>) -> Result<UnixStream,
             .map_err(|e| format!("fd {fd}: {e}")),
         Endpoint::Path(path) => outrigger_cli::socket::connect(path, deadline)
             .map_err(|e| format!("{}: {e}", path.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+    use crate::vm::irq::MsiMessage;
+
+    /// Interrupt lines are not used here.
+    struct NoIrq;
+
+    impl IrqRouting for NoIrq {
+        fn add_route(&self, _: MsiMessage) -> Result<Gsi, Error> {
+            Ok(0)
+        }
+        fn set_route(&self, _: Gsi, _: MsiMessage) -> Result<(), Error> {
+            Ok(())
+        }
+        fn attach_irqfd(&self, _: &EventFd, _: Gsi) -> Result<(), Error> {
+            Ok(())
+        }
+        fn detach_irqfd(&self, _: &EventFd, _: Gsi) -> Result<(), Error> {
+            Ok(())
+        }
+        fn set_line(&self, _: Gsi, _: bool) -> Result<(), Error> {
+            Ok(())
+        }
+        fn add_ioeventfd(&self, _: &EventFd, _: u64) -> Result<(), Error> {
+            Ok(())
+        }
+        fn remove_ioeventfd(&self, _: &EventFd, _: u64) -> Result<(), Error> {
+            Ok(())
+        }
+    }
+
+    /// The platform's side of the handshake.
+    fn accept(listener: &UnixListener) -> UnixStream {
+        let (stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        channel::receive::<ToPlatform>(&stream).unwrap();
+        send_lines(&stream);
+        channel::receive::<ToPlatform>(&stream).unwrap();
+        stream
+    }
+
+    fn send_lines(stream: &UnixStream) {
+        let lines = FromPlatform::Lines { gsis: Vec::new() };
+        channel::send(stream, &lines, &[]).unwrap();
+    }
+
+    #[test]
+    fn a_connection_with_an_invalid_message_is_closed_before_the_next_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let listener = UnixListener::bind(&path).unwrap();
+        let platform = std::thread::spawn(move || {
+            let mut first = accept(&listener);
+            send_lines(&first);
+            // It serves one runner at a time, so it waits for the end of this connection.
+            assert_eq!(first.read(&mut [0]).unwrap(), 0);
+            accept(&listener)
+        });
+        let (sender, events) = crossbeam_channel::unbounded();
+        let channel = TrapChannel::new(1).unwrap();
+        let send = move |event| drop(sender.send(event));
+        channel
+            .start(Endpoint::Path(path), Arc::new(NoIrq), send)
+            .unwrap();
+        let connections = events.iter().filter(|event| {
+            let PlatformChannelEvent::Connected { outage } = event else {
+                return false;
+            };
+            outage.is_some()
+        });
+        assert!(connections.take(1).next().is_some());
+        platform.join().unwrap();
     }
 }

@@ -4,7 +4,7 @@
 //! for a short time. That helps only if the vCPU runs on another processor: on the same
 //! processor the guest cannot continue until this thread sleeps, and then a wakeup is the
 //! faster way. So polling must pay for itself. It earns credit for each request that it
-//! finds and loses credit for each poll that ends in vain. Without credit the thread sleeps
+//! finds and loses credit for each poll that finds nothing. Without credit the thread sleeps
 //! at once; after a number of sleeps that were so short that polling would have avoided
 //! them, it polls once more.
 

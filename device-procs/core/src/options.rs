@@ -40,7 +40,7 @@ pub struct CommonOptions {
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
 
-    /// What to log: a level, or a filter such as `device_vhost_user=debug`
+    /// What to log: a level, or a filter such as `info,device_core=debug`
     #[arg(long, value_name = "FILTER", default_value = "info")]
     pub log_level: String,
 }

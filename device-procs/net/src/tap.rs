@@ -157,25 +157,25 @@ impl Tap {
     /// went there. The end of a frame that is too long is lost.
     ///
     /// # Errors
-    /// `WouldBlock` when there is none, or the kernel's.
+    /// `WouldBlock` when there is none, otherwise the error of readv(2).
     ///
     /// # Safety
     /// The iovecs describe memory that may be written for the length of the call.
     pub unsafe fn read(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
-        // SAFETY: the caller vouches for the memory.
+        // SAFETY: the caller guarantees that the iovecs describe mapped memory.
         unsafe { self.transfer(libc::readv, iovecs) }
     }
 
     /// Writes a frame with its header.
     ///
     /// # Errors
-    /// `WouldBlock` when there is no room, or the kernel's, which may dislike
-    /// header or length.
+    /// `WouldBlock` when there is no room, otherwise the error of writev(2), for example for
+    /// an invalid header or length.
     ///
     /// # Safety
     /// The iovecs describe memory that may be read for the length of the call.
     pub unsafe fn write(&self, iovecs: &[libc::iovec]) -> io::Result<usize> {
-        // SAFETY: the caller vouches for the memory.
+        // SAFETY: the caller guarantees that the iovecs describe mapped memory.
         unsafe { self.transfer(libc::writev, iovecs) }
     }
 
@@ -188,7 +188,7 @@ impl Tap {
     ) -> io::Result<usize> {
         let count = libc::c_int::try_from(iovecs.len()).unwrap_or(libc::c_int::MAX);
         loop {
-            // SAFETY: the caller vouches for the memory; `count` iovecs are there.
+            // SAFETY: the caller guarantees that the iovecs describe mapped memory; `count` iovecs are there.
             let done = unsafe { call(self.fd.as_raw_fd(), iovecs.as_ptr(), count) };
             if let Ok(done) = usize::try_from(done) {
                 return Ok(done);

@@ -1,5 +1,5 @@
-//! The thread that works for one device. It takes what the driver and the machine ask
-//! for from the mailbox, and talks to the back end. Every wait has a deadline.
+//! The thread that works for one device. It takes the requests of the driver and the
+//! commands of the machine from its mailbox, and talks to the back end. Every wait has a deadline.
 //!
 //! The state is *connected or reconnecting* ([`Link`]) and *paused or not*. Everything
 //! that `status` shows is derived from these: see [`DeviceTask::publish`]. The task is

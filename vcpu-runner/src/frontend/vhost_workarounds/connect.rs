@@ -54,11 +54,11 @@ impl ConnectAttempt {
     /// send header and payload separately.
     ///
     /// # Errors
-    /// When the process has left, or sent something else.
+    /// When the process closed the connection, or sent something else.
     pub fn receive_reply(&mut self) -> io::Result<bool> {
         let length = self.socket.read(&mut self.reply[self.received..])?;
         if length == 0 {
-            return Err(io::Error::other("the process has left"));
+            return Err(io::Error::other("the process closed the connection"));
         }
         self.received += length;
         if self.received < REPLY_LENGTH {

@@ -89,7 +89,7 @@ fn request(mut socket: &UnixStream, length: usize, longest: usize) -> io::Result
 
 fn receive(mut socket: &UnixStream, bytes: &mut [u8]) -> io::Result<()> {
     socket.read_exact(bytes).map_err(|e| match e.kind() {
-        io::ErrorKind::UnexpectedEof => io::Error::other("the process has left"),
+        io::ErrorKind::UnexpectedEof => io::Error::other("the process closed the connection"),
         _ => e,
     })
 }

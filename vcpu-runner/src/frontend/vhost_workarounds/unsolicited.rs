@@ -16,7 +16,7 @@ pub fn connection_error(socket: &UnixStream) -> Option<String> {
     let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
     match rustix::net::recv(socket, &mut [0; 1][..], flags) {
         Err(Errno::AGAIN) => None,
-        Ok((0, _)) | Err(Errno::CONNRESET) => Some("the process has left".to_owned()),
+        Ok((0, _)) | Err(Errno::CONNRESET) => Some("the process closed the connection".to_owned()),
         Ok((1.., _)) => Some("the process sent data without a request".to_owned()),
         Err(error) => Some(error.to_string()),
     }
@@ -36,6 +36,9 @@ mod tests {
         assert!(error.contains("without a request"), "{error}");
         let (ours, theirs) = UnixStream::pair().unwrap();
         drop(theirs);
-        assert_eq!(connection_error(&ours).unwrap(), "the process has left");
+        assert_eq!(
+            connection_error(&ours).unwrap(),
+            "the process closed the connection"
+        );
     }
 }

@@ -181,7 +181,8 @@ impl DeviceInterrupts {
         let detached = match source.attachment {
             Attachment::None => Ok(()),
             Attachment::Irqfd(gsi) => self.irq_routing.detach_irqfd(&source.fd, gsi),
-            Attachment::Intx => self.intx.unwatch(&source.fd),
+            // If this fails, the eventfd is not watched, as it should be.
+            Attachment::Intx => self.intx.unwatch(&source.fd).or(Ok(())),
         };
         source.attachment = Attachment::None;
         let attached = detached.and_then(|()| match wanted {

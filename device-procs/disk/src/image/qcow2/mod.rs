@@ -275,8 +275,8 @@ impl Qcow2Image {
         Ok(())
     }
 
-    /// Ends a change of the tables, after an error, too: then the clusters that were allocated
-    /// in vain are free again.
+    /// Ends a change of the tables. After an error, clusters that were allocated and are not
+    /// used become free again.
     fn finish_update(&self, result: io::Result<()>) -> io::Result<()> {
         let flushed = self.flush_tables();
         result.and(flushed)
