@@ -23,6 +23,10 @@ pub enum LogFormat {
     Json,
 }
 
+/// Target of the spans that carry the name of a device. They are enabled whatever the filter
+/// says, so that a filter for one module keeps the name in its lines.
+pub const DEVICE_SPAN: &str = "outrigger::device";
+
 /// Starts logging. `filter` has the syntax of [`EnvFilter`].
 ///
 /// Text is the level, the fields of the spans, the message, and the fields of the event, for
@@ -32,7 +36,11 @@ pub enum LogFormat {
 /// # Errors
 /// `filter` is not valid.
 pub fn init(format: LogFormat, filter: &str) -> Result<(), String> {
-    let filter = EnvFilter::try_new(filter).map_err(|e| format!("--log-level {filter}: {e}"))?;
+    let error = |why: &dyn fmt::Display| format!("--log-level {filter}: {why}");
+    let spans = format!("{DEVICE_SPAN}=error");
+    let spans = spans.parse().map_err(|e| error(&e))?;
+    let filter = EnvFilter::try_new(filter).map_err(|e| error(&e))?;
+    let filter = filter.add_directive(spans);
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())

@@ -12,7 +12,12 @@ use crate::{ErrorCode, device};
 /// A command, for example `{"command":"pause"}`. Variants without fields have braces
 /// because serde refuses unknown keys only in struct variants.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
-#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(
+    tag = "command",
+    rename_all = "kebab-case",
+    deny_unknown_fields,
+    expecting = "an object with a key \"command\""
+)]
 pub enum ControlCommand {
     /// Returns the state of the machine and its devices.
     Status {},

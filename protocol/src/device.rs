@@ -8,7 +8,12 @@ use crate::ErrorCode;
 /// A command, for example `{"command":"resize","size":1073741824}`. Variants without fields
 /// have braces because serde refuses unknown keys only in struct variants.
 #[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
-#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(
+    tag = "command",
+    rename_all = "kebab-case",
+    deny_unknown_fields,
+    expecting = "an object with a key \"command\""
+)]
 pub enum DeviceCommand {
     /// Returns the statistics of all queues.
     Stats {},

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use memfd::{FileSeal, MemfdOptions};
+use outrigger_cli::logging::DEVICE_SPAN;
 use outrigger_protocol::channel;
 use outrigger_protocol::trap::{
     Access, FromPlatform, MAGIC, MAX_VCPUS, REGION_SIZE, SLOTS_OFFSET, ToPlatform, TrapHeader,
@@ -319,7 +320,8 @@ impl TrapChannel {
         irq_routing: &dyn IrqRouting,
         events: impl Fn(PlatformChannelEvent),
     ) {
-        let _span = tracing::error_span!("platform", device = "platform").entered();
+        let _span =
+            tracing::error_span!(target: DEVICE_SPAN, "platform", device = "platform").entered();
         let mut lost_at: Option<Instant> = None;
         loop {
             let outage = lost_at.map(|at| at.elapsed());

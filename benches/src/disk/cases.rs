@@ -83,11 +83,11 @@ impl Pattern {
 /// One case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Case {
-    /// Where.
+    /// Medium of the image.
     pub medium: Medium,
-    /// In what form.
+    /// Format of the image.
     pub format: Format,
-    /// What.
+    /// Access pattern.
     pub pattern: Pattern,
     /// Requests under way at a time, in each queue.
     pub depth: usize,
@@ -96,7 +96,7 @@ pub struct Case {
 }
 
 impl Case {
-    /// Where and in what form, in words.
+    /// Medium and format, as text.
     pub fn place(&self) -> &'static str {
         match (self.medium, self.format) {
             (Medium::Memory, Format::Raw) => "raw on tmpfs",
@@ -106,7 +106,7 @@ impl Case {
         }
     }
 
-    /// What is done, in words.
+    /// Pattern, depth and queues, as text.
     pub fn work(&self) -> String {
         format!(
             "{:15} depth {:3} x {}",

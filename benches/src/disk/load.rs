@@ -30,18 +30,18 @@ pub struct Figures {
     /// Its resident memory in bytes, with what it has touched of the guest's; `None` where
     /// there is no back end.
     pub resident: Option<f64>,
-    /// What the back end's threads did.
+    /// The threads of the back end.
     pub back: Busy,
-    /// What the front end's did; nothing where there is none.
+    /// The threads of the front end; zeros where there is none.
     pub front: Busy,
 }
 
 /// What a group of threads did, as shares of the elapsed time; 1 is one whole thread.
 #[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd)]
 pub struct Busy {
-    /// They ran.
+    /// Share of time in which they ran.
     pub ran: f64,
-    /// They could have run, but others had the processors.
+    /// Share of time in which they waited for a processor.
     pub waited: f64,
 }
 

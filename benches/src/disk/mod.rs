@@ -26,9 +26,9 @@ use crate::{QUICK, median};
 
 /// Figures of one peer in one case.
 pub struct Row {
-    /// What was done.
+    /// The case.
     pub case: Case,
-    /// Who did it.
+    /// The program that was measured.
     pub peer: Peer,
     /// Medians of all rounds.
     pub figures: Figures,

@@ -7,13 +7,13 @@ use super::peers::Peer;
 
 /// The ratio of two figures, with its target.
 pub struct Target {
-    /// What is compared.
+    /// The case and the figure that is compared.
     pub what: String,
     /// The one by the other.
     pub ratio: f64,
     /// The target.
     pub limit: Limit,
-    /// Who is busy, of both that are compared: what bounds it.
+    /// What bounds the figure: which side is busy.
     pub bound: String,
 }
 

@@ -109,7 +109,7 @@ struct OpenBackend {
     backend: Box<dyn ConsoleBackend>,
     syscalls: &'static [Rule],
     restore: Option<Restore>,
-    unserved: Option<BoundSocket>,
+    bound: Option<BoundSocket>,
 }
 
 impl OpenBackend {
@@ -118,7 +118,7 @@ impl OpenBackend {
             backend: Box::new(backend),
             syscalls,
             restore: None,
-            unserved: None,
+            bound: None,
         }
     }
 }
@@ -131,9 +131,9 @@ fn of(option: impl Display) -> impl FnOnce(std::io::Error) -> anyhow::Error {
 fn open_backend(options: &ConsoleOptions) -> anyhow::Result<OpenBackend> {
     let named = |option: &str, path: &Path| of(format!("{option} {}", path.display()));
     if let Some(path) = &options.unix {
-        let (unix, unserved) = unix::Unix::bind(path).map_err(named("--unix", path))?;
+        let (unix, bound) = unix::Unix::bind(path).map_err(named("--unix", path))?;
         return Ok(OpenBackend {
-            unserved: Some(unserved),
+            bound: Some(bound),
             ..OpenBackend::new(unix, outrigger_sandbox::LISTENER)
         });
     }
@@ -190,7 +190,7 @@ fn build(options: &ConsoleOptions) -> anyhow::Result<DeviceProgram> {
         backend,
         syscalls,
         restore,
-        unserved,
+        bound,
     } = open_backend(options)?;
     let size = backend.size();
     let config = ConfigSpace::new(console::config_space(size.unwrap_or_default()));
@@ -207,7 +207,7 @@ fn build(options: &ConsoleOptions) -> anyhow::Result<DeviceProgram> {
     Ok(DeviceProgram {
         syscalls: vec![syscalls],
         restore,
-        bound: unserved.into_iter().collect(),
+        bound: bound.into_iter().collect(),
         ..DeviceProgram::new(properties, vec![Box::new(device)])
     })
 }

@@ -43,8 +43,8 @@ impl Unix {
     /// # Errors
     /// bind(2) fails.
     pub fn bind(path: &Path) -> io::Result<(Self, BoundSocket)> {
-        let (listener, unserved) = socket::bind(path)?;
-        Ok((Self::new(listener.into())?, unserved))
+        let (listener, bound) = socket::bind(path)?;
+        Ok((Self::new(listener.into())?, bound))
     }
 
     /// Uses an inherited listening socket.

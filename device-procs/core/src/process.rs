@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Context as _;
+use outrigger_cli::logging::DEVICE_SPAN;
 use outrigger_cli::options::{USAGE, Usage};
 use outrigger_sandbox::{Policy, SandboxMode};
 
@@ -28,7 +29,7 @@ pub fn run(
         .map_err(|error| Usage(error).into())
         .and_then(|()| {
             let device = common.id.as_deref().unwrap_or(program);
-            tracing::error_span!("device", device).in_scope(serve)
+            tracing::error_span!(target: DEVICE_SPAN, "device", device).in_scope(serve)
         });
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -109,8 +109,8 @@ impl InFlightRequests {
     /// A transfer of request `id` has ended. If nothing more of the request is in flight,
     /// removes and returns it.
     pub fn transfer_ended(&mut self, id: usize, result: io::Result<()>) -> Option<InFlightRequest> {
-        let slot = self.requests.get_mut(id)?;
-        let request = slot.as_mut()?;
+        let entry = self.requests.get_mut(id)?;
+        let request = entry.as_mut()?;
         if request.result.is_ok() {
             request.result = result;
         }
@@ -119,7 +119,7 @@ impl InFlightRequests {
             return None;
         }
         self.free.push(id);
-        slot.take()
+        entry.take()
     }
 
     /// Number of requests.

@@ -111,7 +111,7 @@ impl IoEngine {
         };
         let ring = build(true).or_else(|_| build(false))?;
         let submitter = ring.submitter();
-        // An empty slot, for `hold_socket`.
+        // An empty entry, for `hold_socket`.
         submitter.register_files(&[-1])?;
         submitter.register_restrictions(&mut [
             Restriction::sqe_op(opcode::Readv::CODE),

@@ -339,7 +339,8 @@ fn with_description(
 ) -> Result<MachineConfig, CommandError> {
     let mut config = config.clone();
     let missing = || no_such_device(id);
-    let invalid = |why: String| CommandError::failed(format!("{id}: {text}: {why}"));
+    let invalid =
+        |why: String| CommandError::new(ErrorCode::InvalidCommand, format!("{id}: {text}: {why}"));
     let (kind, index) = plan::split_id(id).ok_or_else(missing)?;
     match kind {
         "disk" => {
@@ -356,7 +357,9 @@ fn with_description(
         }
         _ => return Err(missing()),
     }
-    config.check().map_err(CommandError::failed)?;
+    config
+        .check()
+        .map_err(|why| CommandError::new(ErrorCode::InvalidCommand, why.to_string()))?;
     Ok(config)
 }
 

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
 use outrigger_cli::choices::OnReset;
+use outrigger_cli::socket;
 use outrigger_control_socket::Responder;
 use outrigger_protocol::control::{ControlCommand, ControlReply, MachineEvent, MachineState};
 use outrigger_protocol::{ErrorCode, exit};
@@ -84,6 +85,13 @@ impl Machine {
         let Some(device) = devices.iter().find(|device| device.id() == id) else {
             let why = format!("{id}: there is no such device");
             return responder.reply(&ControlReply::error(ErrorCode::NoSuchDevice, why));
+        };
+        let path = match socket::socket_path(path) {
+            Ok(path) => path,
+            Err(why) => {
+                let why = format!("{id}: {why}");
+                return responder.reply(&ControlReply::error(ErrorCode::InvalidCommand, why));
+            }
         };
         let callback = move |result: Result<Duration, SwapFailure>| {
             responder.reply(&match result {

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender};
+use outrigger_cli::logging::DEVICE_SPAN;
 use outrigger_protocol::control::MachineEvent;
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -110,7 +111,9 @@ impl DeviceTask {
     }
 
     pub fn run(mut self) {
-        let _span = tracing::error_span!("device_task", device = self.device.id()).entered();
+        let _span =
+            tracing::error_span!(target: DEVICE_SPAN, "device_task", device = self.device.id())
+                .entered();
         loop {
             if let Err(error) = self.run_once() {
                 if self.link.connection().is_none() {

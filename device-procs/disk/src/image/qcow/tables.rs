@@ -29,7 +29,7 @@ pub enum QcowEntry {
 
 /// An L2 table.
 type L2Table = Arc<[AtomicU64]>;
-/// A slot of the cache: the index of the L1 entry, and the L2 table.
+/// An entry of the cache: the index of the L1 entry, and the L2 table.
 type CacheSlot = RwLock<Option<(u64, L2Table)>>;
 
 /// The image's tables.
@@ -257,8 +257,8 @@ impl Tables {
         let at = self.l1().entries.get(index as usize).copied();
         let at = at.ok_or(io::ErrorKind::InvalidInput)? + first as u64 * 8;
         image_file.write_table(&mut [IoSlice::new(&bytes)], at)?;
-        for (slot, entry) in table.iter().skip(first).zip(entries) {
-            slot.store(entry, Ordering::Release);
+        for (word, entry) in table.iter().skip(first).zip(entries) {
+            word.store(entry, Ordering::Release);
         }
         Ok(())
     }
@@ -279,8 +279,8 @@ impl Tables {
         image_file.write(&mut [IoSlice::new(&table)], at)?;
         // The L1 entry that points to it is written last.
         let mut l1 = self.l1_mut();
-        let slot = l1.at + index * 8;
-        image_file.write_table(&mut [IoSlice::new(&at.to_be_bytes())], slot)?;
+        let offset = l1.at + index * 8;
+        image_file.write_table(&mut [IoSlice::new(&at.to_be_bytes())], offset)?;
         l1.take(at, table.len() as u64)?;
         if let Some(entry) = l1.entries.get_mut(index as usize) {
             *entry = at;

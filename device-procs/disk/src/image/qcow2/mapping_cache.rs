@@ -3,44 +3,44 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The most slots: 1 MiB of memory, for 8 GiB of disk in clusters of 64 KiB.
-const MAX_SLOTS: u64 = 1 << 17;
+/// The most entries: 1 MiB of memory, for 8 GiB of disk in clusters of 64 KiB.
+const MAX_ENTRIES: u64 = 1 << 17;
 /// Bits of a cluster number in the file. Larger numbers are not cached.
 const HOST_BITS: u32 = 40;
 
-/// A direct-mapped cache. A slot holds the cluster number in the file in its lower bits and,
-/// above, the tag: the cluster number on the disk without the bits that select the slot. 0
-/// is an empty slot, for the first cluster of the file is the header.
+/// A direct-mapped cache. An entry holds the cluster number in the file in its lower bits and,
+/// above, the tag: the cluster number on the disk without the bits that select the entry. 0
+/// is an empty entry, for the first cluster of the file is the header.
 pub struct MappingCache {
     cluster_bits: u32,
-    slot_bits: u32,
-    slots: Box<[AtomicU64]>,
+    index_bits: u32,
+    entries: Box<[AtomicU64]>,
 }
 
 impl MappingCache {
     /// A cache for a disk of `capacity` bytes in clusters of `1 << cluster_bits` bytes.
     pub fn new(cluster_bits: u32, capacity: u64) -> Self {
         let clusters = (capacity >> cluster_bits) + 1;
-        let slots = clusters.next_power_of_two().min(MAX_SLOTS);
+        let entries = clusters.next_power_of_two().min(MAX_ENTRIES);
         MappingCache {
             cluster_bits,
-            slot_bits: slots.ilog2(),
-            slots: (0..slots).map(|_| AtomicU64::new(0)).collect(),
+            index_bits: entries.ilog2(),
+            entries: (0..entries).map(|_| AtomicU64::new(0)).collect(),
         }
     }
 
-    /// The slot of `cluster`, and its tag in the upper bits. `None` if the tag is too large.
-    fn slot(&self, cluster: u64) -> Option<(&AtomicU64, u64)> {
-        let tag = cluster >> self.slot_bits;
-        let slot = self
-            .slots
-            .get((cluster & ((1 << self.slot_bits) - 1)) as usize)?;
-        (tag < 1 << (64 - HOST_BITS)).then_some((slot, tag << HOST_BITS))
+    /// The entry of `cluster`, and its tag in the upper bits. `None` if the tag is too large.
+    fn entry(&self, cluster: u64) -> Option<(&AtomicU64, u64)> {
+        let tag = cluster >> self.index_bits;
+        let entry = self
+            .entries
+            .get((cluster & ((1 << self.index_bits) - 1)) as usize)?;
+        (tag < 1 << (64 - HOST_BITS)).then_some((entry, tag << HOST_BITS))
     }
 
     fn get(&self, cluster: u64) -> Option<u64> {
-        let (slot, tag) = self.slot(cluster)?;
-        let host = slot.load(Ordering::Acquire) ^ tag;
+        let (entry, tag) = self.entry(cluster)?;
+        let host = entry.load(Ordering::Acquire) ^ tag;
         (host != 0 && host < 1 << HOST_BITS).then_some(host)
     }
 
@@ -66,10 +66,10 @@ impl MappingCache {
         let last = offset.saturating_add(len.saturating_sub(1)) >> self.cluster_bits;
         for cluster in first..=last {
             let host = (host >> self.cluster_bits) + (cluster - first);
-            if let Some((slot, tag)) = self.slot(cluster)
+            if let Some((entry, tag)) = self.entry(cluster)
                 && host < 1 << HOST_BITS
             {
-                slot.store(tag | host, Ordering::Release);
+                entry.store(tag | host, Ordering::Release);
             }
         }
     }
@@ -79,17 +79,17 @@ impl MappingCache {
         let last = offset.saturating_add(len.saturating_sub(1)) >> self.cluster_bits;
         for cluster in offset >> self.cluster_bits..=last {
             if self.get(cluster).is_some()
-                && let Some((slot, _)) = self.slot(cluster)
+                && let Some((entry, _)) = self.entry(cluster)
             {
-                slot.store(0, Ordering::Release);
+                entry.store(0, Ordering::Release);
             }
         }
     }
 
     /// Removes all clusters.
     pub fn clear(&self) {
-        for slot in &self.slots {
-            slot.store(0, Ordering::Release);
+        for entry in &self.entries {
+            entry.store(0, Ordering::Release);
         }
     }
 }
@@ -116,9 +116,9 @@ mod tests {
     }
 
     #[test]
-    fn clusters_that_share_a_slot_are_not_confused() {
+    fn clusters_that_share_an_entry_are_not_confused() {
         let cache = MappingCache::new(9, u64::MAX >> 1);
-        let (one, other) = (512 * 5, 512 * (5 + MAX_SLOTS));
+        let (one, other) = (512 * 5, 512 * (5 + MAX_ENTRIES));
         cache.insert(one, 0x200, 512);
         assert_eq!(cache.find(other, 512), None);
         cache.insert(other, 0x400, 512);
