@@ -1,4 +1,7 @@
 //! Image formats: where in a file the bytes of a disk are.
+//!
+//! The modules of the formats use each other in a circle: a format opens its backing file
+//! through `backing`, which opens that in any format. `lock` also needs [`SECTOR`] from here.
 
 mod backing;
 pub mod create;
