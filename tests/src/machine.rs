@@ -2,16 +2,18 @@
 //! The serial port and the events go to files.
 
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use outrigger_protocol::control::{ControlReply, MachineEvent};
 
 use crate::process::{LIFETIME, Launch, Process};
 use crate::{binaries, wait_until};
+
+/// How long a runner may take from the creation of its control socket to listen(2).
+const LISTEN_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Whether to skip tests that need /dev/kvm (OUTRIGGER_SKIP_KVM=1).
 ///
@@ -353,7 +355,9 @@ impl Running {
     fn try_control_line(&self, line: &str) -> std::io::Result<String> {
         let path = self.directory.path().join("control");
         wait_until("the control socket is there", || path.exists());
-        let mut stream = UnixStream::connect(path)?;
+        // bind(2) creates the path shortly before listen(2) lets clients connect.
+        let deadline = Instant::now() + LISTEN_DEADLINE;
+        let mut stream = outrigger_cli::socket::connect(&path, Some(deadline))?;
         stream.set_read_timeout(Some(crate::DEADLINE))?;
         writeln!(stream, "{line}")?;
         let mut answer = String::new();
