@@ -60,10 +60,7 @@ impl VirtioBlk {
         let backend = Arc::clone(&self.backend);
         while !buffers.is_empty() {
             let extent = backend.image.map_read(offset, buffers.len() as u64)?;
-            let part = buffers
-                .take(extent.len() as usize)
-                .filter(|it| !it.is_empty());
-            let part = part.ok_or_else(invalid_length)?;
+            let part = take_part(&mut buffers, &extent)?;
             let len = part.len() as u64;
             match extent {
                 Extent::Data { offset, .. } => self.transfer(id, IoOp::Read, offset, part)?,
@@ -87,10 +84,7 @@ impl VirtioBlk {
         let mut must_flush = durable && backend.image.has_metadata();
         while !buffers.is_empty() {
             let extent = backend.image.map_write(offset, buffers.len() as u64)?;
-            let part = buffers
-                .take(extent.len() as usize)
-                .filter(|it| !it.is_empty());
-            let part = part.ok_or_else(invalid_length)?;
+            let part = take_part(&mut buffers, &extent)?;
             let len = part.len() as u64;
             match extent {
                 Extent::Data { offset, .. } => self.transfer(id, op, offset, part)?,
@@ -214,8 +208,12 @@ impl VirtioBlk {
     }
 }
 
-fn invalid_length() -> io::Error {
-    io::Error::other("the image mapped an invalid length")
+/// Takes the part of `buffers` that lies in `extent`.
+fn take_part<'a>(buffers: &mut Buffers<'a>, extent: &Extent) -> io::Result<Buffers<'a>> {
+    buffers
+        .take(extent.len() as usize)
+        .filter(|part| !part.is_empty())
+        .ok_or_else(|| io::Error::other("the image mapped an invalid length"))
 }
 
 fn fill_with_zeros(buffers: &Buffers<'_>) {
